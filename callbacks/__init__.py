@@ -1,0 +1,10 @@
+"""Callbacks that choose and order the training samples of any Lightning run."""
+
+from minirec_pl.callbacks.easy_to_hard_curriculum import EasyToHardCurriculum
+from minirec_pl.callbacks.minirec import MiniRec
+from minirec_pl.callbacks.rescore_samples import RescoreSamples
+from minirec_pl.callbacks.reward_history import RewardHistory
+from minirec_pl.callbacks.run_folder import RunFolder
+from minirec_pl.callbacks.select_samples import SelectSamples
+
+__all__ = ["EasyToHardCurriculum", "MiniRec", "RescoreSamples", "RewardHistory", "RunFolder", "SelectSamples"]

@@ -1,0 +1,75 @@
+"""Selection and curriculum in one line."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import lazy_instance
+
+from minirec_pl.callbacks.easy_to_hard_curriculum import EasyToHardCurriculum
+from minirec_pl.callbacks.rescore_samples import RescoreSamples
+from minirec_pl.callbacks.reward_history import RewardHistory
+from minirec_pl.callbacks.select_samples import SelectSamples
+from minirec_pl.callbacks.session_callback import SessionCallback
+from minirec_pl.selection.selectors import MiniRecSelector, Selector
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+class MiniRec(SessionCallback):
+    """Trains on a small part of the pool, chosen anew as the policy learns, from easy to hard (arXiv 2602.04278).
+
+    The same as the callbacks `RewardHistory()`, `RescoreSamples(rescore_fraction)`, `SelectSamples(budget, selector,
+    warmup_epochs=..., every_n_epochs=...)` and `curriculum` together. A selector that needs no signals is not scored for.
+
+    Args:
+        budget: a fraction of the pool in (0, 1] as a float, or a number of samples as an int.
+        warmup_epochs: epochs on the whole pool before the first selection.
+        every_n_epochs: a new selection every so many epochs.
+        rescore_fraction: part of the pool that is scored again after each epoch, stalest first.
+        selector: how to pick.
+        curriculum: how to order what was picked; None shuffles anew each epoch.
+
+    Raises:
+        InputError: as the single callbacks do.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[MiniRec(budget=0.1)], logger=False, enable_checkpointing=False, accelerator="cpu")
+    """
+
+    def __init__(
+        self,
+        budget: int | float = 0.1,
+        warmup_epochs: int = 0,
+        every_n_epochs: int = 1,
+        rescore_fraction: float = 0.1,
+        selector: Selector = lazy_instance(MiniRecSelector),
+        curriculum: EasyToHardCurriculum | None = lazy_instance(EasyToHardCurriculum),
+    ) -> None:
+        super().__init__()
+        select = SelectSamples(budget, selector, warmup_epochs=warmup_epochs, every_n_epochs=every_n_epochs)
+        self._history = RewardHistory()
+        rescore = RescoreSamples(rescore_fraction)
+        self.parts: list[SessionCallback] = [self._history, select]
+        if select.selector.needs or curriculum is not None:
+            self.parts.append(rescore)
+        if curriculum is not None:
+            self.parts.append(curriculum)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Registers every part for its phase."""
+        for part in self.parts:
+            part.setup(trainer, pl_module, stage)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stores the rewards of the batch."""
+        self._history.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws the last plan."""
+        for part in self.parts:
+            part.on_train_end(trainer, pl_module)

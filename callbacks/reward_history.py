@@ -1,0 +1,48 @@
+"""Rewards met in training are free updates of the store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from minirec_pl.callbacks.session_callback import SessionCallback
+from minirec_pl.selection.session import SelectionSession, session_of
+from minirec_pl.selection.signals import SampleSignals
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+class RewardHistory(SessionCallback):
+    """Stores the `signals` that `training_step` returns beside its `loss`.
+
+    A `training_step` that returns `{"loss": ..., "signals": SampleSignals(sample_id, rewards)}`, as `GRPORecModule`'s does,
+    keeps the store up to date at no cost; any other is left alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rewards: list[float] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Registers for the phase `record`."""
+        if stage == "fit":
+            session_of(trainer).register("record", self._record, trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stores the rewards of the batch."""
+        signals = outputs.get("signals") if isinstance(outputs, Mapping) else None
+        if isinstance(signals, SampleSignals):
+            store = session_of(trainer).store
+            store.update(signals, epoch=trainer.current_epoch, step=trainer.global_step, source="train")
+            if signals.rewards is not None:
+                self._rewards += signals.rewards.mean(dim=1).tolist()
+
+    def _record(self, session: SelectionSession, trainer: Trainer, module: LightningModule, epoch: int) -> None:
+        if self._rewards:
+            taught = sum(0.0 < reward < 1.0 for reward in self._rewards) / len(self._rewards)
+            mean = sum(self._rewards) / len(self._rewards)
+            session.log(trainer, {"selection/trained_reward": mean, "selection/trained_share_mixed": taught})
+            self._rewards.clear()

@@ -1,0 +1,39 @@
+"""The hooks that every selection callback shares."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback
+
+from minirec_pl.selection.session import CHECKPOINT_KEY, session_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+class SessionCallback(Callback):
+    """Drives the `SelectionSession` of a Trainer; whichever callback comes first does the work, the others find it done."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Plans the first epoch."""
+        session_of(trainer).prepare(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Makes sure that the plan is what the Trainer draws from."""
+        session_of(trainer).check(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Plans the next epoch."""
+        session_of(trainer).advance(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Saves the session, once for all callbacks."""
+        if CHECKPOINT_KEY not in checkpoint:
+            progress = trainer.fit_loop.epoch_loop.batch_progress
+            checkpoint[CHECKPOINT_KEY] = session_of(trainer).state_dict(progress.is_last_batch, trainer.current_epoch)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Hands the saved session to the new one."""
+        if CHECKPOINT_KEY in checkpoint:
+            session_of(trainer).restore(checkpoint[CHECKPOINT_KEY])

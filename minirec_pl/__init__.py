@@ -1,0 +1,28 @@
+"""GRPO for LLM recommenders in PyTorch Lightning, on the small part of the data that teaches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minirec_pl.data.datamodule import RecDataModule
+    from minirec_pl.errors import InputError
+    from minirec_pl.module import GRPORecModule, WarmStartModule
+
+__version__ = "0.1.0"
+__all__ = ["GRPORecModule", "InputError", "RecDataModule", "WarmStartModule"]
+
+_HOMES = {
+    "GRPORecModule": "minirec_pl.module",
+    "InputError": "minirec_pl.errors",
+    "RecDataModule": "minirec_pl.data.datamodule",
+    "WarmStartModule": "minirec_pl.module",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'minirec_pl' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,84 @@
+"""The `minirec` command: light until a subcommand needs more."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from minirec_pl.errors import InputError
+
+TRAINER_COMMANDS = {
+    "fit": "train: warm start or GRPO, from a YAML file",
+    "validate": "full-ranking metrics on the validation part",
+    "test": "full-ranking metrics on the test part",
+    "predict": "top-K recommendations as parquet",
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs `minirec` and returns its exit code: 0, or 2 with one sentence on stderr for bad input and for Ctrl-C."""
+    argv = list(sys.argv[1:] if args is None else args)
+    try:
+        return _dispatch(argv)
+    except InputError as error:
+        print(f"minirec: error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("minirec: interrupted; nothing half-written was kept", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        where = f" '{error.filename}'" if error.filename else ""
+        print(
+            f"minirec: error: cannot write{where}: {os.strerror(error.errno).lower()}; free some space or choose another "
+            "folder with --trainer.default_root_dir",
+            file=sys.stderr,
+        )
+    return 2
+
+
+def _dispatch(argv: list[str]) -> int:
+    if argv and argv[0] in TRAINER_COMMANDS:
+        from minirec_pl.cli import run
+
+        run(argv)
+        return 0
+    options = _parser().parse_args(argv)
+    if options.command == "fetch":
+        from minirec_pl.data.fetch import fetch_ml_100k
+
+        fetch_ml_100k(Path(options.to))
+    else:
+        from minirec_pl.quickstart import quickstart
+
+        quickstart(Path(options.data), Path(options.to), Path(options.configs), options.seed)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="minirec", description="GRPO for recommenders on the small part of the data that teaches."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in TRAINER_COMMANDS.items():
+        commands.add_parser(name, help=f"{text}; see `minirec {name} --help`")
+    fetch = commands.add_parser("fetch", help="download a public data set", description="Downloads a public data set.")
+    fetch.add_argument("dataset", choices=["ml-100k"], help="which data set")
+    fetch.add_argument("--to", default="data", metavar="DIR", help="folder that gets a folder per data set (default: data)")
+    quick = commands.add_parser(
+        "quickstart",
+        help="the comparison of the README on MovieLens-100K",
+        description="Warm start, then GRPO from it on the full pool, on a random part and on MiniRec's part; prints the table.",
+    )
+    quick.add_argument("--data", default="data", metavar="DIR", help="folder with ml-100k/ (default: data)")
+    quick.add_argument("--to", default="runs/quickstart", metavar="DIR", help="run folder (default: runs/quickstart)")
+    quick.add_argument("--configs", default="configs/ml-100k", metavar="DIR", help="YAML files (default: configs/ml-100k)")
+    quick.add_argument("--seed", type=int, default=42, help="seed of all runs (default: 42)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

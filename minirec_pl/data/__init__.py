@@ -1,0 +1,1 @@
+"""Sources, splits, batches, samplers and the DataModule."""

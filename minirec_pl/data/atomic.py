@@ -1,0 +1,145 @@
+"""Reads RecBole atomic files: tab-separated text whose header gives each column a name and a type."""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+import pandas as pd
+
+from minirec_pl.data.columns import Columns
+from minirec_pl.errors import InputError
+
+ColumnType = Literal["token", "token_seq", "float", "float_seq"]
+COLUMN_TYPES: Final[tuple[ColumnType, ...]] = ("token", "token_seq", "float", "float_seq")
+_NEVER_EMPTY: Final = (Columns.USER_ID, Columns.ITEM_ID)
+
+
+def read_atomic(path: Path, columns: Mapping[str, str] | None = None, *, required: Sequence[str] = ()) -> pd.DataFrame:
+    r"""Read one RecBole atomic file (``.inter``, ``.item``, ``.user``).
+
+    The first line holds ``name:type`` fields, type being ``token``, ``token_seq``, ``float`` or ``float_seq``. Row
+    ``i`` of the result is line ``i + 2`` of the file.
+
+    Args:
+        path: The file, UTF-8, fields separated by tabs.
+        columns: New names for some columns, from the file's name to ours.
+        required: Names (after renaming) that must be there.
+
+    Returns:
+        A frame with the file's columns in the file's order: ``float`` as float64, all other types as str (sequences
+        stay separated by spaces).
+
+    Raises:
+        InputError: No file, no typed header, a line with another number of fields, a float that is no finite number, an
+            empty user or item id, a required column that is absent.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "toy.inter")
+        ...     _ = file.write_text("user_id:token\ttimestamp:float\nann\t12\n")
+        ...     read_atomic(file).to_dict("records")
+        [{'user_id': 'ann', 'timestamp': 12.0}]
+    """
+    lines, terminated = _read_lines(path)
+    types = _parse_header(path, lines[0], columns or {}, required)
+    body = lines[1:]
+    _check_field_counts(path, body, list(types))
+    flat = list(chain.from_iterable(line.split("\t") for line in body))
+    if not terminated and body and next(reversed(types.values())) == "float":
+        _check_last_value(path, next(reversed(types)), flat[len(types) - 1 :: len(types)])
+    data: dict[str, pd.Series] = {}
+    for position, (name, kind) in enumerate(types.items()):
+        values = flat[position :: len(types)]
+        if kind == "float":
+            data[name] = _parse_floats(path, name, values)
+        else:
+            if name in _NEVER_EMPTY and "" in values:
+                raise InputError(
+                    f"{path}, line {values.index('') + 2}, column {name}: the id is empty; give it a value."
+                )
+            data[name] = pd.Series(values, dtype="str")
+    return pd.DataFrame(data, columns=list(types))
+
+
+def _read_lines(path: Path) -> tuple[list[str], bool]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; check the path or put the file there.") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder; give the path of an atomic file.") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions.") from None
+    if not text:
+        raise InputError(f"{path} is empty; it needs a header line such as 'user_id:token\\titem_id:token'.")
+    terminated = text.endswith("\n")
+    lines = text.removesuffix("\n").split("\n")
+    if "\r" in text:
+        lines = [line.removesuffix("\r") for line in lines]
+    return lines, terminated
+
+
+def _parse_header(path: Path, line: str, renames: Mapping[str, str], required: Sequence[str]) -> dict[str, ColumnType]:
+    types: dict[str, ColumnType] = {}
+    for field in line.split("\t"):
+        name, colon, kind = field.rpartition(":")
+        if not colon or not name:
+            raise InputError(
+                f"{path}, line 1: {field[:40]!r} is no 'name:type' field; the first line must be a RecBole header such "
+                "as 'user_id:token\\titem_id:token\\trating:float\\ttimestamp:float'."
+            )
+        if kind not in COLUMN_TYPES:
+            raise InputError(
+                f"{path}, line 1, column {name}: unknown type {kind!r}; use one of {', '.join(COLUMN_TYPES)}."
+            )
+        name = renames.get(name, name)
+        if name in types:
+            raise InputError(f"{path}, line 1: the column {name} comes twice; keep one of them.")
+        types[name] = kind
+    missing = [name for name in required if name not in types]
+    if missing:
+        raise InputError(f"{path}, line 1: no column {missing[0]} among {', '.join(types)}; add it to the file.")
+    return types
+
+
+def _check_field_counts(path: Path, body: list[str], names: list[str]) -> None:
+    expected = len(names) - 1
+    counts = [line.count("\t") for line in body]
+    if counts.count(expected) == len(counts):
+        return
+    row = next(i for i, count in enumerate(counts) if count != expected)
+    found = counts[row] + 1 if body[row] else 0
+    where = "the file seems truncated" if row == len(body) - 1 and found <= expected else "mend or remove the line"
+    raise InputError(
+        f"{path}, line {row + 2}: {found} fields instead of the {len(names)} of the header ({', '.join(names)}); "
+        f"{where}."
+    )
+
+
+def _parse_floats(path: Path, name: str, values: list[str]) -> pd.Series:
+    numbers = np.asarray(pd.to_numeric(np.asarray(values, dtype=object), errors="coerce"), dtype=np.float64)
+    finite = np.isfinite(numbers)
+    if not finite.all():
+        row = int(np.argmin(finite))
+        raise InputError(
+            f"{path}, line {row + 2}, column {name}: {values[row]!r} is no finite number, but the header says "
+            f"'{name}:float'; mend the value or the order of the columns."
+        )
+    return pd.Series(numbers)
+
+
+def _check_last_value(path: Path, name: str, values: list[str]) -> None:
+    """A file cut inside its last number still parses: notice the number that is shorter than all others."""
+    shortest = min(map(len, values[:-1]), default=math.inf)
+    if len(values) > 1 and len(values[-1]) < shortest:
+        raise InputError(
+            f"{path}, line {len(values) + 1}, column {name}: the file seems truncated, it ends inside the number "
+            f"{values[-1]!r}; copy the file again, or end it with a newline if it is whole."
+        )

@@ -1,0 +1,267 @@
+"""Samplers that shard one common order over the ranks, and a loader that can resume inside an epoch."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence, Sized
+from itertools import islice
+from typing import Any, Literal, TypeVar, cast
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+from minirec_pl.data.samples import IntArray
+from minirec_pl.errors import InputError
+
+T = TypeVar("T")
+Ragged = Literal["repeat", "drop", "keep"]
+
+
+def world() -> tuple[int, int]:
+    """Number of replicas and the own rank: of torch.distributed when it is initialised, else (1, 0)."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return 1, 0
+
+
+class ShardedSampler(DistributedSampler[T]):
+    """A common order of which each rank takes the positions ``rank::num_replicas``.
+
+    It is a DistributedSampler because Lightning leaves those alone; any other sampler that slices by rank would be
+    sliced a second time.
+
+    Args:
+        entries: What is sampled; only its length is used here.
+        seed: Seed of the order.
+        num_replicas: Number of ranks; None: see :func:`world`.
+        rank: The own rank; None: see :func:`world`.
+        ragged: What to do when the order does not divide by the ranks: ``repeat`` its start, ``drop`` its end, or
+            ``keep`` it (the ranks then differ in length by one, right for evaluation only).
+    """
+
+    def __init__(
+        self, entries: Sized, *, seed: int, num_replicas: int | None, rank: int | None, ragged: Ragged = "repeat"
+    ) -> None:
+        default_replicas, default_rank = world()
+        super().__init__(
+            cast(Dataset[Any], entries),
+            num_replicas=default_replicas if num_replicas is None else num_replicas,
+            rank=default_rank if rank is None else rank,
+            shuffle=False,
+            seed=seed,
+        )
+        self.ragged = ragged
+
+    @abstractmethod
+    def order(self) -> Sequence[T]:
+        """The order of all ranks together in the current epoch."""
+
+    @abstractmethod
+    def order_length(self) -> int:
+        """Length of :meth:`order`."""
+
+    @property
+    def ragged_count(self) -> int:
+        """How many entries of the current order are repeated (or dropped) to give every rank equally many."""
+        rest = self.order_length() % self.num_replicas
+        if rest == 0 or self.ragged == "keep":
+            return 0
+        return rest if self.ragged == "drop" else self.num_replicas - rest
+
+    def __len__(self) -> int:
+        n = self.order_length()
+        if self.ragged == "drop":
+            return n // self.num_replicas
+        if self.ragged == "repeat":
+            return -(-n // self.num_replicas)
+        return len(range(self.rank, n, self.num_replicas))
+
+    def __iter__(self) -> Iterator[T]:
+        order = self.order()
+        positions = (self.rank + step * self.num_replicas for step in range(len(self)))
+        return iter([order[position % len(order)] for position in positions])
+
+
+class OrderedSampler(ShardedSampler[int]):
+    """The given sample_ids in the given order, over the ranks without repeats: for validation, test and scoring.
+
+    Args:
+        sample_ids: [n] ids.
+        num_replicas: Number of ranks; None: see :func:`world`.
+        rank: The own rank; None: see :func:`world`.
+    """
+
+    def __init__(
+        self, sample_ids: Sequence[int] | IntArray, *, num_replicas: int | None = None, rank: int | None = None
+    ) -> None:
+        self.sample_ids = [int(sample_id) for sample_id in sample_ids]
+        super().__init__(self.sample_ids, seed=0, num_replicas=num_replicas, rank=rank, ragged="keep")
+
+    def order(self) -> Sequence[int]:
+        """The given ids."""
+        return self.sample_ids
+
+    def order_length(self) -> int:
+        """Number of ids."""
+        return len(self.sample_ids)
+
+
+class CurriculumSampler(ShardedSampler[int]):
+    """Yields sample_ids: by a plan when there is one, else all of them shuffled by (seed, epoch).
+
+    It counts samples, not batches; batches are made by the loader.
+
+    Args:
+        sample_ids: The ids that may be trained on, [n], all different.
+        seed: Seed of the shuffle.
+        num_replicas: Number of ranks; None: that of torch.distributed when initialised, else 1.
+        rank: The own rank; None: that of torch.distributed when initialised, else 0.
+        ragged: A plan that does not divide by the ranks has its start repeated at its end (``repeat``) or its end
+            dropped.
+
+    Raises:
+        InputError: No ids.
+
+    Example:
+        >>> sampler = CurriculumSampler([4, 5, 6])
+        >>> sampler.set_plan([6, 4])
+        >>> list(sampler), len(sampler)
+        ([6, 4], 2)
+    """
+
+    def __init__(
+        self,
+        sample_ids: Sequence[int] | IntArray,
+        *,
+        seed: int = 42,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        ragged: Literal["repeat", "drop"] = "repeat",
+    ) -> None:
+        self.sample_ids: IntArray = np.array(sample_ids, dtype=np.int64)
+        if len(self.sample_ids) == 0:
+            raise InputError("There is no sample to train on; the pool is empty.")
+        self._plan: IntArray | None = None
+        super().__init__(self.sample_ids, seed=seed, num_replicas=num_replicas, rank=rank, ragged=ragged)
+
+    @property
+    def plan(self) -> list[int] | None:
+        """The plan in force, for all ranks together, or None."""
+        return None if self._plan is None else cast(list[int], self._plan.tolist())
+
+    def set_plan(self, ids: Sequence[int] | IntArray | None) -> None:
+        """Use exactly this order from the next ``iter`` on; None goes back to shuffling all ids.
+
+        Args:
+            ids: sample_ids in training order, for all ranks together; an id may come several times.
+
+        Raises:
+            InputError: The plan is empty or names a sample_id outside the pool.
+        """
+        if ids is None:
+            self._plan = None
+            return
+        plan = np.array(ids, dtype=np.int64)
+        if len(plan) == 0:
+            raise InputError("The plan of the epoch is empty; select at least one sample.")
+        outside = plan[~np.isin(plan, self.sample_ids)]
+        if len(outside):
+            raise InputError(
+                f"The plan names {len(outside)} sample_ids outside the pool, the first is {outside[0]}; plan only "
+                "samples of the pool this run trains on."
+            )
+        self._plan = plan
+
+    def order(self) -> Sequence[int]:
+        """The plan, or all ids shuffled by (seed, epoch)."""
+        order = self._plan
+        if order is None:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.sample_ids)
+        return cast(list[int], order.tolist())
+
+    def order_length(self) -> int:
+        """Length of the plan, or the number of ids."""
+        return len(self.sample_ids if self._plan is None else self._plan)
+
+    def state_dict(self) -> dict[str, Any]:
+        """``{"seed": int, "epoch": int, "plan": [n] int64 tensor | None}``."""
+        plan = None if self._plan is None else torch.from_numpy(self._plan.copy())
+        return {"seed": self.seed, "epoch": self.epoch, "plan": plan}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore seed, epoch and plan.
+
+        Raises:
+            InputError: The plan does not fit the pool.
+        """
+        plan = state["plan"]
+        self.set_plan(None if plan is None else plan.numpy())
+        self.seed = int(state["seed"])
+        self.set_epoch(int(state["epoch"]))
+
+
+class _Skipping:
+    """The (batch) sampler of a loader, without the entries that the loader wants skipped at the time of ``iter``."""
+
+    def __init__(self, loader: "ResumableLoader") -> None:
+        self.loader = loader
+        self.entries: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.entries), self.loader._yielded, None)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A DataLoader whose position inside an epoch is saved in Lightning checkpoints.
+
+    ``load_state_dict`` makes the next ``iter`` skip the batches that were already consumed, once, without loading
+    their data. A state taken after the last batch of an epoch means the start of the next. The sampler's epoch
+    travels along, because Lightning builds the iterator of a resumed run before it calls ``set_epoch``.
+
+    Attributes:
+        batches_per_epoch: How many batches an epoch consumes where that is less than ``len`` (``limit_train_batches``).
+    """
+
+    batches_per_epoch: int | None = None
+    _yielded = 0
+    _skip = 0
+    _length = 0
+
+    @property
+    def _index_sampler(self) -> Any:
+        return _Skipping(self)
+
+    def __iter__(self) -> Any:
+        self._yielded, self._skip = self._skip, 0
+        self._length = self.batches_per_epoch or len(self)
+        return self._count(super().__iter__())
+
+    def _count(self, iterator: Any) -> Iterator[Any]:
+        for batch in iterator:
+            self._yielded += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Position: ``batches`` consumed in ``epoch`` of the sampler, and the ``batch_size`` they were made with."""
+        batches, epoch = self._yielded, int(getattr(self.sampler, "epoch", 0))
+        if 0 < self._length <= batches:
+            batches, epoch = 0, epoch + 1
+        return {"batches": batches, "epoch": epoch, "batch_size": self.batch_size or 1}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Skip the batches that ``state`` counts, in the next ``iter`` only.
+
+        Raises:
+            InputError: The state is from inside an epoch with another batch size.
+        """
+        if state["batches"] and state["batch_size"] != (self.batch_size or 1):
+            raise InputError(
+                f"batch_size={self.batch_size}: the checkpoint was taken inside an epoch with batch_size "
+                f"{state['batch_size']}; resume with that, or from a checkpoint of an epoch's end."
+            )
+        self._skip = state["batches"]
+        if isinstance(self.sampler, DistributedSampler):
+            self.sampler.set_epoch(state["epoch"])

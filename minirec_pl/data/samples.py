@@ -1,0 +1,244 @@
+"""The table of samples, the catalogue of items and the cuts in time: pure numpy and pandas."""
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from minirec_pl.data.columns import Columns
+from minirec_pl.errors import InputError
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+NO_ITEM = -1
+
+
+def digest(values: Iterable[str]) -> str:
+    """SHA-256 (hex) of an ordered list of strings, each followed by a newline."""
+    return hashlib.sha256("".join(f"{value}\n" for value in values).encode()).hexdigest()
+
+
+class Catalogue:
+    """All items that can be recommended. The order is that of the source and never depends on a split.
+
+    Args:
+        item_ids: External ids, all different; the item index is the position.
+        titles: A title for each item, or None.
+
+    Raises:
+        InputError: No item, an id that comes twice, or another number of titles.
+
+    Example:
+        >>> catalogue = Catalogue(["b", "a"], ["Bee", "Ape"])
+        >>> len(catalogue), catalogue.index_of("a"), catalogue.titles[1]
+        (2, 1, 'Ape')
+    """
+
+    def __init__(self, item_ids: Sequence[str], titles: Sequence[str] | None = None) -> None:
+        self.item_ids = list(item_ids)
+        self.titles = None if titles is None else list(titles)
+        self._index = {item_id: index for index, item_id in enumerate(self.item_ids)}
+        if not self.item_ids:
+            raise InputError("The catalogue holds no item; give at least one.")
+        if len(self._index) < len(self.item_ids):
+            twice = next(item_id for index, item_id in enumerate(self.item_ids) if self._index[item_id] != index)
+            raise InputError(f"The item {twice!r} is in the catalogue twice; keep one of its rows.")
+        if self.titles is not None and len(self.titles) != len(self.item_ids):
+            raise InputError(f"{len(self.titles)} titles for {len(self.item_ids)} items; give each item one title.")
+
+    def __len__(self) -> int:
+        return len(self.item_ids)
+
+    def __contains__(self, item_id: object) -> bool:
+        return item_id in self._index
+
+    def index_of(self, item_id: str) -> int:
+        """The item index of an external id.
+
+        Raises:
+            InputError: The id is not in the catalogue.
+        """
+        try:
+            return self._index[item_id]
+        except KeyError:
+            raise InputError(f"The item {item_id!r} is not in the catalogue of {len(self)} items.") from None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the ordered external ids: equal fingerprints mean equal item indices."""
+        return digest(self.item_ids)
+
+
+class SampleTable:
+    """All interactions sorted by (timestamp, source row); the row number in that order is the ``sample_id``.
+
+    A sample asks for its own item (the target) given what the same user did at strictly earlier timestamps. Nothing
+    here depends on a seed, a split or a history window.
+
+    Args:
+        user_ids: External user id of each interaction, [N] in source order.
+        items: Item index of each interaction, [N] in source order.
+        timestamps: Unix seconds of each interaction, [N] in source order.
+        n_items: Size of the catalogue.
+
+    Attributes:
+        user_ids: External ids of the users, [n_users], by first appearance in time.
+        user: User index, [N] int64.
+        item: Item index of the target, [N] int64.
+        timestamp: Unix seconds, [N] float64, never decreasing.
+        n_earlier: Number of interactions of the same user at strictly earlier timestamps, [N] int64.
+        repeated: The user had this very item at a strictly earlier timestamp, [N] bool.
+        eligible: There is a history and the target is not ``repeated`` (the mask of seen items would hide it), [N]
+            bool.
+
+    Raises:
+        InputError: No interaction at all.
+
+    Example:
+        >>> table = SampleTable(["u", "u", "u"], [2, 0, 1], [30.0, 10.0, 20.0], n_items=3)
+        >>> table.item.tolist(), table.history(2).tolist(), table.history(2, window=1).tolist()
+        ([0, 1, 2], [0, 1], [1])
+    """
+
+    def __init__(
+        self,
+        user_ids: Sequence[str],
+        items: Sequence[int] | IntArray,
+        timestamps: Sequence[float] | FloatArray,
+        n_items: int,
+    ) -> None:
+        if len(user_ids) == 0:
+            raise InputError("There is no interaction; give a table with at least one row.")
+        source_time = np.asarray(timestamps, dtype=np.float64)
+        by_time = np.argsort(source_time, kind="stable")
+        self.n_items = n_items
+        self.timestamp: FloatArray = source_time[by_time]
+        self.item: IntArray = np.asarray(items, dtype=np.int64)[by_time]
+        codes, uniques = pd.factorize(np.asarray(user_ids, dtype=object)[by_time])
+        self.user: IntArray = codes.astype(np.int64)
+        self.user_ids: list[str] = [str(user_id) for user_id in uniques]
+        self._index_users()
+
+    def _index_users(self) -> None:
+        """Group the rows by user (`rows`), remember where each user begins and what each row may know."""
+        n = len(self.user)
+        self.rows: IntArray = np.argsort(self.user, kind="stable").astype(np.int64)
+        user, time, item = self.user[self.rows], self.timestamp[self.rows], self.item[self.rows]
+        begins = np.searchsorted(user, np.arange(len(self.user_ids) + 1)).astype(np.int64)
+        new_moment = np.ones(n, dtype=bool)
+        new_moment[1:] = (user[1:] != user[:-1]) | (time[1:] != time[:-1])
+        moment_begins = np.maximum.accumulate(np.where(new_moment, np.arange(n), 0))
+
+        pair = user * self.n_items + item
+        _, first, inverse = np.unique(pair, return_index=True, return_inverse=True)
+        is_first = np.zeros(n, dtype=bool)
+        is_first[first] = True
+
+        self.user_begins = begins
+        self.grouped_item = item
+        self.history_begin = np.empty(n, dtype=np.int64)
+        self.history_end = np.empty(n, dtype=np.int64)
+        self.repeated: BoolArray = np.empty(n, dtype=bool)
+        self.history_begin[self.rows] = begins[user]
+        self.history_end[self.rows] = moment_begins
+        self.repeated[self.rows] = time[first[inverse]] < time
+        self.n_earlier: IntArray = self.history_end - self.history_begin
+        self.eligible: BoolArray = (self.n_earlier > 0) & ~self.repeated
+        self.distinct_item = item[is_first]
+        distinct_before = np.concatenate([[0], np.cumsum(is_first)]).astype(np.int64)
+        self.seen_begin = distinct_before[self.history_begin]
+        self.seen_end = distinct_before[self.history_end]
+
+    @classmethod
+    def from_interactions(
+        cls, frame: pd.DataFrame, catalogue: Catalogue, *, source: str = "the interactions"
+    ) -> "SampleTable":
+        """Build the table from a frame with the columns user_id, item_id (external ids) and timestamp (unix seconds).
+
+        Raises:
+            InputError: An item is not in the catalogue; names ``source``, the line (row + 2) and the item id.
+        """
+        items = pd.Index(catalogue.item_ids).get_indexer(pd.Index(frame[Columns.ITEM_ID]))
+        if (items < 0).any():
+            row = int(np.argmax(items < 0))
+            raise InputError(
+                f"{source}, line {row + 2}: the item {frame[Columns.ITEM_ID].iloc[row]!r} is not in the item file; add "
+                "it there or remove the interaction."
+            )
+        return cls(
+            frame[Columns.USER_ID].tolist(),
+            items.astype(np.int64),
+            frame[Columns.TIMESTAMP].to_numpy(dtype=np.float64),
+            len(catalogue),
+        )
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def history(self, sample_id: int, window: int | None = None) -> IntArray:
+        """The last ``window`` items (None: all) of strictly earlier timestamps, most recent last, [<= window] int64."""
+        begin, end = int(self.history_begin[sample_id]), int(self.history_end[sample_id])
+        return self.grouped_item[begin if window is None else max(begin, end - window) : end]
+
+    def seen(self, sample_id: int) -> IntArray:
+        """All different items of strictly earlier timestamps, by first appearance, int64: what evaluation masks."""
+        return self.distinct_item[self.seen_begin[sample_id] : self.seen_end[sample_id]]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of users, items and times in order: equal fingerprints mean equal sample_ids."""
+        arrays = (self.user, self.item, self.timestamp)
+        return hashlib.sha256(
+            digest(self.user_ids).encode() + b"".join(array.tobytes() for array in arrays)
+        ).hexdigest()
+
+
+class TimeSplit(NamedTuple):
+    """Cuts in sample_ids: warm [0, warm_end), pool [warm_end, train_end), validation up to val_end, test up to end."""
+
+    warm_end: int
+    train_end: int
+    val_end: int
+    end: int
+
+
+def split_by_time(
+    table: SampleTable, ratios: Sequence[float] = (0.8, 0.1, 0.1), *, warm_fraction: float = 0.0
+) -> TimeSplit:
+    """Cut the samples in time; a cut moves forward to the next timestamp, so no timestamp is in two parts.
+
+    Args:
+        table: The samples, sorted by time.
+        ratios: Shares of train, validation and test, each above 0, together 1.
+        warm_fraction: Share of the train part, from its start, that is kept for the warm start, 0 to 1.
+
+    Returns:
+        The cuts. A part can come out empty when many rows share a timestamp.
+
+    Raises:
+        InputError: Ratios or fraction outside their range.
+    """
+    if len(ratios) != 3 or not all(0 < ratio < 1 for ratio in ratios) or not math.isclose(sum(ratios), 1, abs_tol=1e-6):
+        raise InputError(
+            f"split={tuple(ratios)}: give three shares above 0 (train, validation, test) that add up to 1."
+        )
+    if not 0 <= warm_fraction <= 1:
+        raise InputError(f"warm_fraction={warm_fraction}: give a share of the train part from 0 to 1.")
+
+    def cut(position: float) -> int:
+        row = round(position)
+        return row if row == 0 else int(np.searchsorted(table.timestamp, table.timestamp[row - 1], side="right"))
+
+    train_end = cut(len(table) * ratios[0])
+    return TimeSplit(
+        warm_end=min(cut(train_end * warm_fraction), train_end),
+        train_end=train_end,
+        val_end=cut(len(table) * (ratios[0] + ratios[1])),
+        end=len(table),
+    )

@@ -1,0 +1,43 @@
+"""Pictures that a run leaves behind."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def draw_curriculum(rewards: Sequence[float], fold_starts: Sequence[int], epoch: int, path: Path) -> None:
+    """Draws the mean reward of each sample along a plan, folds told apart by shade and line.
+
+    Args:
+        rewards: mean reward of each sample, in the order of training; NaN where unknown.
+        fold_starts: positions at which a fold starts.
+        epoch: the epoch that the plan was made for.
+        path: PNG file to write, replaced whole or not at all.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots()
+    ends = [*fold_starts[1:], len(rewards)]
+    for fold, (start, end) in enumerate(zip(fold_starts, ends, strict=False)):
+        if fold % 2:
+            axes.axvspan(start, end, color="0.93", zorder=0)
+    for start in fold_starts[1:]:
+        axes.axvline(start, color="0.6", linewidth=0.8, linestyle=":")
+    axes.plot(range(len(rewards)), rewards, ".", markersize=3, color="#0072B2", label="mean reward of a sample")
+    known = [reward for reward in rewards if not math.isnan(reward)]
+    if known:
+        mean = sum(known) / len(known)
+        axes.axhline(mean, color="#D55E00", linewidth=1.2, label=f"mean of the plan, {mean:.3f}")
+    folds = f"{len(fold_starts)} folds" if len(fold_starts) != 1 else "1 fold"
+    axes.set(xlabel="position in the epoch", ylabel="mean reward", xlim=(0, max(1, len(rewards))))
+    axes.set_title(f"Plan of epoch {epoch}: {len(rewards):,} samples in {folds}, easy to hard in each", loc="left")
+    axes.legend(loc="upper right", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.tmp")
+    figure.savefig(scratch, dpi=150, format="png")
+    os.replace(scratch, path)

@@ -1,0 +1,115 @@
+"""A catalogue as a token trie, held as one lexicographically sorted table.
+
+A node at depth d is a range [low, high) of the sorted items that share their first d tokens, so "is anything left below
+this child" is one difference of a cumulative count, for every row of a batch at once and for ids of any length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from minirec_pl.errors import InputError
+
+
+class TokenTrie(nn.Module):
+    """The ids of a catalogue, ready for constrained decoding.
+
+    Args:
+        item_tokens: int64 [n_items, L], the tokens of each item, right-padded with -1. No id may be a prefix of another:
+            end ids of unequal length with a closing token.
+
+    Raises:
+        InputError: if an id is empty, or two items share an id or one id is a prefix of another.
+    """
+
+    item_tokens: Tensor
+    order: Tensor
+    rank: Tensor
+    child_of: Tensor
+
+    def __init__(self, item_tokens: Tensor) -> None:
+        super().__init__()
+        if item_tokens.ndim != 2 or item_tokens.shape[0] == 0 or item_tokens.shape[1] == 0:
+            raise InputError("the catalogue is empty: the trie needs at least one item with at least one token")
+        tokens = item_tokens.to(torch.int64).cpu()
+        n_items, self.depth = tokens.shape
+        if bool((tokens[:, 0] < 0).any()):
+            raise InputError(f"item index {int((tokens[:, 0] < 0).nonzero()[0])} has no token: every item needs an id")
+        order = torch.arange(n_items)
+        for column in range(self.depth - 1, -1, -1):
+            order = order[torch.argsort(tokens[order, column], stable=True)]
+        ordered = tokens[order]
+        self.register_buffer("item_tokens", tokens, persistent=False)
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("rank", torch.argsort(order), persistent=False)
+        self._check_prefix_free(ordered, order)
+        child_of = torch.full((n_items, self.depth), -1)
+        starts = torch.zeros(n_items, dtype=torch.bool)
+        starts[0] = True
+        for column in range(self.depth):
+            starts[1:] |= ordered[1:, column] != ordered[:-1, column]
+            alive = ordered[:, column] >= 0
+            first = (starts & alive).nonzero().flatten()
+            group = torch.cumsum(starts & alive, 0) - 1
+            size = torch.bincount(group[alive], minlength=len(first))
+            child_of[order[alive], column] = group[alive]
+            self.register_buffer(f"token_{column}", ordered[first, column], persistent=False)
+            self.register_buffer(f"low_{column}", first, persistent=False)
+            self.register_buffer(f"high_{column}", first + size, persistent=False)
+        self.register_buffer("child_of", child_of, persistent=False)
+
+    @staticmethod
+    def _check_prefix_free(ordered: Tensor, order: Tensor) -> None:
+        first, second = ordered[:-1], ordered[1:]
+        clash = ((first == second) | (first < 0)).all(dim=1).nonzero().flatten()
+        if len(clash):
+            a, b = int(order[clash[0]]), int(order[clash[0] + 1])
+            raise InputError(f"items with index {a} and {b} have ids of which one begins with the other; ids must differ")
+
+    @property
+    def n_items(self) -> int:
+        """Number of items in the catalogue."""
+        return int(self.item_tokens.shape[0])
+
+    def level(self, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Children at one depth: token, low and high of each, int64 [n_children]."""
+        return getattr(self, f"token_{depth}"), getattr(self, f"low_{depth}"), getattr(self, f"high_{depth}")
+
+    def available_below(self, seen: Tensor) -> Tensor:
+        """Cumulative count of items still allowed, in sorted order.
+
+        Args:
+            seen: int64 [B, S], items that may not be generated, padded with -1.
+
+        Returns:
+            int64 [B, n_items + 1]; the count below a range is the difference of two entries.
+
+        Raises:
+            InputError: if a row has every item of the catalogue masked.
+        """
+        allowed = torch.ones(seen.shape[0], self.n_items + 1, dtype=torch.int64, device=seen.device)
+        slot = torch.where(seen >= 0, self.rank[seen.clamp(min=0)] + 1, 0)
+        allowed.scatter_(1, slot, 0)
+        allowed[:, 0] = 0
+        counts = allowed.cumsum(dim=1)
+        if bool((counts[:, -1] == 0).any()):
+            row = int((counts[:, -1] == 0).nonzero()[0])
+            raise InputError(f"row {row} of the batch has seen the whole catalogue: nothing is left to recommend")
+        return counts
+
+    def allowed_children(self, depth: int, low: Tensor, high: Tensor, counts: Tensor) -> Tensor:
+        """Which children of the nodes [low, high) still lead to an allowed item.
+
+        Args:
+            depth: level of the children.
+            low: int64 [R], first sorted item below each node.
+            high: int64 [R], one past the last sorted item below each node.
+            counts: int64 [R, n_items + 1], from `available_below`.
+
+        Returns:
+            bool [R, n_children].
+        """
+        _, child_low, child_high = self.level(depth)
+        inside = (child_low >= low[:, None]) & (child_high <= high[:, None])
+        return inside & (counts[:, child_high] > counts[:, child_low])

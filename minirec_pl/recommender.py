@@ -1,0 +1,157 @@
+"""What every recommender module shares: the policy, full-ranking evaluation, prediction and cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from minirec_pl.cost import Cost, Phase
+from minirec_pl.errors import InputError
+from minirec_pl.metrics import MRR, NDCG, Coverage, HitRate, target_rank, top_items
+from minirec_pl.policy import GenerativePolicy
+
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRScheduler
+
+    from minirec_pl.data.samples import Catalogue
+
+EVALUATION_K = 10
+
+
+class RecModule(LightningModule):
+    """What both stages share: the policy, full-ranking evaluation with the user's history masked, and cost.
+
+    Args:
+        policy: the recommender; bound to the DataModule's catalogue before the first step.
+        optimizer: makes the optimizer from the trainable parameters.
+        lr_scheduler: makes a scheduler, stepped once per optimizer step; None keeps the rate constant.
+        predict_k: length of the lists of `predict`.
+    """
+
+    training_phase: Phase
+
+    def __init__(
+        self,
+        policy: GenerativePolicy,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        predict_k: int = EVALUATION_K,
+    ) -> None:
+        super().__init__()
+        self.policy = policy
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.predict_k = predict_k
+        self.cost = Cost()
+        self.cost.include(policy.training_cost)
+        self._clock = time.perf_counter()
+
+    def configure_model(self) -> None:
+        """Binds the policy to the catalogue of the DataModule and builds the metrics."""
+        catalogue: Catalogue | None = getattr(getattr(self._trainer, "datamodule", None), "catalogue", None)
+        if catalogue is not None:
+            self.policy.bind(catalogue)
+        if self.policy.catalogue is None:
+            raise InputError("the policy has no catalogue: fit with a RecDataModule, or call policy.bind(catalogue) first")
+        if not hasattr(self, "metrics"):
+            self.metrics = MetricCollection(
+                {
+                    f"hit_rate@{EVALUATION_K}": HitRate(EVALUATION_K),
+                    f"ndcg@{EVALUATION_K}": NDCG(EVALUATION_K),
+                    "mrr": MRR(),
+                }
+            )
+            self.coverage = Coverage(EVALUATION_K, len(self.policy.catalogue))
+            self.item_ids = np.asarray(self.policy.catalogue.item_ids, dtype=object)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer, and the scheduler if there is one, stepped per optimizer step."""
+        optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler: Any = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> None:
+        scores = self.policy.item_logps(batch)
+        self.metrics.update(target_rank(scores, batch["target"], batch["seen"]), batch["sample_id"])
+        self.coverage.update(top_items(scores, EVALUATION_K, batch["seen"]))
+
+    def _log_evaluation(self, stage: str) -> None:
+        values = {**self.metrics.compute(), f"coverage@{EVALUATION_K}": self.coverage.compute()}
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, prog_bar=stage == "val")
+        self.metrics.reset()
+        self.coverage.reset()
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Ranks the whole catalogue for each sample."""
+        self._evaluate(batch, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs `val/ndcg@10`, `val/hit_rate@10`, `val/mrr` and `val/coverage@10`."""
+        self._log_evaluation("val")
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Ranks the whole catalogue for each sample."""
+        self._evaluate(batch, "test")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the same metrics as validation, with the prefix `test/`."""
+        self._log_evaluation("test")
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Top-`predict_k` unseen items: `sample_id` [B], `user` [B], `items` [B, k] item index and `scores` [B, k]."""
+        logps = self.policy.item_logps(batch)
+        items = top_items(logps, self.predict_k, batch["seen"])
+        scores = logps.gather(1, items.clamp(min=0))
+        return {"sample_id": batch["sample_id"], "user": batch["user"], "items": items, "scores": scores}
+
+    def on_train_epoch_start(self) -> None:
+        """Starts the clock of the training phase."""
+        self._clock = time.perf_counter()
+
+    def on_validation_start(self) -> None:
+        """Books the training time so far, so that validation is not counted as training."""
+        self._book_training_time()
+
+    def on_validation_end(self) -> None:
+        """Restarts the clock of the training phase."""
+        self._clock = time.perf_counter()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Books the time since the last batch, waiting for data included."""
+        self._book_training_time()
+
+    def _book_training_time(self) -> None:
+        now = time.perf_counter()
+        if self._trainer is not None and not self.trainer.sanity_checking and self.trainer.state.fn == "fit":
+            self.cost.add(self.training_phase, seconds=now - self._clock)
+        self._clock = now
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the cost so far, so that a resumed run states the sum."""
+        checkpoint["cost"] = self.cost.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks that the checkpoint fits the catalogue, then restores the cost.
+
+        Raises:
+            InputError: if a weight has another shape than the policy's, as with another catalogue.
+        """
+        own = self.state_dict()
+        for name, value in checkpoint["state_dict"].items():
+            if name in own and own[name].shape != value.shape:
+                raise InputError(
+                    f"the checkpoint does not fit: '{name}' is {list(value.shape)} there and {list(own[name].shape)} here; it was "
+                    "trained for another catalogue or model, so use the data and config it was trained with"
+                )
+        if "cost" in checkpoint:
+            self.cost.load_state_dict(checkpoint["cost"])

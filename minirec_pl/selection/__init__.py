@@ -1,0 +1,28 @@
+"""Which samples to train on, and in which order: scores, max-min selection, curriculum, store and ledger."""
+
+from minirec_pl.selection.curriculum import default_folds, fold_curriculum, fold_starts
+from minirec_pl.selection.diversity import Selection, maxmin_select
+from minirec_pl.selection.learnability import group_difficulty, learnability
+from minirec_pl.selection.ledger import SelectionLedger
+from minirec_pl.selection.representativeness import representativeness
+from minirec_pl.selection.selectors import MiniRecSelector, RandomSelector, Selector
+from minirec_pl.selection.signals import SampleSignals, Signals
+from minirec_pl.selection.store import SignalStore
+
+__all__ = [
+    "MiniRecSelector",
+    "RandomSelector",
+    "SampleSignals",
+    "Selection",
+    "SelectionLedger",
+    "Selector",
+    "SignalStore",
+    "Signals",
+    "default_folds",
+    "fold_curriculum",
+    "fold_starts",
+    "group_difficulty",
+    "learnability",
+    "maxmin_select",
+    "representativeness",
+]

@@ -1,0 +1,121 @@
+"""Learnability: how near a sample's difficulty is to the point where a policy learns most."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minirec_pl.errors import InputError
+from minirec_pl.selection.signals import Array
+
+_FLAT = 1e-12  # a spread below this share of the largest magnitude is rounding, not information
+_IQR_OF_UNIT_NORMAL = 1.3489795003921634
+
+
+def min_max(values: Tensor) -> Tensor:
+    """Scales to [0, 1]; values that are all equal say nothing and become the neutral 0.5.
+
+    Args:
+        values: [N] float64.
+
+    Returns:
+        [N] float64.
+    """
+    if not len(values):
+        return values
+    low, high = values.min(), values.max()
+    if high - low <= _FLAT * torch.maximum(low.abs(), high.abs()):
+        return torch.full_like(values, 0.5)
+    return (values - low) / (high - low)
+
+
+def group_difficulty(solve_probability: Array, num_generations: int) -> Tensor:
+    """Probability that a group of rollouts holds at least one that solves the sample.
+
+    q = 1 - (1 - p)^G, computed through log1p and expm1, so that a p of 1e-12 is not lost.
+
+    Args:
+        solve_probability: [N] float in [0, 1], the probability p that one rollout solves the sample.
+        num_generations: Rollouts in a group, G.
+
+    Returns:
+        [N] float64 in [0, 1]; NaN stays NaN.
+
+    Raises:
+        InputError: If `num_generations` is below 1 or a probability is outside [0, 1].
+    """
+    if num_generations < 1:
+        raise InputError(f"num_generations must be at least 1, not {num_generations}.")
+    p = torch.as_tensor(solve_probability).detach().to("cpu", torch.float64)
+    if ((p < 0) | (p > 1)).any():
+        raise InputError("solve_probability must lie in [0, 1].")
+    return -torch.expm1(num_generations * torch.log1p(-p))
+
+
+def quantile_calibration(difficulty: Array, gate: tuple[float, float]) -> tuple[float, float | None]:
+    """Centre and width of the learnability curve from the pool itself (ours, not the paper's).
+
+    mu is the median and sigma the interquartile range / 1.349 (the standard deviation, if these values were normal) of
+    the difficulties within the gate, so that a crowd of hopeless or solved samples does not move them.
+
+    Args:
+        difficulty: [N] float.
+        gate: (low, high), both inclusive.
+
+    Returns:
+        mu and sigma; sigma is None, the default of `learnability`, where the values within the gate do not spread.
+
+    Raises:
+        InputError: If no difficulty lies within the gate.
+    """
+    values = torch.as_tensor(difficulty).detach().to("cpu", torch.float64)
+    inside = values[(values >= gate[0]) & (values <= gate[1])]
+    if not len(inside):
+        raise InputError(f"calibrate='quantile' finds no difficulty within gate={list(gate)}; widen the gate.")
+    q25, q50, q75 = torch.quantile(inside, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+    sigma = (q75 - q25) / _IQR_OF_UNIT_NORMAL or float(inside.std(correction=0))
+    return q50, sigma or None
+
+
+def learnability(rewards: Array, *, mu: float = 0.5, sigma: float | None = None, normalize: bool = True) -> Tensor:
+    """Learnability of each sample: a Gaussian around the difficulty at which the policy learns most.
+
+    L_i = exp(-(r_i - mu)^2 / (2 sigma^2)), then min-max to [0, 1] (MiniRec, arXiv 2602.04278). Rewards that are all
+    equal separate nothing: without a given sigma L is 1 for each, and any constant L becomes 0.5 by min-max.
+
+    Args:
+        rewards: [N] float, a difficulty (mean reward) per sample, or [N, G], the rewards of each group.
+        mu: Difficulty of the highest learnability, in units of reward.
+        sigma: Width, in units of reward; None takes the population standard deviation of r.
+        normalize: Whether to scale to [0, 1] over the N samples.
+
+    Returns:
+        [N] float64.
+
+    Raises:
+        InputError: If rewards are NaN or infinite, have another shape, or sigma is not positive.
+
+    Example:
+        >>> learnability(torch.tensor([0.0, 0.5, 1.0])).tolist()
+        [0.0, 1.0, 0.0]
+    """
+    r = torch.as_tensor(rewards).detach().to("cpu", torch.float64)
+    if r.ndim not in (1, 2) or (r.ndim == 2 and r.shape[1] == 0):
+        raise InputError(f"rewards must have the shape [N] or [N, G], not {list(r.shape)}.")
+    finite = torch.isfinite(r) if r.ndim == 1 else torch.isfinite(r).all(dim=1)
+    if not finite.all():
+        raise InputError(f"rewards are NaN or infinite in row {int((~finite).nonzero()[0])}; mend the reward function.")
+    if sigma is not None and not sigma > 0:
+        raise InputError(f"sigma must be positive, not {sigma}.")
+    if r.ndim == 2:
+        r = r.mean(dim=1)
+    if not len(r):
+        return r
+    if sigma is None:
+        if r.max() - r.min() <= _FLAT * r.abs().max():
+            return min_max(torch.ones_like(r)) if normalize else torch.ones_like(r)
+        sigma = float(r.std(correction=0))
+    log_value = -((r - mu) ** 2) / (2 * sigma**2)
+    if not normalize:
+        return torch.exp(log_value)
+    return min_max(torch.exp(log_value - log_value.max()))  # the shift cancels, and keeps tiny L from underflow

@@ -1,0 +1,270 @@
+"""Selectors: from the signals of a pool to a ranked pick."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal, Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from minirec_pl.errors import InputError
+from minirec_pl.selection import ledger as reasons
+from minirec_pl.selection.diversity import maxmin_select
+from minirec_pl.selection.learnability import group_difficulty, learnability, quantile_calibration
+from minirec_pl.selection.ledger import SelectionLedger
+from minirec_pl.selection.representativeness import representativeness
+from minirec_pl.selection.signals import Signals
+
+
+class Selector(Protocol):
+    """What a selection session asks of a selector."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Signals it reads, out of "rewards", "gradient" and "embedding"."""
+
+    def select(self, signals: Signals, k: int, *, epoch: int = 0) -> SelectionLedger:
+        """Picks at most k samples; the ledger has a row for each sample of `signals`."""
+
+
+class MiniRecSelector:
+    """Learnable, representative and diverse samples (MiniRec, arXiv 2602.04278), as published or as written.
+
+    V(x | S) = d(x | S) (alpha L + R), greedily from argmax(alpha L + R). L and R are scaled over all samples with
+    signals, before the gate. A sample without a gradient counts as one whose gradient is zero.
+
+    mode="paper" is what the text says: first-order gradients with group advantages, and no pick whose difficulty is
+    outside the gate. mode="official" is what the authors' code does: Hessian-vector products and no gate.
+    difficulty="pass_at_group" is ours: instead of the mean reward r it uses q = 1 - (1 - p)^G, the probability that a
+    group of G rollouts holds a hit; p is the exact solve probability where known, else the share of rollouts that hit.
+    """
+
+    def __init__(
+        self,
+        mode: Literal["paper", "official"] = "paper",
+        difficulty: Literal["mean", "pass_at_group"] = "mean",
+        calibrate: Literal["quantile"] | None = None,
+        alpha: float = 1.0,
+        mu: float = 0.5,
+        sigma: float | None = None,
+        gate: tuple[float, float] = (0.05, 0.95),
+        on_short: Literal["shrink", "fill"] = "shrink",
+        gradient: Literal["first", "hvp"] | None = None,
+        num_generations: int = 16,
+    ) -> None:
+        """Sets the method.
+
+        Args:
+            mode: "paper" (gated, first-order gradients) or "official" (not gated, Hessian-vector products).
+            difficulty: "mean" (mean reward) or "pass_at_group" (probability that a group holds a hit).
+            calibrate: "quantile" takes mu and sigma from the difficulties within the gate, each time.
+            alpha: Weight of learnability beside representativeness, not negative.
+            mu: Difficulty of the highest learnability, in units of the difficulty.
+            sigma: Width of the learnability curve; None takes the standard deviation over the pool.
+            gate: Lowest and highest difficulty, both inclusive, that may be picked in mode "paper".
+            on_short: If fewer than k samples pass the gate: "shrink" picks fewer and warns, "fill" goes on outside it.
+            gradient: "first" or "hvp"; None is the mode's own.
+            num_generations: Rollouts in a training group, G, for "pass_at_group".
+
+        Raises:
+            InputError: If an option has a value that is not allowed.
+        """
+        _one_of("mode", mode, ("paper", "official"))
+        _one_of("difficulty", difficulty, ("mean", "pass_at_group"))
+        _one_of("calibrate", calibrate, ("quantile", None))
+        _one_of("on_short", on_short, ("shrink", "fill"))
+        _one_of("gradient", gradient, ("first", "hvp", None))
+        if not (0 <= alpha < float("inf")):
+            raise InputError(f"alpha must be a finite number, not negative, but is {alpha}.")
+        if len(gate) != 2 or not gate[0] < gate[1]:
+            raise InputError(f"gate must be [low, high] with low below high, not {list(gate)}.")
+        if calibrate is not None and sigma is not None:
+            raise InputError("calibrate='quantile' sets sigma from the pool; leave sigma out or leave calibrate out.")
+        if sigma is not None and not sigma > 0:
+            raise InputError(f"sigma must be positive, not {sigma}.")
+        if num_generations < 1:
+            raise InputError(f"num_generations must be at least 1, not {num_generations}.")
+        self.mode = mode
+        self.difficulty = difficulty
+        self.calibrate = calibrate
+        self.alpha = alpha
+        self.mu = mu
+        self.sigma = sigma
+        self.gate = (float(gate[0]), float(gate[1]))
+        self.on_short = on_short
+        self.gradient: Literal["first", "hvp"] = gradient or ("hvp" if mode == "official" else "first")
+        self.num_generations = num_generations
+        self.needs = frozenset({"rewards", "gradient", "embedding"})
+
+    def select(self, signals: Signals, k: int, *, epoch: int = 0) -> SelectionLedger:
+        """Picks at most k samples.
+
+        Args:
+            signals: Of the pool.
+            k: Number of samples to pick, 1..N.
+            epoch: Not used: the pick depends on the signals alone.
+
+        Returns:
+            The ledger, a row for each sample of `signals`.
+
+        Raises:
+            InputError: If k is not in 1..N, a needed signal is missing throughout, or no sample passes the gate.
+
+        Warns:
+            UserWarning: If fewer than k samples are picked.
+        """
+        _check_budget(k, len(signals))
+        signals = signals.take(signals.sample_id.argsort())
+        difficulty = self._difficulty(signals)
+        scored = ~difficulty.isnan()
+        if not scored.any():
+            raise InputError(
+                f"no sample of the pool has the rewards that difficulty='{self.difficulty}' needs; score the "
+                "pool first, with scoring_generations of at least 1."
+            )
+        if signals.embedding is None:
+            raise InputError("MiniRecSelector needs an embedding per sample; return `embedding` from sample_signals.")
+        if signals.gradient is None:
+            raise InputError("MiniRecSelector needs a gradient per sample; return `gradient` from sample_signals.")
+        if signals.embedding_known is not None:
+            scored &= signals.embedding_known
+        rows = scored.nonzero()[:, 0]
+        if not len(rows):
+            raise InputError("no sample of the pool has both rewards and an embedding; score the pool first.")
+
+        learn, represent = self._terms(signals, difficulty, rows)
+        score = self.alpha * learn + represent
+        low, high = self.gate if self.mode == "paper" else (-float("inf"), float("inf"))
+        passes = scored & (difficulty >= low) & (difficulty <= high)
+
+        table = _blank_table(signals)
+        table["difficulty"] = difficulty.numpy()
+        table.loc[rows.numpy(), "learnability"] = learn.numpy()
+        table.loc[rows.numpy(), "representativeness"] = represent.numpy()
+        table.loc[(scored & ~passes & (difficulty < low)).numpy(), "reason"] = reasons.TOO_HARD
+        table.loc[(scored & ~passes & (difficulty > high)).numpy(), "reason"] = reasons.TOO_EASY
+        table.loc[(~scored).numpy(), "reason"] = reasons.NEVER_SCORED
+
+        embedding = signals.embedding[rows]
+        n_pass = int(passes.sum())
+        if not n_pass and self.on_short == "shrink":
+            raise InputError(
+                f"none of {len(rows)} scored samples has a difficulty within gate={list(self.gate)}; "
+                "widen the gate, draw more rollouts, or set on_short='fill'."
+            )
+        inside = passes[rows].nonzero()[:, 0]
+        picked = torch.empty(0, dtype=torch.int64)
+        if n_pass:
+            first = maxmin_select(embedding[inside], score[inside], min(k, n_pass))
+            picked = inside[first.indices]
+            _enter(table, rows[picked], first.novelty, score[picked], reasons.SELECTED, start=1)
+        missing = k - len(picked)
+        if missing and self.on_short == "fill" and len(rows) > n_pass:
+            more = maxmin_select(embedding, score, min(missing, len(rows) - n_pass), initial=picked)
+            _enter(table, rows[more.indices], more.novelty, score[more.indices], reasons.FILLED, start=len(picked) + 1)
+            missing -= len(more.indices)
+        if missing:
+            gated = f", {n_pass} of these within gate={list(self.gate)}" if n_pass < len(rows) else ""
+            warnings.warn(
+                f"picked {k - missing} samples instead of {k}: of {len(signals)} samples {len(rows)} have the needed "
+                f"signals{gated}; score more samples, widen the gate, or set on_short='fill'.",
+                stacklevel=2,
+            )
+        return SelectionLedger(table)
+
+    def _difficulty(self, signals: Signals) -> Tensor:
+        if self.difficulty == "mean":
+            return signals.reward_mean
+        p = torch.full_like(signals.reward_mean, torch.nan) if signals.solve_share is None else signals.solve_share
+        if signals.solve_probability is not None:
+            p = signals.solve_probability.where(~signals.solve_probability.isnan(), p)
+        return group_difficulty(p, self.num_generations)
+
+    def _terms(self, signals: Signals, difficulty: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        assert signals.gradient is not None
+        mu, sigma = self.mu, self.sigma
+        if self.calibrate == "quantile":
+            mu, sigma = quantile_calibration(difficulty[rows], self.gate)
+        learn = learnability(difficulty[rows], mu=mu, sigma=sigma)
+        fresh = None if signals.gradient_fresh is None else signals.gradient_fresh[rows]
+        return learn, representativeness(signals.gradient[rows], fresh=fresh)
+
+
+class RandomSelector:
+    """Samples drawn uniformly, without replacement: the rival to beat.
+
+    Needs no signals; the ledger still shows the rewards that are known.
+    """
+
+    needs: frozenset[str] = frozenset()
+
+    def __init__(self, seed: int = 42, redraw: bool = False) -> None:
+        """Sets the draw.
+
+        Args:
+            seed: Seed of the draw.
+            redraw: Whether each epoch has a draw of its own; else all epochs have the same.
+        """
+        self.seed = seed
+        self.redraw = redraw
+
+    def select(self, signals: Signals, k: int, *, epoch: int = 0) -> SelectionLedger:
+        """Draws k samples; a smaller draw with the same seed and epoch is a prefix.
+
+        Args:
+            signals: Of the pool.
+            k: Number of samples, 1..N.
+            epoch: Changes the draw if `redraw`.
+
+        Returns:
+            The ledger, a row for each sample of `signals`.
+
+        Raises:
+            InputError: If k is not in 1..N.
+        """
+        _check_budget(k, len(signals))
+        signals = signals.take(signals.sample_id.argsort())
+        drawn = np.random.default_rng([self.seed, epoch if self.redraw else 0]).permutation(len(signals))[:k]
+        table = _blank_table(signals)
+        nothing = torch.full((k,), torch.nan, dtype=torch.float64)
+        _enter(table, torch.from_numpy(drawn), nothing, nothing, reasons.SELECTED, start=1)
+        return SelectionLedger(table)
+
+
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} must be one of {', '.join(str(option) for option in allowed)}, not {value!r}.")
+
+
+def _check_budget(k: int, n_samples: int) -> None:
+    if not 1 <= k <= n_samples:
+        raise InputError(f"the budget must lie in 1..{n_samples}, the size of the pool, not {k}.")
+
+
+def _blank_table(signals: Signals) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "sample_id": signals.sample_id.numpy(),
+            "rank": pd.array([pd.NA] * len(signals), dtype="Int64"),
+            "learnability": np.nan,
+            "representativeness": np.nan,
+            "novelty": np.nan,
+            "value": np.nan,
+            "reward_mean": signals.reward_mean.numpy(),
+            "reward_std": signals.reward_std.numpy(),
+            "n_rollouts": signals.n_rollouts.numpy(),
+            "difficulty": np.nan,
+            "reason": reasons.BELOW_BUDGET,
+        }
+    )
+
+
+def _enter(table: pd.DataFrame, rows: Tensor, novelty: Tensor, score: Tensor, reason: str, *, start: int) -> None:
+    places = rows.numpy()
+    table.loc[places, "rank"] = np.arange(start, start + len(places))
+    table.loc[places, "novelty"] = novelty.numpy()
+    table.loc[places, "value"] = (novelty * score).numpy()
+    table.loc[places, "reason"] = reason

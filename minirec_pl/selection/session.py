@@ -1,0 +1,225 @@
+"""The one home of a run's signals, ledger, plan and sampler, shared by the callbacks of one Trainer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
+
+import pandas as pd
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from minirec_pl.cost import Cost
+from minirec_pl.data.install import check_train_sampler, discard_train_loader, request_train_loader
+from minirec_pl.errors import InputError
+from minirec_pl.policy.rollout import evaluation_mode
+from minirec_pl.selection.ledger import SelectionLedger
+from minirec_pl.selection.signals import SampleSignals
+from minirec_pl.selection.store import SignalStore
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.utils.data import DataLoader
+
+    from minirec_pl.data.sampler import CurriculumSampler
+
+Phase = Literal["record", "rescore", "select", "order"]
+PHASES: tuple[Phase, ...] = ("record", "rescore", "select", "order")
+CHECKPOINT_KEY = "minirec_pl.SelectionSession"
+
+_sessions: WeakKeyDictionary[Any, SelectionSession] = WeakKeyDictionary()
+
+
+def session_of(trainer: Trainer) -> SelectionSession:
+    """The session of a Trainer; made at the first call, shared by all callbacks."""
+    if trainer not in _sessions:
+        _sessions[trainer] = SelectionSession()
+    return _sessions[trainer]
+
+
+class SelectionSession:
+    """State of the selection in one run.
+
+    Callbacks register a function for a phase. Before the first epoch and after every epoch the session runs the phases in
+    the order record, rescore, select, order, whatever the order of the callbacks, then gives the plan to the sampler.
+
+    Attributes:
+        store: what is known of every sample of the pool.
+        ledger: the last selection, or None before the first.
+        selected: sample_ids to train on in the coming epoch, best first; None for the whole pool.
+        plan: the order of sample_ids of the coming epoch; None for the sampler's own shuffle.
+        plan_epoch: the epoch that `plan` is for; -1 before the first.
+        fold_starts: positions in the plan at which a fold starts; empty without folds.
+        gradient: the kind of gradient signal that scoring asks for.
+        scored: True once the whole pool has been scored.
+    """
+
+    store: SignalStore
+    sampler: CurriculumSampler
+    loader: DataLoader[Any]
+
+    def __init__(self) -> None:
+        self.ledger: SelectionLedger | None = None
+        self.selected: list[int] | None = None
+        self.plan: list[int] | None = None
+        self.plan_epoch = -1
+        self.fold_starts: list[int] = []
+        self.gradient: str = "first"
+        self.scored = False
+        self.cost = Cost()
+        self._steps: dict[Phase, Callable[[SelectionSession, Trainer, LightningModule, int], None]] = {}
+        self._restored: Mapping[str, Any] | None = None
+        self._prepared = False
+
+    def register(
+        self, phase: Phase, step: Callable[[SelectionSession, Trainer, LightningModule, int], None], trainer: Trainer
+    ) -> None:
+        """Takes a callback's function for one phase, called as step(session, trainer, module, epoch).
+
+        Raises:
+            InputError: if another callback has the phase already, or the run has several processes.
+        """
+        if trainer.world_size > 1:
+            raise InputError(
+                f"selection runs in one process and this Trainer has {trainer.world_size}: set `trainer.devices: 1` "
+                "and `trainer.num_nodes: 1`"
+            )
+        if phase in self._steps and self._steps[phase] != step:
+            raise InputError(
+                f"two callbacks of one Trainer are responsible for the phase '{phase}': use either MiniRec or the single "
+                "callbacks, and each of those once"
+            )
+        self._steps[phase] = step
+        self._prepared = False
+        trainer.reload_dataloaders_every_n_epochs = 1
+
+    def prepare(self, trainer: Trainer, module: LightningModule) -> None:
+        """Called in `on_fit_start`: finds loader and sampler, takes up a checkpoint, plans the first epoch if needed."""
+        if self._prepared:
+            return
+        self._prepared = True
+        self.cost = getattr(module, "cost", self.cost)
+        self.loader, self.sampler = request_train_loader(trainer)
+        self.store = SignalStore(self.sampler.sample_ids)
+        epoch = 0
+        if self._restored is not None:
+            epoch = self._take_up(self._restored)
+            self._restored = None
+        if self.plan_epoch != epoch:
+            self._run(trainer, module, epoch)
+        else:
+            self.sampler.set_plan(self.plan)
+        discard_train_loader(trainer)
+
+    def advance(self, trainer: Trainer, module: LightningModule) -> None:
+        """Called in `on_train_epoch_end`: plans the next epoch, once, if there is one."""
+        epoch = trainer.current_epoch + 1
+        last = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch
+        if self.plan_epoch != epoch and not last and not trainer.should_stop:
+            self._run(trainer, module, epoch)
+
+    def check(self, trainer: Trainer) -> None:
+        """Called in `on_train_epoch_start`: the Trainer must draw from the session's sampler."""
+        check_train_sampler(trainer, self.sampler)
+
+    def _run(self, trainer: Trainer, module: LightningModule, epoch: int) -> None:
+        self.plan = None
+        self.fold_starts = []
+        for phase in PHASES:
+            if phase in self._steps:
+                self._steps[phase](self, trainer, module, epoch)
+        if self.plan is None and self.selected is not None:
+            self.plan = sorted(self.selected)
+            random.Random(f"{self.sampler.seed}-{epoch}").shuffle(self.plan)
+        self.plan_epoch = epoch
+        self.sampler.set_plan(self.plan)
+
+    def score(self, trainer: Trainer, module: LightningModule, sample_ids: Sequence[int], epoch: int) -> None:
+        """Measures rewards, gradient signals and embeddings of samples in one pass and stores them.
+
+        Neither the module's mode nor any random number generator of the run is disturbed.
+
+        Raises:
+            InputError: if the module has no `sample_signals(batch)`.
+        """
+        if not callable(getattr(module, "sample_signals", None)):
+            raise InputError(
+                f"{type(module).__name__} cannot be scored: define `sample_signals(batch) -> SampleSignals` on it, or train "
+                "on a fixed choice with SelectSamples(ledger=...)"
+            )
+        options = {} if self.gradient == "first" else {"gradient": self.gradient}
+        loader: DataLoader[Any] = torch.utils.data.DataLoader(
+            self.loader.dataset,
+            batch_size=max(256, self.loader.batch_size or 1),
+            sampler=sorted(sample_ids),  # type: ignore[arg-type]
+            collate_fn=self.loader.collate_fn,
+        )
+        with self.cost.timed("scoring"), isolate_rng(), evaluation_mode(module):
+            for batch in _progress(loader, f"Scoring {len(sample_ids):,} samples", trainer):
+                batch = trainer.strategy.batch_to_device(batch)
+                with trainer.precision_plugin.forward_context():
+                    signals: SampleSignals = module.sample_signals(batch, **options)  # type: ignore[operator]
+                self.store.update(signals, epoch=epoch, step=trainer.global_step, source="score")
+
+    def easiness(self, sample_ids: Sequence[int]) -> torch.Tensor:
+        """Mean reward of samples, float64 [n]; the exact solve probability where no rollout was drawn; NaN if unknown."""
+        view = self.store.read(sample_ids)
+        if view.solve_probability is None:
+            return view.reward_mean
+        return torch.where(view.n_rollouts > 0, view.reward_mean, view.solve_probability)
+
+    def log(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+        """Sends figures to every logger at the present step."""
+        for logger in trainer.loggers:
+            logger.log_metrics(dict(values), step=trainer.global_step)
+
+    def folder(self, trainer: Trainer) -> Path:
+        """Run folder: where the first logger writes, else `default_root_dir`."""
+        return Path(trainer.log_dir or trainer.default_root_dir)
+
+    def state_dict(self, epoch_finished: bool, epoch: int) -> dict[str, Any]:
+        """Tensors and primitives for a checkpoint.
+
+        Args:
+            epoch_finished: whether the last batch of `epoch` has been trained on.
+            epoch: the running epoch.
+        """
+        return {
+            "store": self.store.state_dict(),
+            "ledger": None if self.ledger is None else _plain(self.ledger),
+            "selected": self.selected,
+            "plan": self.plan,
+            "plan_epoch": self.plan_epoch,
+            "fold_starts": self.fold_starts,
+            "scored": self.scored,
+            "next_epoch": epoch + int(epoch_finished),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Keeps a checkpoint's state until `prepare`, when the pool is known."""
+        self._restored = state
+
+    def _take_up(self, state: Mapping[str, Any]) -> int:
+        self.store.load_state_dict(state["store"])
+        self.ledger = None if state["ledger"] is None else SelectionLedger(pd.DataFrame(state["ledger"]))
+        for name in ("selected", "plan", "plan_epoch", "fold_starts", "scored"):
+            setattr(self, name, state[name])
+        return int(state["next_epoch"])
+
+
+def _plain(ledger: SelectionLedger) -> dict[str, list[Any]]:
+    table = ledger.table
+    return table.astype(object).where(table.notna(), None).to_dict("list")
+
+
+def _progress(loader: DataLoader[Any], description: str, trainer: Trainer) -> Any:
+    from rich.console import Console
+    from rich.progress import track
+
+    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    return track(loader, description, total=len(loader), console=Console(stderr=True), disable=not shown)
+
+

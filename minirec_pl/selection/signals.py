@@ -1,0 +1,221 @@
+"""What is known of samples: `SampleSignals` of one batch, `Signals` of a whole pool."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from minirec_pl.errors import InputError
+
+Array: TypeAlias = Tensor | npt.NDArray[Any]
+_PROBABILITY_SLACK = 1e-5  # a float32 softmax can exceed 1 by rounding
+
+
+def name_ids(sample_ids: Tensor, limit: int = 5) -> str:
+    """Ids for an error message: at most `limit` of them, then how many more."""
+    shown = ", ".join(str(i) for i in sample_ids[:limit].tolist())
+    return shown if len(sample_ids) <= limit else f"{shown} and {len(sample_ids) - limit} more"
+
+
+def repeated_ids(sample_ids: Tensor) -> Tensor:
+    """The ids that occur more than once, each occurrence after the first, ascending."""
+    ordered = sample_ids.sort().values
+    return ordered[1:][ordered[1:] == ordered[:-1]]
+
+
+def as_ids(sample_id: Array | Sequence[int]) -> Tensor:
+    """Sample ids as an int64 CPU tensor.
+
+    Args:
+        sample_id: [n], integers.
+
+    Returns:
+        [n] int64.
+
+    Raises:
+        InputError: If they are not a flat list of integers.
+    """
+    ids = sample_id.detach() if isinstance(sample_id, Tensor) else torch.as_tensor(np.asarray(sample_id))
+    if ids.ndim != 1:
+        raise InputError(f"sample_id must be a flat list of integers, but has shape {tuple(ids.shape)}.")
+    if ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool):
+        raise InputError(f"sample_id must hold integers, but holds {ids.dtype}; convert the ids to int64.")
+    return ids.to("cpu", torch.int64)
+
+
+def _checked(value: Array, name: str, ids: Tensor, ndim: int) -> Tensor:
+    tensor = torch.as_tensor(value).detach()
+    if tensor.ndim != ndim or len(tensor) != len(ids):
+        wanted = f"[{len(ids)}]" if ndim == 1 else f"[{len(ids)}, n]"
+        raise InputError(f"{name} must have the shape {wanted}, a row per sample_id, not {list(tensor.shape)}.")
+    return tensor
+
+
+def _refuse_non_finite(tensor: Tensor, name: str, ids: Tensor, known: Tensor | None = None) -> None:
+    bad = ~torch.isfinite(tensor).reshape(len(ids), -1).all(dim=1).cpu()
+    if known is not None:
+        bad &= known
+    if bad.any():
+        raise InputError(
+            f"{name} is NaN or infinite for sample_id {name_ids(ids[bad])}; mend the reward or the policy that made it."
+        )
+
+
+def _as_probability(tensor: Tensor, name: str, ids: Tensor) -> Tensor:
+    bad = ((tensor < -_PROBABILITY_SLACK) | (tensor > 1 + _PROBABILITY_SLACK)).cpu()
+    if bad.any():
+        raise InputError(f"{name} must lie in [0, 1], but does not for sample_id {name_ids(ids[bad])}.")
+    return tensor.double().clamp(0.0, 1.0)
+
+
+@dataclass
+class SampleSignals:
+    """The signals of one batch of samples, as a module's `sample_signals(batch)` returns them.
+
+    A field that was not measured is None. NumPy arrays are taken as well and become tensors.
+
+    Attributes:
+        sample_id: [B] int64.
+        rewards: [B, G] float, the rewards of a group of G rollouts.
+        gradient: [B, D] float, the gradient signal u.
+        embedding: [B, E] float, the embedding e.
+        solve_probability: [B] float in [0, 1], the exact probability that one rollout hits the target.
+
+    Raises:
+        InputError: If a shape does not fit or a value is NaN or infinite; the message names the sample_ids.
+    """
+
+    sample_id: Tensor
+    rewards: Tensor | None = None
+    gradient: Tensor | None = None
+    embedding: Tensor | None = None
+    solve_probability: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.sample_id = as_ids(self.sample_id)
+        for name in ("rewards", "gradient", "embedding"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            tensor = _checked(value, name, self.sample_id, ndim=2)
+            if tensor.shape[1] == 0:
+                raise InputError(f"{name} has no columns; pass None for a signal that was not measured.")
+            _refuse_non_finite(tensor, name, self.sample_id)
+            setattr(self, name, tensor)
+        if self.solve_probability is not None:
+            solve = _checked(self.solve_probability, "solve_probability", self.sample_id, ndim=1)
+            _refuse_non_finite(solve, "solve_probability", self.sample_id)
+            self.solve_probability = _as_probability(solve, "solve_probability", self.sample_id)
+
+    def __len__(self) -> int:
+        return len(self.sample_id)
+
+    @classmethod
+    def cat(cls, parts: Sequence[SampleSignals]) -> SampleSignals:
+        """Joins batches, in order.
+
+        Args:
+            parts: At least one; all must have measured the same signals with the same number of columns.
+
+        Returns:
+            One `SampleSignals` with all rows.
+
+        Raises:
+            InputError: If there are no parts or they do not fit together.
+        """
+        if not parts:
+            raise InputError("no signals to join: the list of batches is empty.")
+        joined: dict[str, Tensor | None] = {}
+        for field in fields(cls):
+            values = [getattr(part, field.name) for part in parts]
+            tensors = [value for value in values if value is not None]
+            if tensors and len(tensors) != len(values):
+                raise InputError(f"some batches have {field.name} and some have not; return it for all or for none.")
+            if len({tensor.shape[1:] for tensor in tensors}) > 1:
+                widths = sorted({tensor.shape[1] for tensor in tensors})
+                raise InputError(f"{field.name} has {widths} columns in different batches; it must have one width.")
+            joined[field.name] = torch.cat(tensors) if tensors else None
+        sample_id = joined.pop("sample_id")
+        assert sample_id is not None
+        return cls(sample_id=sample_id, **joined)
+
+
+@dataclass
+class Signals:
+    """All that is known of a pool, a row per sample: what a selector reads.
+
+    Usually made by `SignalStore.pool_view`. NumPy arrays are taken as well and become CPU tensors.
+
+    Attributes:
+        sample_id: [N] int64, each once, in any order.
+        reward_mean: [N] float64, NaN where no rollout was drawn yet.
+        reward_std: [N] float64, population standard deviation within the group, NaN likewise.
+        n_rollouts: [N] int64, rollouts behind the mean, 0 where none.
+        solve_probability: [N] float64 in [0, 1], exact, NaN where not known; None if never measured.
+        solve_share: [N] float64 in [0, 1], share of rollouts that solved the sample, NaN where none was drawn.
+        gradient: [N, D] float, a row of zeros where not measured; None if never measured.
+        gradient_fresh: [N] bool, rows that may form the mean gradient; None means all.
+        embedding: [N, E] float; None if never measured.
+        embedding_known: [N] bool, rows whose embedding was measured; None means all.
+
+    Raises:
+        InputError: If a shape does not fit, an id repeats, or a measured value is NaN or infinite.
+    """
+
+    sample_id: Tensor
+    reward_mean: Tensor
+    reward_std: Tensor
+    n_rollouts: Tensor
+    solve_probability: Tensor | None = None
+    solve_share: Tensor | None = None
+    gradient: Tensor | None = None
+    gradient_fresh: Tensor | None = None
+    embedding: Tensor | None = None
+    embedding_known: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.sample_id = ids = as_ids(self.sample_id)
+        if len(repeated := repeated_ids(ids)):
+            raise InputError(f"sample_id {name_ids(repeated)} occurs more than once; keep one row each.")
+        for name in ("reward_mean", "reward_std", "solve_probability", "solve_share"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            tensor = _checked(value, name, ids, ndim=1).to("cpu", torch.float64)
+            _refuse_non_finite(tensor, name, ids, known=~tensor.isnan())
+            setattr(self, name, _as_probability(tensor, name, ids) if name.startswith("solve") else tensor)
+        self.n_rollouts = _checked(self.n_rollouts, "n_rollouts", ids, ndim=1).to("cpu", torch.int64)
+        for name in ("gradient_fresh", "embedding_known"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, _checked(value, name, ids, ndim=1).to("cpu", torch.bool))
+        for name, known in (("gradient", None), ("embedding", self.embedding_known)):
+            value = getattr(self, name)
+            if value is not None:
+                tensor = _checked(value, name, ids, ndim=2)
+                _refuse_non_finite(tensor, name, ids, known)
+                setattr(self, name, tensor)
+
+    def __len__(self) -> int:
+        return len(self.sample_id)
+
+    def take(self, rows: Tensor) -> Signals:
+        """The rows at these positions, in this order.
+
+        Args:
+            rows: [n] int64 positions in 0..N-1, or [N] bool.
+
+        Returns:
+            A new `Signals` of n rows.
+        """
+        taken: dict[str, Any] = {}
+        for field in fields(self):
+            value: Tensor | None = getattr(self, field.name)
+            taken[field.name] = None if value is None else value[rows]
+        return Signals(**taken)

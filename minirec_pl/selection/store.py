@@ -1,0 +1,335 @@
+"""The signal store: what is known of every sample of the pool, and when it was measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minirec_pl.errors import InputError
+from minirec_pl.selection.files import load_tensors, save_tensors
+from minirec_pl.selection.signals import Array, SampleSignals, Signals, as_ids, name_ids, repeated_ids
+
+_SCALARS = {"reward_mean": torch.nan, "reward_std": torch.nan, "solve_share": torch.nan, "solve_probability": torch.nan}
+_COUNTS = {"n_rollouts": 0} | {
+    f"{signal}_{clock}": -1
+    for signal in ("reward", "solve_probability", "gradient", "embedding")
+    for clock in ("epoch", "step")
+}
+_MATRICES = ("rewards", "gradient", "embedding")
+
+
+class SignalStore:
+    """Signals by sample_id, each with its own age.
+
+    A re-score replaces what was known. A reward met in training replaces it when its group is as large as the last one
+    and else moves mean, standard deviation and solve share by `reward_decay`. Gradients, embeddings and exact solve
+    probabilities are always replaced. Everything is kept on the CPU: means in float64, vectors in float32.
+
+    Attributes:
+        sample_ids: [N] int64, ascending.
+        solve_threshold: A rollout with a reward above it has solved the sample.
+        fingerprints: What the signals were measured with (model, data, seed), written into the file.
+    """
+
+    def __init__(
+        self,
+        sample_ids: Array | Sequence[int],
+        *,
+        solve_threshold: float = 0.5,
+        seed: int = 42,
+        fingerprints: Mapping[str, str] | None = None,
+    ) -> None:
+        """Makes an empty store.
+
+        Args:
+            sample_ids: [N] distinct, the pool.
+            solve_threshold: In units of reward.
+            seed: Decides the order in which equally stale samples are re-scored.
+            fingerprints: Name to text, for instance {"data": "...", "policy": "..."}.
+
+        Raises:
+            InputError: If the pool is empty or an id repeats.
+        """
+        self.sample_ids = as_ids(sample_ids).sort().values
+        if not len(self.sample_ids):
+            raise InputError("the pool is empty: there is no sample to select from.")
+        if len(repeated := repeated_ids(self.sample_ids)):
+            raise InputError(f"sample_id {name_ids(repeated)} occurs more than once in the pool.")
+        self.solve_threshold = solve_threshold
+        self.fingerprints = dict(fingerprints or {})
+        self._seed = seed
+        n = len(self.sample_ids)
+        self._data = {name: torch.full((n,), empty, dtype=torch.float64) for name, empty in _SCALARS.items()}
+        self._data |= {name: torch.full((n,), empty, dtype=torch.int64) for name, empty in _COUNTS.items()}
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def update(
+        self,
+        signals: SampleSignals,
+        *,
+        epoch: int,
+        step: int,
+        source: Literal["score", "train"],
+        reward_decay: float = 0.5,
+    ) -> None:
+        """Takes in new measurements; nothing changes if they do not fit.
+
+        Args:
+            signals: Of any samples of the pool; of a sample that appears twice the later row counts.
+            epoch: Epoch of the measurement.
+            step: Optimizer step of the measurement.
+            source: "score" replaces; "train" moves a reward whose group size differs from the last one.
+            reward_decay: Share in [0, 1] of the old mean that such a move keeps.
+
+        Raises:
+            InputError: If a sample is not in the pool or a vector has another width than before.
+        """
+        if not 0 <= reward_decay <= 1:
+            raise InputError(f"reward_decay must lie in [0, 1], not {reward_decay}.")
+        rows = self._rows(signals.sample_id)
+        for name in ("gradient", "embedding"):
+            new, old = getattr(signals, name), self._data.get(name)
+            if new is not None and old is not None and new.shape[1] != old.shape[1]:
+                raise InputError(f"{name} had {old.shape[1]} columns, now {new.shape[1]}; keep one signal in a run.")
+
+        last = {row: place for place, row in enumerate(rows.tolist())}
+        places = torch.tensor(list(last.values()), dtype=torch.int64)
+        rows = rows[places]
+        measured: list[str] = []
+        if signals.rewards is not None:
+            self._take_rewards(rows, signals.rewards.cpu()[places], 0.0 if source == "score" else reward_decay)
+            measured.append("reward")
+        if signals.solve_probability is not None:
+            self._data["solve_probability"][rows] = signals.solve_probability.cpu().double()[places]
+            measured.append("solve_probability")
+        for name in ("gradient", "embedding"):
+            new = getattr(signals, name)
+            if new is None:
+                continue
+            self._data.setdefault(name, torch.zeros(len(self), new.shape[1]))[rows] = new.cpu().float()[places]
+            measured.append(name)
+        for name in measured:
+            self._data[f"{name}_epoch"][rows] = epoch
+            self._data[f"{name}_step"][rows] = step
+
+    def _take_rewards(self, rows: Tensor, group: Tensor, decay: float) -> None:
+        size = group.shape[1]
+        exact = group.double()
+        flat = exact.amax(dim=1) == exact.amin(dim=1)
+        new_mean = exact.mean(dim=1).where(~flat, exact[:, 0])  # so that a flat group has no rounding in it
+        new_std = exact.std(dim=1, correction=0).where(~flat, torch.zeros(()).double())
+        new_share = (exact > self.solve_threshold).double().mean(dim=1)
+
+        mean, std, share, count = (self._data[k] for k in ("reward_mean", "reward_std", "solve_share", "n_rollouts"))
+        keep = torch.full((len(rows),), decay, dtype=torch.float64)
+        keep[(count[rows] == size) | (count[rows] == 0)] = 0.0
+        old_mean, old_std, old_share = (old[rows].nan_to_num() for old in (mean, std, share))
+        moved = keep * old_mean + (1 - keep) * new_mean
+        spread = keep * (old_std**2 + (old_mean - moved) ** 2) + (1 - keep) * (new_std**2 + (new_mean - moved) ** 2)
+        mean[rows] = moved
+        std[rows] = spread.sqrt().where(keep > 0, new_std)
+        share[rows] = keep * old_share + (1 - keep) * new_share
+        count[rows] = size
+
+        kept = self._data.get("rewards", torch.empty(len(self), 0))
+        if kept.shape[1] < size:
+            kept = torch.cat([kept, torch.full((len(self), size - kept.shape[1]), torch.nan)], dim=1)
+        kept[rows] = torch.nan
+        kept[rows, :size] = group.float()
+        self._data["rewards"] = kept
+
+    def stalest(self, n: int, *, needs: Collection[str] = ("rewards", "gradient")) -> list[int]:
+        """The samples that most need a re-score: never measured first, then the oldest measurement.
+
+        A sample is as old as the oldest of the signals in `needs`. A signal of which the store holds nothing at all
+        does not count, an exact solve probability counts as rewards. Ties fall in a fixed seeded order.
+
+        Args:
+            n: Number of samples; all of them if the pool is smaller.
+            needs: Signals out of "rewards", "gradient", "embedding", for instance a selector's `needs`.
+
+        Returns:
+            [min(n, N)] sample_ids, stalest first.
+        """
+        clocks = {
+            "rewards": torch.maximum(self._data["reward_epoch"], self._data["solve_probability_epoch"]),
+            "gradient": self._data["gradient_epoch"],
+            "embedding": self._data["embedding_epoch"],
+        }
+        held = [clocks[name] for name in clocks if name in needs and (clocks[name] >= 0).any()]
+        age = torch.stack(held).amin(dim=0).numpy() if held else np.zeros(len(self))
+        tie_break = np.random.default_rng(self._seed).permutation(len(self))
+        order = np.lexsort((tie_break, age))
+        return [int(i) for i in self.sample_ids[torch.from_numpy(order[: max(n, 0)])]]
+
+    def last_group(self, sample_ids: Array | Sequence[int]) -> Tensor:
+        """Rewards of the last group of each sample.
+
+        Args:
+            sample_ids: [n], in the pool.
+
+        Returns:
+            [n, G] float32, NaN where a group was smaller than the largest or never drawn.
+        """
+        return self._data.get("rewards", torch.empty(len(self), 0))[self._rows(as_ids(sample_ids))]
+
+    def clock(self, name: str) -> Tensor:
+        """When a signal was measured.
+
+        Args:
+            name: "reward", "solve_probability", "gradient" or "embedding", then "_epoch" or "_step".
+
+        Returns:
+            [N] int64 in the order of `sample_ids`, -1 for never.
+        """
+        return self._data[name].clone()
+
+    def read(self, sample_ids: Array | Sequence[int]) -> Signals:
+        """What is known of some samples; every gradient counts as fresh.
+
+        Args:
+            sample_ids: [n], in the pool.
+
+        Returns:
+            A `Signals` of n rows in this order, on copies.
+
+        Raises:
+            InputError: If a sample is not in the pool.
+        """
+        return self._signals(self._data["gradient_epoch"] >= 0).take(self._rows(as_ids(sample_ids)))
+
+    def pool_view(self, epoch: int, max_age: int = 1) -> Signals:
+        """What is known of the whole pool, ascending by sample_id, for a selector to read.
+
+        Args:
+            epoch: The present epoch.
+            max_age: Gradients measured at most this many epochs ago form the mean gradient; if there is none, those of
+                the newest epoch do.
+
+        Returns:
+            A `Signals` of N rows. It shares memory with the store: read it before the next update.
+        """
+        measured = self._data["gradient_epoch"]
+        oldest = min(epoch - max_age, int(measured.max()))
+        return self._signals(measured >= max(oldest, 0))
+
+    def _signals(self, fresh: Tensor) -> Signals:
+        data, solve = self._data, self._data["solve_probability"]
+        return Signals(
+            sample_id=self.sample_ids,
+            reward_mean=data["reward_mean"],
+            reward_std=data["reward_std"],
+            n_rollouts=data["n_rollouts"],
+            solve_probability=None if solve.isnan().all() else solve,
+            solve_share=data["solve_share"],
+            gradient=data.get("gradient"),
+            gradient_fresh=fresh if "gradient" in data else None,
+            embedding=data.get("embedding"),
+            embedding_known=data["embedding_epoch"] >= 0 if "embedding" in data else None,
+        )
+
+    def _rows(self, sample_ids: Tensor) -> Tensor:
+        rows = torch.searchsorted(self.sample_ids, sample_ids).clamp_max(len(self) - 1)
+        strange = self.sample_ids[rows] != sample_ids
+        if strange.any():
+            raise InputError(
+                f"sample_id {name_ids(sample_ids[strange])} is not in the pool of {len(self)} samples; "
+                "score and train on the samples the store was made for."
+            )
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of all arrays, and the settings as primitives."""
+        arrays = {name: value.clone() for name, value in self._data.items()}
+        return {**arrays, "sample_ids": self.sample_ids.clone(), **self._settings()}
+
+    def load_state_dict(self, state: Mapping[str, Any], *, source: str = "the saved signals") -> None:
+        """Takes over the content of `state_dict()`; nothing changes if it does not fit.
+
+        Args:
+            state: As returned by `state_dict`.
+            source: How error messages call it.
+
+        Raises:
+            InputError: If it is of another pool, or an array is missing or has another shape or type than a store's.
+        """
+        try:
+            if not torch.equal(as_ids(state["sample_ids"]), self.sample_ids):
+                raise InputError(f"{source} belong to another pool of samples; use the data and split they are from.")
+            empty = {name: value for name, value in self._data.items() if name not in _MATRICES}
+            loaded = {name: state[name].clone() for name in empty}
+            for name, value in loaded.items():
+                if value.shape != empty[name].shape or value.dtype != empty[name].dtype:
+                    raise InputError(f"{source} are damaged: {name} has a wrong shape or type; score again.")
+            for name in [name for name in _MATRICES if name in state]:
+                value = loaded[name] = state[name].clone()
+                if value.ndim != 2 or len(value) != len(self) or value.dtype != torch.float32:
+                    raise InputError(f"{source} are damaged: {name} has a wrong shape or type; score again.")
+            settings = [state[name] for name in ("solve_threshold", "seed", "fingerprints")]
+        except KeyError as error:
+            raise InputError(f"{source} are damaged or no signal store: {error} is missing; score again.") from error
+        self._data = loaded
+        self.solve_threshold, self._seed, self.fingerprints = float(settings[0]), int(settings[1]), dict(settings[2])
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "solve_threshold": self.solve_threshold,
+            "seed": self._seed,
+            "fingerprints": dict(self.fingerprints),
+        }
+
+    def digest(self) -> str:
+        """SHA-256 of the content, 64 hexadecimal characters; equal stores have equal digests."""
+        sha = hashlib.sha256(json.dumps(self._settings(), sort_keys=True).encode())
+        for name, value in sorted({**self._data, "sample_ids": self.sample_ids}.items()):
+            sha.update(f"{name} {tuple(value.shape)}".encode())
+            sha.update(value.contiguous().numpy().tobytes())
+        return sha.hexdigest()
+
+    def save(self, path: Path | str) -> Path:
+        """Writes all of it as safetensors, whole or not at all; the settings are JSON in the file's metadata.
+
+        Args:
+            path: A `.safetensors` file.
+
+        Returns:
+            The path.
+
+        Raises:
+            InputError: If it cannot be written.
+        """
+        return save_tensors(Path(path), {**self._data, "sample_ids": self.sample_ids}, self._settings())
+
+    @classmethod
+    def load(cls, path: Path | str, *, fingerprints: Mapping[str, str] | None = None) -> SignalStore:
+        """Reads what `save` wrote.
+
+        Args:
+            path: A `.safetensors` file.
+            fingerprints: Those the file must have; a name it does not have, or has with another value, is refused.
+
+        Returns:
+            The store.
+
+        Raises:
+            InputError: If the file is missing, damaged, no signal store, or of another model, data or seed.
+        """
+        tensors, settings = load_tensors(Path(path))
+        if "sample_ids" not in tensors:
+            raise InputError(f"the signals in {path} are no signal store: 'sample_ids' is missing; score again.")
+        store = cls(tensors["sample_ids"])
+        store.load_state_dict({**tensors, **settings}, source=f"the signals in {path}")
+        for name, wanted in (fingerprints or {}).items():
+            found = store.fingerprints.get(name)
+            if found != wanted:
+                raise InputError(f"{path} was measured with another {name} ({found}, not {wanted}); score again.")
+        return store

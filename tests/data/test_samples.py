@@ -1,0 +1,129 @@
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_data import known_before, random_rows
+
+from minirec_pl.data.samples import Catalogue, SampleTable, split_by_time
+from minirec_pl.errors import InputError
+
+ROWS = st.lists(
+    st.tuples(st.sampled_from("abc"), st.integers(0, 5).map(str), st.integers(0, 8)), min_size=1, max_size=40
+)
+
+
+def table_of(rows, item_ids=None):
+    users, items, times = zip(*rows, strict=True)
+    catalogue = Catalogue(item_ids or sorted(set(items)))
+    frame = pd.DataFrame({"user_id": list(users), "item_id": list(items), "timestamp": [float(time) for time in times]})
+    return SampleTable.from_interactions(frame, catalogue), catalogue
+
+
+@settings(max_examples=80, deadline=None)
+@given(ROWS, st.integers(1, 4))
+def test_every_answer_equals_the_plain_loop(rows, window):
+    table, catalogue = table_of(rows)
+    truth = known_before(rows)
+    assert len(table) == len(truth)
+    for sample_id, (user, item, time, before) in enumerate(truth):
+        earlier = [catalogue.index_of(other) for other in before]
+        assert table.user_ids[table.user[sample_id]] == user
+        assert catalogue.item_ids[table.item[sample_id]] == item
+        assert table.timestamp[sample_id] == time
+        assert table.history(sample_id).tolist() == earlier
+        assert table.history(sample_id, window).tolist() == earlier[-window:]
+        assert table.seen(sample_id).tolist() == list(dict.fromkeys(earlier))
+        assert table.n_earlier[sample_id] == len(earlier)
+        assert table.repeated[sample_id] == (item in before)
+        assert table.eligible[sample_id] == (bool(before) and item not in before)
+
+
+@settings(max_examples=80, deadline=None)
+@given(ROWS, st.floats(0.05, 0.9), st.floats(0, 1))
+def test_a_cut_moves_forward_to_the_next_timestamp(rows, train, warm):
+    ratios = (train, (1 - train) / 2, (1 - train) / 2)
+    table, _ = table_of(rows)
+    split = split_by_time(table, ratios, warm_fraction=warm)
+    assert 0 <= split.warm_end <= split.train_end <= split.val_end <= split.end == len(rows)
+    times = sorted(time for _, _, time in rows)
+    for cut in split[:3]:
+        assert cut in (0, len(times)) or times[cut - 1] < times[cut]
+    nominal = round(len(times) * train)
+    assert split.train_end >= nominal
+    assert len({times[row] for row in range(max(nominal - 1, 0), split.train_end)}) <= 1
+    assert (
+        abs(split.warm_end - split.train_end * warm) <= 0.5
+        or times[split.warm_end - 1] == times[max(round(split.train_end * warm) - 1, 0)]
+    )
+
+
+def test_cuts_without_ties_are_where_the_shares_say():
+    table, _ = table_of([("u", "1", time) for time in range(1000)])
+    assert split_by_time(table, (0.8, 0.1, 0.1), warm_fraction=0.875) == (700, 800, 900, 1000)
+    assert split_by_time(table, (0.7, 0.1, 0.2)) == (0, 700, 800, 1000)
+
+
+def test_ties_keep_the_order_of_the_source():
+    table, catalogue = table_of([("u", "c", 5), ("v", "a", 5), ("u", "b", 5), ("u", "d", 4)])
+    assert [catalogue.item_ids[item] for item in table.item] == ["d", "c", "a", "b"]
+
+
+@pytest.mark.parametrize("ratios", [(0.8, 0.2), (0.8, 0.1, 0.2), (1.0, 0.0, 0.0), (0.9, 0.2, -0.1)])
+def test_bad_ratios(ratios):
+    table, _ = table_of([("u", "1", 1)])
+    with pytest.raises(InputError, match=r"^split=.*three shares.*add up to 1\.$"):
+        split_by_time(table, ratios)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
+def test_bad_warm_fraction(fraction):
+    table, _ = table_of([("u", "1", 1)])
+    with pytest.raises(InputError, match=r"^warm_fraction=.*0 to 1"):
+        split_by_time(table, warm_fraction=fraction)
+
+
+def test_item_outside_the_catalogue_is_named_with_file_line_and_id():
+    frame = pd.DataFrame({"user_id": ["u", "u"], "item_id": ["1", "9"], "timestamp": [1.0, 2.0]})
+    with pytest.raises(InputError, match=r"^here\.inter, line 3: the item '9' is not in the item file"):
+        SampleTable.from_interactions(frame, Catalogue(["1"]), source="here.inter")
+
+
+def test_table_without_rows():
+    with pytest.raises(InputError, match="no interaction"):
+        SampleTable([], [], [], 1)
+
+
+def test_catalogue():
+    catalogue = Catalogue(["b", "a"], ["Bee", "Ape"])
+    assert [catalogue.index_of(item_id) for item_id in catalogue.item_ids] == [0, 1]
+    assert "a" in catalogue
+    assert "z" not in catalogue
+    assert catalogue.fingerprint == Catalogue(["b", "a"]).fingerprint
+    others = [["a", "b"], ["ba"], ["b", "a", "c"], ["b\na"]]
+    assert len({catalogue.fingerprint, *(Catalogue(other).fingerprint for other in others[:3])}) == 4
+    with pytest.raises(InputError, match="'z' is not in the catalogue of 2 items"):
+        catalogue.index_of("z")
+    with pytest.raises(InputError, match="'b' is in the catalogue twice"):
+        Catalogue(["b", "a", "b"])
+    with pytest.raises(InputError, match="1 titles for 2 items"):
+        Catalogue(["b", "a"], ["Bee"])
+    with pytest.raises(InputError, match="no item"):
+        Catalogue([])
+
+
+def test_fingerprint_of_the_table_tells_data_apart():
+    rows = random_rows(n=50)
+    same, changed = (
+        table_of(rows)[0],
+        table_of([("u0", *rows[0][1:]), *rows[1:-1], (*rows[-1][:2], rows[-1][2] + 1)])[0],
+    )
+    assert table_of(rows)[0].fingerprint == same.fingerprint != changed.fingerprint
+
+
+def test_answers_do_not_slow_down_with_the_table():
+    """`history` of a sample touches its own window only, whatever the size of the table."""
+    n = 200_000
+    table = SampleTable(["u"] * n, np.arange(n), np.arange(n), n)
+    assert table.history(n - 1, 5).tolist() == [n - 6, n - 5, n - 4, n - 3, n - 2]
+    assert table.history(n - 1, 5).base is not None

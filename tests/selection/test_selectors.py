@@ -1,0 +1,354 @@
+"""Oracle: the whole selection of a small pool again, in plain NumPy loops from the formulas of the paper."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from minirec_pl.errors import InputError
+from minirec_pl.selection import MiniRecSelector, RandomSelector, SampleSignals, Selector, Signals, SignalStore
+
+
+def random_pool(n=60, seed=0, **changes):
+    random = np.random.default_rng(seed)
+    solve = random.uniform(size=n) ** 3
+    rewards = (random.uniform(size=(n, 8)) < solve[:, None]).astype(float)
+    fields = {
+        "sample_id": random.permutation(np.arange(100, 100 + n)),
+        "reward_mean": rewards.mean(axis=1),
+        "reward_std": rewards.std(axis=1),
+        "n_rollouts": np.full(n, 8),
+        "solve_share": rewards.mean(axis=1),
+        "gradient": random.normal(size=(n, 5)),
+        "embedding": random.normal(size=(n, 4)),
+    }
+    return Signals(**(fields | changes))
+
+
+def min_max(values):
+    spread = values.max() - values.min()
+    return (values - values.min()) / spread if spread > 0 else np.full(len(values), 0.5)
+
+
+def expected_ranking(signals, k, *, difficulty=None, gate=None, alpha=1.0, mu=0.5):
+    ids = signals.sample_id.numpy()
+    r = signals.reward_mean.numpy() if difficulty is None else difficulty
+    learn = min_max(np.exp(-((r - mu) ** 2) / (2 * r.std() ** 2)))
+    u, e = signals.gradient.double().numpy(), signals.embedding.double().numpy()
+    represent = min_max((1 + np.array([x @ u.mean(0) / np.linalg.norm(x) for x in u]) / np.linalg.norm(u.mean(0))) / 2)
+    score = alpha * learn + represent
+    allowed = [i for i in range(len(ids)) if gate is None or gate[0] <= r[i] <= gate[1]]
+    chosen: list[int] = []
+    while len(chosen) < min(k, len(allowed)):
+
+        def value(i):
+            gaps = [1 - e[i] @ e[j] / np.linalg.norm(e[i]) / np.linalg.norm(e[j]) for j in chosen]
+            return min(gaps, default=1.0) * score[i]
+
+        chosen.append(max((i for i in allowed if i not in chosen), key=value))
+    return [int(ids[i]) for i in chosen]
+
+
+def test_paper_mode_equals_the_formulas():
+    signals = random_pool()
+    got = MiniRecSelector(gate=(0.1, 0.8), alpha=0.7).select(signals, 15)
+    assert got.selected() == expected_ranking(signals, 15, gate=(0.1, 0.8), alpha=0.7)
+
+
+def test_official_mode_equals_the_formulas_without_a_gate():
+    signals = random_pool(seed=1)
+    got = MiniRecSelector("official").select(signals, 40)
+    assert got.selected() == expected_ranking(signals, 40)
+    assert set(got.table["reason"]) == {"selected", "below_budget"}
+
+
+def test_pass_at_group_equals_the_formulas():
+    exact = np.random.default_rng(3).uniform(0, 0.2, 60)
+    exact[:20] = np.nan
+    signals = random_pool(seed=2, solve_probability=exact)
+    p = np.where(np.isnan(exact), signals.solve_share.numpy(), exact)
+    q = 1 - (1 - p) ** 4
+    got = MiniRecSelector(difficulty="pass_at_group", num_generations=4).select(signals, 12)
+    assert got.selected() == expected_ranking(signals, 12, difficulty=q, gate=(0.05, 0.95))
+    rows = got.rows(signals.sample_id.tolist())
+    np.testing.assert_allclose(rows["difficulty"], q, atol=1e-12)
+
+
+def test_pass_at_group_needs_no_rollouts_where_the_probability_is_exact():
+    nan = np.full(60, np.nan)
+    signals = random_pool(
+        reward_mean=nan, reward_std=nan, solve_share=None, n_rollouts=np.zeros(60), solve_probability=np.full(60, 0.05)
+    )
+    assert MiniRecSelector(difficulty="pass_at_group").select(signals, 9).n_selected == 9
+    with pytest.raises(InputError, match="no sample of the pool has the rewards that difficulty='mean' needs"):
+        MiniRecSelector().select(signals, 9)
+
+
+def test_ledger_rows_tell_terms_and_reasons():
+    signals = random_pool()
+    ledger = MiniRecSelector(gate=(0.1, 0.8)).select(signals, 5)
+    table = ledger.table
+    assert len(table) == 60
+    easy, hard = table["reward_mean"] > 0.8, table["reward_mean"] < 0.1
+    assert easy.any()
+    assert hard.any()
+    assert (table["reason"][easy] == "too_easy").all()
+    assert (table["reason"][hard] == "too_hard").all()
+    assert set(table["reason"][~easy & ~hard]) == {"selected", "below_budget"}
+    for name in ("learnability", "representativeness"):
+        assert table[name].min() == 0, "scaled over the pool, before the gate"
+        assert table[name].max() == 1
+    picked = table.dropna(subset=["rank"])
+    np.testing.assert_allclose(
+        picked["value"], picked["novelty"] * (picked["learnability"] + picked["representativeness"])
+    )
+    assert table[table["rank"].isna()][["novelty", "value"]].isna().all(axis=None)
+    assert picked.set_index("rank")["novelty"][1] == 1.0
+
+
+def test_order_of_the_rows_does_not_matter():
+    signals = random_pool()
+    turned = signals.take(torch.randperm(60, generator=torch.Generator().manual_seed(0)))
+    for selector in (MiniRecSelector(), RandomSelector()):
+        assert selector.select(signals, 20).selected() == selector.select(turned, 20).selected()
+
+
+@pytest.mark.parametrize("selector", [MiniRecSelector(), MiniRecSelector("official"), RandomSelector(seed=3)])
+def test_smaller_budget_is_a_prefix(selector):
+    signals = random_pool()
+    largest = selector.select(signals, 25)
+    for k in (1, 7, 24):
+        assert selector.select(signals, k).selected() == largest.selected(k)
+
+
+def test_ties_go_to_the_smaller_sample_id():
+    same = {
+        "reward_mean": np.full(60, 0.5),
+        "gradient": np.ones((60, 5)),
+        "embedding": np.ones((60, 4)),
+    }
+    assert MiniRecSelector().select(random_pool(**same), 60).selected() == list(range(100, 160))
+
+
+def test_short_pool_shrinks_with_a_warning():
+    signals = random_pool()
+    survivors = int(((signals.reward_mean >= 0.4) & (signals.reward_mean <= 0.6)).sum())
+    with pytest.warns(UserWarning, match=rf"picked {survivors} samples instead of 30: of 60 samples 60 have"):
+        ledger = MiniRecSelector(gate=(0.4, 0.6)).select(signals, 30)
+    assert ledger.n_selected == survivors
+    assert "filled" not in set(ledger.table["reason"])
+
+
+def test_short_pool_is_filled_by_value():
+    signals = random_pool()
+    selector = MiniRecSelector(gate=(0.4, 0.6), on_short="fill")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ledger = selector.select(signals, 30)
+    survivors = int(((signals.reward_mean >= 0.4) & (signals.reward_mean <= 0.6)).sum())
+    assert 0 < survivors < 30
+    assert ledger.n_selected == 30
+    picks = ledger.rows(ledger.selected())
+    assert picks["reason"].tolist() == ["selected"] * survivors + ["filled"] * (30 - survivors)
+
+    table = ledger.table.set_index("sample_id")
+    score = table["learnability"] + table["representativeness"]
+    where = {int(i): row for row, i in enumerate(signals.sample_id)}
+    unit = torch.nn.functional.normalize(signals.embedding.double(), dim=1).numpy()
+    chosen = ledger.selected()[:survivors]
+    for pick in ledger.selected()[survivors:]:
+        value = {
+            i: min(1 - unit[where[i]] @ unit[where[j]] for j in chosen) * score[i] for i in where if i not in chosen
+        }
+        assert pick == max(value, key=value.__getitem__)
+        assert table["value"][pick] == pytest.approx(value[pick])
+        chosen.append(pick)
+
+
+def test_all_gated_out_is_an_error_or_filled():
+    signals = random_pool(reward_mean=np.zeros(60))
+    with pytest.raises(InputError, match=r"none of 60 scored samples has a difficulty within gate=\[0\.05, 0\.95\]"):
+        MiniRecSelector().select(signals, 5)
+    ledger = MiniRecSelector(on_short="fill").select(signals, 5)
+    assert set(ledger.rows(ledger.selected())["reason"]) == {"filled"}
+
+
+def test_samples_without_signals_are_never_scored_and_never_picked():
+    reward, known = np.random.default_rng(0).uniform(0.2, 0.8, 60), np.ones(60, dtype=bool)
+    reward[:10] = np.nan
+    known[10:15] = False
+    signals = random_pool(reward_mean=reward, embedding_known=known)
+    with pytest.warns(UserWarning, match="picked 45 samples instead of 60"):
+        ledger = MiniRecSelector(on_short="fill").select(signals, 60)
+    assert set(ledger.rows(signals.sample_id[:15].tolist())["reason"]) == {"never_scored"}
+    assert set(ledger.selected()) == set(signals.sample_id[15:].tolist())
+
+
+def test_sample_without_gradient_counts_as_neutral():
+    gradient = np.random.default_rng(5).normal(size=(60, 5))
+    gradient[7] = 0
+    signals = random_pool(gradient=gradient)
+    row = MiniRecSelector("official").select(signals, 1).rows([int(signals.sample_id[7])])
+    cosine = gradient @ gradient.mean(axis=0) / np.linalg.norm(gradient.mean(axis=0))
+    cosine[np.arange(60) != 7] /= np.linalg.norm(gradient[np.arange(60) != 7], axis=1)
+    assert row["representativeness"].item() == pytest.approx(min_max((1 + cosine) / 2)[7])
+
+
+def test_mean_gradient_uses_fresh_rows_only():
+    gradient = np.tile([1.0, 0, 0, 0, 0], (60, 1))
+    gradient[30:] = [-1.0, 0.1, 0, 0, 0]
+    fresh = np.arange(60) < 20
+    signals = random_pool(gradient=gradient, gradient_fresh=fresh)
+    table = MiniRecSelector("official").select(signals, 1)
+    assert (table.rows(signals.sample_id[:30].tolist())["representativeness"] == 1).all()
+    assert (table.rows(signals.sample_id[30:].tolist())["representativeness"] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"reward_mean": np.full(60, 0.4)}, {"gradient": np.zeros((60, 5))}, {"embedding": np.zeros((60, 4))}],
+    ids=["constant rewards", "zero gradients", "zero embeddings"],
+)
+@pytest.mark.parametrize("mode", ["paper", "official"])
+def test_degenerate_pool_still_gives_k_distinct_picks(changes, mode):
+    ledger = MiniRecSelector(mode, gate=(-1, 2)).select(random_pool(**changes), 60)
+    assert sorted(ledger.selected()) == list(range(100, 160))
+    assert ledger.table[["learnability", "representativeness", "value"]].notna().all(axis=None)
+
+
+def test_single_sample():
+    one = random_pool().take(torch.tensor([3]))
+    ledger = MiniRecSelector("official").select(one, 1)
+    assert ledger.selected() == one.sample_id.tolist()
+    assert ledger.table[["learnability", "representativeness"]].to_numpy().tolist() == [[0.5, 0.5]]
+
+
+@pytest.mark.parametrize("selector", [MiniRecSelector(), RandomSelector()])
+@pytest.mark.parametrize("k", [0, -1, 61])
+def test_budget_outside_the_pool(selector, k):
+    with pytest.raises(InputError, match=r"1\.\.60"):
+        selector.select(random_pool(), k)
+
+
+@pytest.mark.parametrize("field", ["gradient", "embedding"])
+def test_missing_signal_is_named(field):
+    with pytest.raises(InputError, match=f"return `{field}` from sample_signals"):
+        MiniRecSelector().select(random_pool(**{field: None}), 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "best"}, "mode must be one of paper, official"),
+        ({"difficulty": "max"}, "difficulty must be one of"),
+        ({"on_short": "fail"}, "on_short must be one of"),
+        ({"gradient": "second"}, "gradient must be one of"),
+        ({"calibrate": "mean"}, "calibrate must be one of"),
+        ({"calibrate": "quantile", "sigma": 0.1}, "leave sigma out"),
+        ({"alpha": -1.0}, "alpha"),
+        ({"alpha": math.nan}, "alpha"),
+        ({"gate": (0.9, 0.1)}, "low below high"),
+        ({"sigma": 0.0}, "sigma must be positive"),
+        ({"num_generations": 0}, "num_generations"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(InputError, match=message):
+        MiniRecSelector(**options)
+
+
+def test_gradient_kind_follows_the_mode():
+    assert MiniRecSelector().gradient == "first"
+    assert MiniRecSelector("official").gradient == "hvp"
+    assert MiniRecSelector("official", gradient="first").gradient == "first"
+
+
+def test_quantile_calibration_moves_the_peak_to_the_pool():
+    reward = np.concatenate([np.zeros(30), np.linspace(0.1, 0.2, 30)])
+    ledger = MiniRecSelector(calibrate="quantile").select(random_pool(reward_mean=reward), 5)
+    best = ledger.table.sort_values("learnability").iloc[-1]
+    assert best["reward_mean"] == pytest.approx(0.15, abs=0.002)
+    fixed = MiniRecSelector().select(random_pool(reward_mean=reward), 5).table.sort_values("learnability").iloc[-1]
+    assert fixed["reward_mean"] == pytest.approx(0.2)
+
+
+def test_random_draw_depends_on_seed_and_if_asked_on_epoch():
+    signals = random_pool()
+
+    def draw(epoch=0, **options):
+        return RandomSelector(**options).select(signals, 20, epoch=epoch).selected()
+
+    assert draw(seed=1) == draw(seed=1) == draw(seed=1, epoch=5)
+    assert draw(seed=1) != draw(seed=2)
+    assert draw(seed=1, redraw=True, epoch=0) != draw(seed=1, redraw=True, epoch=1)
+    assert len(set(draw())) == 20
+
+
+def test_random_draw_is_uniform():
+    signals = random_pool(n=10)
+    counts = np.zeros(10)
+    for epoch in range(300):
+        picks = RandomSelector(redraw=True).select(signals, 3, epoch=epoch).selected()
+        counts[np.array(picks) - 100] += 1
+    assert abs(counts - 90).max() < 5 * math.sqrt(300 * 0.3 * 0.7)
+
+
+def test_random_draw_needs_no_signals_and_shows_known_rewards():
+    store = SignalStore(range(5))
+    store.update(SampleSignals([2], rewards=torch.tensor([[0.0, 1.0]])), epoch=0, step=0, source="train")
+    ledger = RandomSelector().select(store.pool_view(0), 2)
+    assert ledger.rows([2])["reward_mean"].item() == 0.5
+    assert ledger.table["reward_mean"].notna().sum() == 1
+    assert set(ledger.table["reason"]) == {"selected", "below_budget"}
+
+
+def test_selectors_share_one_interface():
+    selectors: list[Selector] = [MiniRecSelector(), RandomSelector()]
+    assert [selector.needs for selector in selectors] == [{"rewards", "gradient", "embedding"}, frozenset()]
+
+
+def test_selection_follows_new_rewards_in_the_store():
+    random = torch.Generator().manual_seed(0)
+    store = SignalStore(range(40))
+    vectors = {"gradient": torch.randn(40, 3, generator=random), "embedding": torch.randn(40, 3, generator=random)}
+    rewards = torch.rand(40, 4, generator=random)
+    store.update(SampleSignals(range(40), rewards=rewards, **vectors), epoch=0, step=0, source="score")
+    before = MiniRecSelector().select(store.pool_view(0), 10).selected()
+    solved = torch.ones(len(before), 4)
+    store.update(SampleSignals(before, rewards=solved), epoch=0, step=9, source="train")
+    after = MiniRecSelector().select(store.pool_view(1), 10)
+    assert not set(before) & set(after.selected())
+    assert set(after.rows(before)["reason"]) == {"too_easy"}
+
+
+def test_published_rewards_through_the_selector(published):
+    """R is not reproducible without their gradients: any gradient whose R is the published one will do."""
+    target = 2 * published["representativeness"] - 1
+    gradient = np.stack([target, np.sqrt(1 - target**2)], axis=1)
+    mean_axis = np.zeros(len(target), dtype=bool)
+    mean_axis[target.argmax()] = True
+    rewards = published["rewards"]
+    signals = Signals(
+        sample_id=published["sample_id"],
+        reward_mean=rewards.mean(axis=1),
+        reward_std=rewards.std(axis=1),
+        n_rollouts=np.full(len(rewards), 4),
+        gradient=gradient,
+        gradient_fresh=mean_axis,
+        embedding=np.random.default_rng(0).normal(size=(len(rewards), 8)),
+    )
+    ledger = MiniRecSelector("official").select(signals, 16)
+    np.testing.assert_allclose(ledger.table["learnability"], published["learnability"], atol=1e-9)
+    np.testing.assert_allclose(ledger.table["representativeness"], published["representativeness"], atol=1e-9)
+    assert ledger.selected(1) == [1925]
+
+
+def test_gate_includes_its_ends():
+    reward = np.full(60, 0.5)
+    reward[:4] = [0.25, 0.75, 0.2499, 0.7501]
+    signals = random_pool(reward_mean=reward)
+    ledger = MiniRecSelector(gate=(0.25, 0.75)).select(signals, 58)
+    reasons = ledger.rows(signals.sample_id[:4].tolist())["reason"].tolist()
+    assert reasons == ["selected", "selected", "too_hard", "too_easy"]
