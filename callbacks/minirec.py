@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import lazy_instance
-
+from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from minirec_pl.callbacks.easy_to_hard_curriculum import EasyToHardCurriculum
 from minirec_pl.callbacks.rescore_samples import RescoreSamples
 from minirec_pl.callbacks.reward_history import RewardHistory
 from minirec_pl.callbacks.select_samples import SelectSamples
 from minirec_pl.callbacks.session_callback import SessionCallback
+
 from minirec_pl.selection.selectors import MiniRecSelector, Selector
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class MiniRec(SessionCallback):
     """Trains on a small part of the pool, chosen anew as the policy learns, from easy to hard (arXiv 2602.04278).
 
-    The same as the callbacks `RewardHistory()`, `RescoreSamples(rescore_fraction)`, `SelectSamples(budget, selector,
-    warmup_epochs=..., every_n_epochs=...)` and `curriculum` together. A selector that needs no signals is not scored for.
+    The same as the callbacks `RewardHistory()`, `RescoreSamples(rescore_fraction)`, `SelectSamples(budget, selector)`
+    and `curriculum` together. Nothing is scored for a selector that needs no signals, unless the curriculum does.
 
     Args:
         budget: a fraction of the pool in (0, 1] as a float, or a number of samples as an int.
@@ -36,7 +36,7 @@ class MiniRec(SessionCallback):
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(callbacks=[MiniRec(budget=0.1)], logger=False, enable_checkpointing=False, accelerator="cpu")
+        >>> trainer = Trainer(callbacks=[MiniRec(budget=0.1)], accelerator="cpu", logger=False)
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class MiniRec(SessionCallback):
         warmup_epochs: int = 0,
         every_n_epochs: int = 1,
         rescore_fraction: float = 0.1,
-        selector: Selector = lazy_instance(MiniRecSelector),
-        curriculum: EasyToHardCurriculum | None = lazy_instance(EasyToHardCurriculum),
+        selector: Selector = lazy_instance(MiniRecSelector),  # noqa: B008
+        curriculum: EasyToHardCurriculum | None = lazy_instance(EasyToHardCurriculum),  # noqa: B008
     ) -> None:
         super().__init__()
         select = SelectSamples(budget, selector, warmup_epochs=warmup_epochs, every_n_epochs=every_n_epochs)

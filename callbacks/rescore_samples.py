@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from minirec_pl.callbacks.session_callback import SessionCallback
+
 from minirec_pl.errors import InputError
 from minirec_pl.selection.session import SelectionSession, session_of
 
@@ -42,4 +43,6 @@ class RescoreSamples(SessionCallback):
             return
         session.score(trainer, module, store.stalest(count), epoch)
         session.scored = True
-        session.log(trainer, {"selection/scored": float(count), "cost/scoring_seconds": session.cost.seconds["scoring"]})
+        session.log(
+            trainer, {"selection/scored": float(count), "cost/scoring_seconds": session.cost.seconds["scoring"]}
+        )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from minirec_pl.callbacks.session_callback import SessionCallback
+
 from minirec_pl.selection.session import SelectionSession, session_of
 from minirec_pl.selection.signals import SampleSignals
 
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 class RewardHistory(SessionCallback):
     """Stores the `signals` that `training_step` returns beside its `loss`.
 
-    A `training_step` that returns `{"loss": ..., "signals": SampleSignals(sample_id, rewards)}`, as `GRPORecModule`'s does,
-    keeps the store up to date at no cost; any other is left alone.
+    A `training_step` that returns `{"loss": ..., "signals": SampleSignals(sample_id, rewards)}`, as that of
+    `GRPORecModule` does, keeps the store up to date at no cost; any other is left alone.
     """
 
     def __init__(self) -> None:

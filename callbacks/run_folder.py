@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from minirec_pl.files import write_atomically
 from minirec_pl.recommender import RecModule
 
 if TYPE_CHECKING:
@@ -25,9 +25,10 @@ class RunFolder(Callback):
     """Writes `results.json` and `policy/` into the run folder, and a checkpoint on Ctrl-C.
 
     * `results.json`: after a fit the best validation figures and the cost, after a test the test figures.
-    * `policy/`: after a fit the policy with the weights of the best checkpoint (the last ones if none is kept), as a Hugging
-      Face folder.
-    * `checkpoints/interrupted.ckpt`: where Ctrl-C stopped a fit, taken at the end of the running step; a second Ctrl-C stops at once.
+    * `policy/`: after a fit the policy with the weights of the best checkpoint (the last ones if none is kept), as a
+      Hugging Face folder.
+    * `checkpoints/interrupted.ckpt`: where Ctrl-C stopped a fit, taken at the end of the running step; a second Ctrl-C
+      stops at once.
     """
 
     def __init__(self) -> None:
@@ -135,7 +136,5 @@ def _figures(trainer: Trainer, prefix: str) -> dict[str, float]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON, replacing the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    text = json.dumps(value, indent=2) + "\n"
+    write_atomically(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))

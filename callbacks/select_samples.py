@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minirec_pl.callbacks.session_callback import SessionCallback
+
 from minirec_pl.errors import InputError
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.selectors import MiniRecSelector, Selector
@@ -29,7 +30,8 @@ class SelectSamples(SessionCallback):
         every_n_epochs: a new selection every so many epochs.
 
     Raises:
-        InputError: if the budget is not positive, a fraction above 1 or a number above the pool, or an option is out of range.
+        InputError: if the budget is not positive, a fraction above 1 or a number above the pool, or another option is
+            out of range.
     """
 
     def __init__(
@@ -61,10 +63,14 @@ class SelectSamples(SessionCallback):
         if stage != "fit":
             return
         if self.ledger is not None and not Path(self.ledger).is_file():
-            raise InputError(f"there is no ledger '{self.ledger}': give SelectSamples a ledger.parquet of an earlier run")
+            raise InputError(
+                f"there is no ledger '{self.ledger}': give SelectSamples a ledger.parquet of an earlier run"
+            )
         session = session_of(trainer)
         session.register("select", self._select, trainer)
         session.gradient = getattr(self.selector, "gradient", "first")
+        if isinstance(self.selector, MiniRecSelector) and self.selector.num_generations is None:
+            self.selector.num_generations = getattr(pl_module, "num_generations", None)
 
     def _select(self, session: SelectionSession, trainer: Trainer, module: LightningModule, epoch: int) -> None:
         since = epoch - self.warmup_epochs
@@ -78,11 +84,6 @@ class SelectSamples(SessionCallback):
             ledger = self._fixed() if self.ledger is not None else self._pick(session, epoch)
             k = None if self.budget is None or self.ledger is None else self._count(len(ledger.selected()))
             session.selected = ledger.selected(k)
-        if not session.selected:
-            raise InputError(
-                "the selection is empty: no sample passed the gate; widen MiniRecSelector's `gate`, use "
-                '`difficulty="pass_at_group"`, or `on_short="fill"`'
-            )
         session.ledger = ledger
         folder = session.folder(trainer)
         if trainer.is_global_zero:
@@ -94,8 +95,8 @@ class SelectSamples(SessionCallback):
     def _pick(self, session: SelectionSession, epoch: int) -> SelectionLedger:
         if self.selector.needs and not session.scored:
             raise InputError(
-                f"{type(self.selector).__name__} needs scored samples: add the callback RescoreSamples() (MiniRec does), or "
-                "train on a ledger"
+                f"{type(self.selector).__name__} needs scored samples: add the callback RescoreSamples(), as MiniRec "
+                "does, or train on a ledger"
             )
         view = session.store.pool_view(epoch)
         return self.selector.select(view, self._count(len(view)), epoch=epoch)
@@ -133,7 +134,9 @@ def check_budget(budget: int | float | None) -> None:
     if budget is None:
         return
     if isinstance(budget, bool) or not budget > 0:
-        raise InputError(f"budget is {budget}: give a fraction of the pool in (0, 1] such as 0.1, or a number of samples")
+        raise InputError(
+            f"budget is {budget}: give a fraction of the pool in (0, 1] such as 0.1, or a number of samples"
+        )
     if isinstance(budget, float) and budget > 1.0:
         raise InputError(f"budget is {budget}: a fraction is at most 1.0; for a number of samples write an integer")
 
@@ -149,7 +152,9 @@ def budget_count(budget: int | float | None, n: int) -> int:
     if isinstance(budget, float):
         return max(1, int(budget * n))
     if budget > n:
-        raise InputError(f"budget is {budget} samples but the pool has {n}: give at most {n}, or a fraction such as 0.1")
+        raise InputError(
+            f"budget is {budget} samples but the pool has {n}: give at most {n}, or a fraction such as 0.1"
+        )
     return budget
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class SessionCallback(Callback):
-    """Drives the `SelectionSession` of a Trainer; whichever callback comes first does the work, the others find it done."""
+    """Drives the `SelectionSession` of a Trainer: the first callback does the work, the others find it done."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plans the first epoch."""

@@ -33,7 +33,8 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         where = f" '{error.filename}'" if error.filename else ""
         print(
-            f"minirec: error: cannot write{where}: {os.strerror(error.errno).lower()}; free some space or choose another "
+            f"minirec: error: cannot write{where}: {os.strerror(error.errno).lower()}; free some space "
+            "or choose another "
             "folder with --trainer.default_root_dir",
             file=sys.stderr,
         )
@@ -67,15 +68,20 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=f"{text}; see `minirec {name} --help`")
     fetch = commands.add_parser("fetch", help="download a public data set", description="Downloads a public data set.")
     fetch.add_argument("dataset", choices=["ml-100k"], help="which data set")
-    fetch.add_argument("--to", default="data", metavar="DIR", help="folder that gets a folder per data set (default: data)")
+    fetch.add_argument(
+        "--to", default="data", metavar="DIR", help="folder that gets a folder per data set (default: data)"
+    )
     quick = commands.add_parser(
         "quickstart",
         help="the comparison of the README on MovieLens-100K",
-        description="Warm start, then GRPO from it on the full pool, on a random part and on MiniRec's part; prints the table.",
+        description="Warm start, then GRPO from it on the full pool, on a random part and on MiniRec's part; "
+        "prints the table.",
     )
     quick.add_argument("--data", default="data", metavar="DIR", help="folder with ml-100k/ (default: data)")
     quick.add_argument("--to", default="runs/quickstart", metavar="DIR", help="run folder (default: runs/quickstart)")
-    quick.add_argument("--configs", default="configs/ml-100k", metavar="DIR", help="YAML files (default: configs/ml-100k)")
+    quick.add_argument(
+        "--configs", default="configs/ml-100k", metavar="DIR", help="YAML files (default: configs/ml-100k)"
+    )
     quick.add_argument("--seed", type=int, default=42, help="seed of all runs (default: 42)")
     return parser
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
@@ -52,7 +53,9 @@ class MiniRecCLI(LightningCLI):
         config = self.config[self.subcommand]
         ckpt_path = config.get("ckpt_path")
         if ckpt_path and ckpt_path not in ("best", "last", "hpc") and not Path(ckpt_path).is_file():
-            raise InputError(f"there is no checkpoint '{ckpt_path}': give --ckpt_path a file from a run's checkpoints/ folder")
+            raise InputError(
+                f"there is no checkpoint '{ckpt_path}': give --ckpt_path a file from a run's checkpoints/ folder"
+            )
         root = Path(config.trainer.default_root_dir or "runs")
         self.run_dir = _claim(root)
         if "LOCAL_RANK" not in os.environ:
@@ -111,10 +114,8 @@ def _claim(root: Path) -> Path:
 
 
 def _csv_logger(folder: Path) -> Any:
-    from jsonargparse import Namespace
-
-    init_args = Namespace(save_dir=str(folder), name="", version="")
-    return Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=init_args)
+    init_args = Namespace(save_dir=str(folder), name="", version="")  # type: ignore[no-untyped-call]
+    return Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=init_args)  # type: ignore[no-untyped-call]
 
 
 def _send_to(logger: Any, folder: Path) -> None:

@@ -36,7 +36,9 @@ class Cost:
     rollouts: dict[str, int] = field(default_factory=_no_tokens)
     seconds: dict[str, float] = field(default_factory=_zeros)
 
-    def add(self, phase: Phase, *, forward: int = 0, backward: int = 0, rollouts: int = 0, seconds: float = 0.0) -> None:
+    def add(
+        self, phase: Phase, *, forward: int = 0, backward: int = 0, rollouts: int = 0, seconds: float = 0.0
+    ) -> None:
         """Adds to one phase."""
         self.tokens_forward[phase] += forward
         self.tokens_backward[phase] += backward

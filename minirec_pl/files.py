@@ -18,7 +18,7 @@ from minirec_pl.errors import InputError
 _FORMAT = "minirec-signals-1"
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
     """Writes to a temporary name beside `path`, flushes it to disk, then renames it.
 
     Args:

@@ -57,8 +57,8 @@ class GRPORecModule(RecModule):
         beta: weight of the KL term against the policy at the start; 0 keeps no reference copy.
         loss_type: how token losses are averaged, see `minirec_pl.grpo.policy_loss`.
         scale_rewards: what divides the centred rewards, see `minirec_pl.grpo.group_advantages`.
-        scoring_generations: rollouts per sample when samples are scored. The exact solve probability comes with the same
-            forward pass and needs none, so 0 is allowed; at least 2 otherwise.
+        scoring_generations: rollouts per sample when samples are scored. The exact solve probability comes with the
+            same forward pass and needs none, so 0 is allowed; at least 2 otherwise.
         optimizer: see `RecModule`.
         lr_scheduler: see `RecModule`.
         predict_k: see `RecModule`.
@@ -91,10 +91,13 @@ class GRPORecModule(RecModule):
         super().__init__(policy, optimizer, lr_scheduler, predict_k)
         if num_generations < 2:
             raise InputError(
-                f"num_generations is {num_generations}: GRPO compares the rollouts of one prompt, so it must be at least 2"
+                f"num_generations is {num_generations}: GRPO compares the rollouts of one prompt, so it "
+                "must be at least 2"
             )
         if scoring_generations == 1 or scoring_generations < 0:
-            raise InputError(f"scoring_generations is {scoring_generations}: give 0 (exact probabilities only) or at least 2")
+            raise InputError(
+                f"scoring_generations is {scoring_generations}: give 0 (exact probabilities only) or at least 2"
+            )
         if temperature <= 0:
             raise InputError(f"temperature is {temperature}: it divides the logits, so it must be above 0")
         self.rewards = list(rewards)
@@ -130,7 +133,9 @@ class GRPORecModule(RecModule):
 
     def _generator(self, purpose: int, step: int) -> torch.Generator:
         """Random numbers that depend on (seed, purpose, step, rank) alone."""
-        words = np.random.SeedSequence([self.rollout_seed, purpose, step, self.global_rank]).generate_state(1, np.uint64)
+        words = np.random.SeedSequence([self.rollout_seed, purpose, step, self.global_rank]).generate_state(
+            1, np.uint64
+        )
         return torch.Generator(device=self.device).manual_seed(int(words[0]) & (2**63 - 1))
 
     def _reward(self, batch: Mapping[str, Tensor], items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -223,8 +228,8 @@ class GRPORecModule(RecModule):
 
         Args:
             batch: prompts with `history`, `seen`, `target` and `sample_id`.
-            gradient: `first` for u = -dp/dh of the exact solve probability p at the hidden states that produce the target;
-                `hvp` for the published Hessian-vector product, see `minirec_pl.probes.head_signal`.
+            gradient: `first` for u = -dp/dh of the exact solve probability p at the hidden states that produce the
+                target; `hvp` for the published Hessian-vector product, see `minirec_pl.probes.head_signal`.
 
         Returns:
             rewards [B, scoring_generations] (None with 0), gradient [B, D], embedding [B, D] (last hidden state of the
@@ -259,6 +264,8 @@ class GRPORecModule(RecModule):
             with torch.no_grad():
                 root = self.policy.root_logps(prompt, batch["seen"], self.temperature)
             return self.policy.sample_from(root, group, generator)
-        self.cost.add("scoring", forward=self.policy.prompt_tokens(batch) + len(prompt) * group * (self.policy.id_length - 1))
+        self.cost.add(
+            "scoring", forward=self.policy.prompt_tokens(batch) + len(prompt) * group * (self.policy.id_length - 1)
+        )
         options: dict[str, Any] = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         return self.policy.generate(batch, group, generator=generator, **options).items

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from minirec_pl.files import write_atomically
 
 
 def draw_curriculum(rewards: Sequence[float], fold_starts: Sequence[int], epoch: int, path: Path) -> None:
@@ -37,7 +38,4 @@ def draw_curriculum(rewards: Sequence[float], fold_starts: Sequence[int], epoch:
     axes.set_title(f"Plan of epoch {epoch}: {len(rewards):,} samples in {folds}, easy to hard in each", loc="left")
     axes.legend(loc="upper right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.tmp")
-    figure.savefig(scratch, dpi=150, format="png")
-    os.replace(scratch, path)
+    write_atomically(path, lambda scratch: figure.savefig(scratch, dpi=150, format="png"))

@@ -26,7 +26,9 @@ def write_predictions(batches: Sequence[Any], module: RecModule, data: Any, path
         data: the DataModule, for its user ids.
         path: file to write.
     """
-    joined = {key: torch.cat([batch[key].cpu() for batch in batches]) for key in ("sample_id", "user", "items", "scores")}
+    joined = {
+        key: torch.cat([batch[key].cpu() for batch in batches]) for key in ("sample_id", "user", "items", "scores")
+    }
     items, scores = joined["items"].numpy(), joined["scores"].numpy()
     n, k = items.shape
     keep = items.ravel() >= 0

@@ -16,8 +16,8 @@ def head_signal(
 ) -> tuple[Tensor, Tensor]:
     """Gradient signal of each sample at the hidden states that produce its target.
 
-    * `first`: u = -dp/dh = -p d(log p)/dh, p the probability of the target: the expected group advantage gradient of a hit
-      reward before scaling.
+    * `first`: u = -dp/dh = -p d(log p)/dh, p the probability of the target: the expected group advantage gradient of
+      a hit reward before scaling.
     * `hvp`: u = d(g.g)/dh with g = dl/dh and l = -p / stop_gradient(p), the published signal (2 H g).
 
     Args:

@@ -60,7 +60,9 @@ class RecModule(LightningModule):
         if catalogue is not None:
             self.policy.bind(catalogue)
         if self.policy.catalogue is None:
-            raise InputError("the policy has no catalogue: fit with a RecDataModule, or call policy.bind(catalogue) first")
+            raise InputError(
+                "the policy has no catalogue: fit with a RecDataModule, or call policy.bind(catalogue) first"
+            )
         if not hasattr(self, "metrics"):
             self.metrics = MetricCollection(
                 {
@@ -150,7 +152,8 @@ class RecModule(LightningModule):
         for name, value in checkpoint["state_dict"].items():
             if name in own and own[name].shape != value.shape:
                 raise InputError(
-                    f"the checkpoint does not fit: '{name}' is {list(value.shape)} there and {list(own[name].shape)} here; it was "
+                    f"the checkpoint does not fit: '{name}' is {list(value.shape)} there and "
+                    f"{list(own[name].shape)} here; it was "
                     "trained for another catalogue or model, so use the data and config it was trained with"
                 )
         if "cost" in checkpoint:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch.utils.data import DataLoader, Dataset
 
 from minirec_pl.data.atomic import read_atomic
@@ -52,7 +53,7 @@ class RecDataModule(LightningDataModule):
         >>> data = RecDataModule("data", "ml-100k", train_on="pool", batch_size=64)  # doctest: +SKIP
         >>> data.setup("fit")  # doctest: +SKIP
         >>> len(data.pool_ids)  # doctest: +SKIP
-        8980
+        9803
     """
 
     table: SampleTable
@@ -190,9 +191,10 @@ class RecDataModule(LightningDataModule):
         loader = ResumableLoader(
             dataset, batch_size=batch_size, sampler=sampler, collate_fn=identity, num_workers=self.num_workers
         )
-        if self.trainer is not None:
+        if self.trainer is not None and self.trainer.state.status == TrainerStatus.RUNNING:
             # Lightning builds the iterator of a resumed run before it calls set_epoch, and workers read ahead at once.
-            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
+            progress: Any = self.trainer.fit_loop.epoch_progress.current
+            sampler.set_epoch(progress.processed)
             limit, n = self.trainer.limit_train_batches, len(loader)
             loader.batches_per_epoch = min(limit, n) if isinstance(limit, int) else int(n * limit)
         return loader

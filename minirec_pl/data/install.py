@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 _REMEDY = (
-    "give it one DataLoader over a map-style dataset with `sampler=CurriculumSampler(range(len(dataset)))`, and keep that "
+    "give it one DataLoader over a map-style dataset with "
+    "`sampler=CurriculumSampler(range(len(dataset)))`, and keep that "
     "sampler on the DataModule or module so that every train_dataloader() call uses the same one"
 )
 
@@ -47,8 +48,13 @@ def check_train_sampler(trainer: Trainer, sampler: CurriculumSampler) -> None:
 def discard_train_loader(trainer: Trainer) -> None:
     """Makes the Trainer ask for its training loader again, if it has done so before the first plan was known.
 
-    A module that reads `trainer.estimated_stepping_batches` in `configure_optimizers` causes that; the iterator made then
-    would silently ignore the plan.
+    A module that reads `trainer.estimated_stepping_batches` in `configure_optimizers` causes that; the iterator made
+    then would silently ignore the plan.
     """
     if trainer.train_dataloader is not None:
         trainer.fit_loop._combined_loader = None
+
+
+def reload_every_epoch(trainer: Trainer) -> None:
+    """Makes the Trainer count the batches of each epoch anew, since plans differ in length."""
+    trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]

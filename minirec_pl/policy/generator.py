@@ -38,8 +38,8 @@ class CompletionStates(NamedTuple):
 class GenerativePolicy(nn.Module):
     """A causal language model that generates an item id constrained to the catalogue.
 
-    Give either `pretrained`, a folder that `save_pretrained` wrote, or `config`, from which a small model with one token
-    per item is built as soon as the catalogue is known (`bind`).
+    Give either `pretrained`, a folder that `save_pretrained` wrote, or `config`, from which a small model with one
+    token per item is built as soon as the catalogue is known (`bind`).
 
     Args:
         pretrained: a Hugging Face folder with the side file `minirec.json` (catalogue and item ids).
@@ -69,7 +69,8 @@ class GenerativePolicy(nn.Module):
         if not side.is_file():
             raise InputError(
                 f"no policy in '{folder}' ({SIDE_FILE} is missing): train one first, for example with "
-                "`minirec fit --config configs/ml-100k/warm-start.yaml`, or give its folder as policy.init_args.pretrained"
+                "`minirec fit --config configs/ml-100k/warm-start.yaml`, or give its folder as "
+                "policy.init_args.pretrained"
             )
         try:
             stored = json.loads(side.read_text(encoding="utf-8"))
@@ -101,7 +102,8 @@ class GenerativePolicy(nn.Module):
         elif self.catalogue.fingerprint != catalogue.fingerprint:
             raise InputError(
                 f"the policy was trained for a catalogue of {len(self.catalogue)} items and the data has "
-                f"{len(catalogue)} (or other ids): train a warm start on this data set, or point `data.path` to the old one"
+                f"{len(catalogue)} (or other ids): train a warm start on this data set, or point "
+                "`data.path` to the old one"
             )
 
     def save_pretrained(self, folder: str | Path, training_cost: Mapping[str, Any] | None = None) -> None:
@@ -282,9 +284,7 @@ class GenerativePolicy(nn.Module):
             options = (temperature, top_k, top_p, generator)
             return self._sample(prompt, mask, cache, batch["seen"], num_generations, *options)
 
-    def sample_from(
-        self, root: Tensor, num_generations: int, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def sample_from(self, root: Tensor, num_generations: int, generator: torch.Generator | None = None) -> Tensor:
         """Samples items of one-token ids from `root_logps`, int64 [B, G], without another forward pass."""
         _, low, _ = self.trie.level(0)
         child = torch.multinomial(root.exp(), num_generations, replacement=True, generator=generator)
@@ -318,7 +318,11 @@ class GenerativePolicy(nn.Module):
             mask = torch.cat([mask, open_[:, None].to(mask.dtype)], dim=1)
             positions = (mask.cumsum(dim=1) - 1)[:, -1:].clamp(min=0)
             output = self.model.base_model(
-                input_ids=fed[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+                input_ids=fed[:, None],
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
             )
             rows = self._child_logps(output.last_hidden_state[:, -1], depth, low, high, counts, temperature)
             rows = filter_logps(rows, top_k, top_p)
@@ -345,19 +349,25 @@ class GenerativePolicy(nn.Module):
             if self.id_length == 1:
                 scores = self.root_logps(self.prompt_states(batch), batch["seen"])[:, self.trie.child_of[:, 0]]
             else:
-                every = torch.arange(self.trie.n_items, device=batch["history"].device).split(chunk)
+                every = torch.arange(self.trie.n_items, device=batch["history"].device)
                 rows = len(batch["history"])
                 scores = torch.cat(
-                    [self.completion_logps(batch, part.expand(rows, -1))[0].sum(dim=-1) for part in every], dim=1
+                    [
+                        self.completion_logps(batch, part.expand(rows, -1))[0].sum(dim=-1)
+                        for part in torch.split(every, chunk)
+                    ],
+                    dim=1,
                 )
             return scores.clamp(min=lowest)
 
-    def sequence_nll(self, batch: Batch) -> Tensor:
+    def sequence_nll(self, batch: Batch, dropout: float = 0.0) -> Tensor:
         """Mean negative log-likelihood of warm-start pairs in nats, a scalar with gradient.
 
         Args:
             batch: `sequence` int64 [B, T] item index right-padded with -1, and pairs `row`, `position`, `target` [P]:
                 the state after `sequence[row, position]` predicts `target`.
+            dropout: probability, in training mode, of dropping an input embedding or a last hidden state value;
+                one-token ids only.
         """
         sequence, row, position, target = (batch[key] for key in ("sequence", "row", "position", "target"))
         if self.id_length > 1:
@@ -365,13 +375,15 @@ class GenerativePolicy(nn.Module):
             history = sequence[row].masked_fill(columns > position[:, None], -1)
             nothing = torch.full((len(row), 1), -1, device=row.device)
             logps, _, _ = self.completion_logps({"history": history, "seen": nothing}, target[:, None])
-            return -logps.sum(dim=-1).mean()
+            return -logps.sum() / max(1, len(target))
         tokens = torch.where(sequence >= 0, self.trie.item_tokens[sequence.clamp(min=0), 0], self.pad_token_id)
         tokens = nn.functional.pad(tokens, (1, 0), value=self.bos_token_id)
-        states = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[row, position + 1]
+        embeddings = nn.functional.dropout(self.model.get_input_embeddings()(tokens), dropout, self.training)
+        states = self.model.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state[row, position + 1]
+        states = nn.functional.dropout(states, dropout, self.training)
         head = self.model.get_output_embeddings()
         logits = nn.functional.linear(states, head.weight, head.bias)[:, self.trie.item_tokens[:, 0]]
-        return nn.functional.cross_entropy(logits.float(), target)
+        return nn.functional.cross_entropy(logits.float(), target, reduction="sum") / max(1, len(target))
 
 
 def _entropy(logps: Tensor) -> Tensor:

@@ -29,7 +29,9 @@ def item_tokenizer(item_ids: Sequence[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=SPECIAL_TOKENS[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"<[^<>]*>"), behavior="isolated")
     pad, bos, eos = SPECIAL_TOKENS
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos)
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos
+    )
 
 
 def build_tiny(config: dict[str, Any], vocabulary: int) -> PreTrainedModel:
@@ -52,5 +54,8 @@ def build_tiny(config: dict[str, Any], vocabulary: int) -> PreTrainedModel:
         raise InputError(f"policy.config is refused by transformers: {' '.join(str(error).split())}") from error
     unknown = sorted(set(config) - {"model_type"} - set(type(model_config)().to_dict()))
     if unknown:
-        raise InputError(f"policy.config has keys that {type(model_config).__name__} does not know: {', '.join(unknown)}")
-    return AutoModelForCausalLM.from_config(model_config)
+        raise InputError(
+            f"policy.config has keys that {type(model_config).__name__} does not know: {', '.join(unknown)}"
+        )
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config)  # type: ignore[no-untyped-call]
+    return model

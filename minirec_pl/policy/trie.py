@@ -16,8 +16,8 @@ class TokenTrie(nn.Module):
     """The ids of a catalogue, ready for constrained decoding.
 
     Args:
-        item_tokens: int64 [n_items, L], the tokens of each item, right-padded with -1. No id may be a prefix of another:
-            end ids of unequal length with a closing token.
+        item_tokens: int64 [n_items, L], the tokens of each item, right-padded with -1. No id may be a prefix of
+            another: end ids of unequal length with a closing token.
 
     Raises:
         InputError: if an id is empty, or two items share an id or one id is a prefix of another.
@@ -65,7 +65,9 @@ class TokenTrie(nn.Module):
         clash = ((first == second) | (first < 0)).all(dim=1).nonzero().flatten()
         if len(clash):
             a, b = int(order[clash[0]]), int(order[clash[0] + 1])
-            raise InputError(f"items with index {a} and {b} have ids of which one begins with the other; ids must differ")
+            raise InputError(
+                f"items with index {a} and {b} have ids of which one begins with the other; ids must differ"
+            )
 
     @property
     def n_items(self) -> int:

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from minirec_pl.errors import InputError
-from minirec_pl.selection.files import write_atomically
+from minirec_pl.files import write_atomically
 
 SELECTED, FILLED = "selected", "filled"
 TOO_HARD, TOO_EASY, BELOW_BUDGET, NEVER_SCORED = "too_hard", "too_easy", "below_budget", "never_scored"

@@ -53,7 +53,7 @@ class MiniRecSelector:
         gate: tuple[float, float] = (0.05, 0.95),
         on_short: Literal["shrink", "fill"] = "shrink",
         gradient: Literal["first", "hvp"] | None = None,
-        num_generations: int = 16,
+        num_generations: int | None = None,
     ) -> None:
         """Sets the method.
 
@@ -67,7 +67,8 @@ class MiniRecSelector:
             gate: Lowest and highest difficulty, both inclusive, that may be picked in mode "paper".
             on_short: If fewer than k samples pass the gate: "shrink" picks fewer and warns, "fill" goes on outside it.
             gradient: "first" or "hvp"; None is the mode's own.
-            num_generations: Rollouts in a training group, G, for "pass_at_group".
+            num_generations: Rollouts in a training group, G, for "pass_at_group"; None takes that of the module it runs
+                with (8, the default of `GRPORecModule`, on its own).
 
         Raises:
             InputError: If an option has a value that is not allowed.
@@ -85,7 +86,7 @@ class MiniRecSelector:
             raise InputError("calibrate='quantile' sets sigma from the pool; leave sigma out or leave calibrate out.")
         if sigma is not None and not sigma > 0:
             raise InputError(f"sigma must be positive, not {sigma}.")
-        if num_generations < 1:
+        if num_generations is not None and num_generations < 1:
             raise InputError(f"num_generations must be at least 1, not {num_generations}.")
         self.mode = mode
         self.difficulty = difficulty
@@ -181,7 +182,7 @@ class MiniRecSelector:
         p = torch.full_like(signals.reward_mean, torch.nan) if signals.solve_share is None else signals.solve_share
         if signals.solve_probability is not None:
             p = signals.solve_probability.where(~signals.solve_probability.isnan(), p)
-        return group_difficulty(p, self.num_generations)
+        return group_difficulty(p, self.num_generations or 8)
 
     def _terms(self, signals: Signals, difficulty: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         assert signals.gradient is not None

@@ -5,15 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
-import pandas as pd
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from minirec_pl.cost import Cost
-from minirec_pl.data.install import check_train_sampler, discard_train_loader, request_train_loader
+from minirec_pl.data.install import check_train_sampler, discard_train_loader, reload_every_epoch, request_train_loader
 from minirec_pl.errors import InputError
 from minirec_pl.policy.rollout import evaluation_mode
 from minirec_pl.selection.ledger import SelectionLedger
@@ -26,11 +25,12 @@ if TYPE_CHECKING:
 
     from minirec_pl.data.sampler import CurriculumSampler
 
+Step: TypeAlias = "Callable[[SelectionSession, Trainer, LightningModule, int], None]"
 Phase = Literal["record", "rescore", "select", "order"]
 PHASES: tuple[Phase, ...] = ("record", "rescore", "select", "order")
 CHECKPOINT_KEY = "minirec_pl.SelectionSession"
 
-_sessions: WeakKeyDictionary[Any, SelectionSession] = WeakKeyDictionary()
+_sessions: WeakKeyDictionary[Trainer, SelectionSession] = WeakKeyDictionary()
 
 
 def session_of(trainer: Trainer) -> SelectionSession:
@@ -43,8 +43,9 @@ def session_of(trainer: Trainer) -> SelectionSession:
 class SelectionSession:
     """State of the selection in one run.
 
-    Callbacks register a function for a phase. Before the first epoch and after every epoch the session runs the phases in
-    the order record, rescore, select, order, whatever the order of the callbacks, then gives the plan to the sampler.
+    Callbacks register a function for a phase. Before the first epoch and after every epoch the session runs the
+    phases in the order record, rescore, select, order, whatever the order of the callbacks, then gives the plan to
+    the sampler.
 
     Attributes:
         store: what is known of every sample of the pool.
@@ -70,13 +71,11 @@ class SelectionSession:
         self.gradient: str = "first"
         self.scored = False
         self.cost = Cost()
-        self._steps: dict[Phase, Callable[[SelectionSession, Trainer, LightningModule, int], None]] = {}
+        self._steps: dict[Phase, Step] = {}
         self._restored: Mapping[str, Any] | None = None
         self._prepared = False
 
-    def register(
-        self, phase: Phase, step: Callable[[SelectionSession, Trainer, LightningModule, int], None], trainer: Trainer
-    ) -> None:
+    def register(self, phase: Phase, step: Step, trainer: Trainer) -> None:
         """Takes a callback's function for one phase, called as step(session, trainer, module, epoch).
 
         Raises:
@@ -89,15 +88,16 @@ class SelectionSession:
             )
         if phase in self._steps and self._steps[phase] != step:
             raise InputError(
-                f"two callbacks of one Trainer are responsible for the phase '{phase}': use either MiniRec or the single "
+                f"two callbacks of one Trainer are responsible for the phase '{phase}': use either MiniRec "
+                "or the single "
                 "callbacks, and each of those once"
             )
         self._steps[phase] = step
         self._prepared = False
-        trainer.reload_dataloaders_every_n_epochs = 1
+        reload_every_epoch(trainer)
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
-        """Called in `on_fit_start`: finds loader and sampler, takes up a checkpoint, plans the first epoch if needed."""
+        """Called in `on_fit_start`: finds loader and sampler, takes up a checkpoint, plans the first epoch."""
         if self._prepared:
             return
         self._prepared = True
@@ -147,14 +147,15 @@ class SelectionSession:
         """
         if not callable(getattr(module, "sample_signals", None)):
             raise InputError(
-                f"{type(module).__name__} cannot be scored: define `sample_signals(batch) -> SampleSignals` on it, or train "
+                f"{type(module).__name__} cannot be scored: define `sample_signals(batch) -> SampleSignals` "
+                "on it, or train "
                 "on a fixed choice with SelectSamples(ledger=...)"
             )
         options = {} if self.gradient == "first" else {"gradient": self.gradient}
         loader: DataLoader[Any] = torch.utils.data.DataLoader(
             self.loader.dataset,
             batch_size=max(256, self.loader.batch_size or 1),
-            sampler=sorted(sample_ids),  # type: ignore[arg-type]
+            sampler=sorted(sample_ids),
             collate_fn=self.loader.collate_fn,
         )
         with self.cost.timed("scoring"), isolate_rng(), evaluation_mode(module):
@@ -165,7 +166,14 @@ class SelectionSession:
                 self.store.update(signals, epoch=epoch, step=trainer.global_step, source="score")
 
     def easiness(self, sample_ids: Sequence[int]) -> torch.Tensor:
-        """Mean reward of samples, float64 [n]; the exact solve probability where no rollout was drawn; NaN if unknown."""
+        """Mean reward of samples, or the exact solve probability where no rollout was drawn.
+
+        Args:
+            sample_ids: [n], in the pool.
+
+        Returns:
+            float64 [n], NaN where nothing is known.
+        """
         view = self.store.read(sample_ids)
         if view.solve_probability is None:
             return view.reward_mean
@@ -189,7 +197,7 @@ class SelectionSession:
         """
         return {
             "store": self.store.state_dict(),
-            "ledger": None if self.ledger is None else _plain(self.ledger),
+            "ledger": None if self.ledger is None else self.ledger.state_dict(),
             "selected": self.selected,
             "plan": self.plan,
             "plan_epoch": self.plan_epoch,
@@ -204,15 +212,10 @@ class SelectionSession:
 
     def _take_up(self, state: Mapping[str, Any]) -> int:
         self.store.load_state_dict(state["store"])
-        self.ledger = None if state["ledger"] is None else SelectionLedger(pd.DataFrame(state["ledger"]))
+        self.ledger = None if state["ledger"] is None else SelectionLedger.from_state_dict(state["ledger"])
         for name in ("selected", "plan", "plan_epoch", "fold_starts", "scored"):
             setattr(self, name, state[name])
         return int(state["next_epoch"])
-
-
-def _plain(ledger: SelectionLedger) -> dict[str, list[Any]]:
-    table = ledger.table
-    return table.astype(object).where(table.notna(), None).to_dict("list")
 
 
 def _progress(loader: DataLoader[Any], description: str, trainer: Trainer) -> Any:
@@ -221,5 +224,3 @@ def _progress(loader: DataLoader[Any], description: str, trainer: Trainer) -> An
 
     shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
     return track(loader, description, total=len(loader), console=Console(stderr=True), disable=not shown)
-
-

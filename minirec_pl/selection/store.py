@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minirec_pl.errors import InputError
-from minirec_pl.selection.files import load_tensors, save_tensors
+from minirec_pl.files import load_tensors, save_tensors
 from minirec_pl.selection.signals import Array, SampleSignals, Signals, as_ids, name_ids, repeated_ids
 
 _SCALARS = {"reward_mean": torch.nan, "reward_std": torch.nan, "solve_share": torch.nan, "solve_probability": torch.nan}

@@ -1,0 +1,127 @@
+"""`minirec quickstart`: the shipped configs run one after the other, and the table of what they gained and cost."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from minirec_pl.callbacks.run_folder import write_json
+from minirec_pl.cli import run
+from minirec_pl.cost import Cost
+from minirec_pl.errors import InputError
+
+FULL_EPOCHS = 2
+RUNS: dict[str, list[str]] = {
+    "grpo_full": ["--selection=null", f"--trainer.max_epochs={FULL_EPOCHS}"],
+    "grpo_random": [
+        "--selection.selector=minirec_pl.selection.RandomSelector",
+        "--selection.selector.redraw=true",
+        "--selection.curriculum=null",
+    ],
+    "grpo_minirec": [],
+}
+FIGURES = ("hit_rate@10", "ndcg@10")
+Row = dict[str, Any]
+
+
+def quickstart(data: Path, to: Path, configs: Path, seed: int) -> None:
+    """Warm start once, GRPO from it on the full pool, on a random part and on MiniRec's part; tests and prints all.
+
+    Writes `results.json`, the rows of the printed table, and a folder per run.
+
+    Args:
+        data: folder that holds `ml-100k/`.
+        to: folder for the runs.
+        configs: folder with `warm-start.yaml` and `quickstart.yaml`.
+        seed: seed of every run.
+
+    Raises:
+        InputError: if a config or the data is missing, or a run fails for a reason the user can mend.
+    """
+    files = {name: configs / f"{name}.yaml" for name in ("warm-start", "quickstart")}
+    for path in files.values():
+        if not path.is_file():
+            raise InputError(
+                f"there is no '{path}': run this in the project's folder, or name its configs with --configs DIR"
+            )
+    common = [f"--data.path={data}", f"--data.seed={seed}", f"--seed_everything={seed}"]
+    warm_root = to / "warm_start"
+    warm = ["fit", "--config", str(files["warm-start"]), *common, f"--trainer.default_root_dir={warm_root}"]
+    rows = [_popularity(data, seed), _fit_and_test("warm_start", warm)]
+    policy = f"--model.policy.pretrained={warm_root / 'latest' / 'policy'}"
+    for method, overrides in RUNS.items():
+        root = f"--trainer.default_root_dir={to / method}"
+        rows.append(
+            _fit_and_test(method, ["fit", "--config", str(files["quickstart"]), *common, policy, root, *overrides])
+        )
+    write_json(to / "results.json", {"rows": rows})
+    console = Console()
+    console.print(table_of(rows))
+    console.print(
+        "Test part of MovieLens-100K, the whole catalogue ranked. Tokens and seconds include the "
+        "warm start, scoring and "
+        "selection; evaluation is not counted.",
+        style="dim",
+    )
+    print(f"table:   {to / 'results.json'}")
+    print(f"picture: {to / 'grpo_minirec' / 'latest' / 'curriculum.png'}")
+
+
+def _fit_and_test(method: str, arguments: list[str]) -> Row:
+    _say(arguments)
+    fitted = run(arguments)
+    fit = json.loads((fitted.run_dir / "results.json").read_text(encoding="utf-8"))
+    test_arguments = ["test", "--ckpt_path", str(fit["best_checkpoint"])]
+    _say(test_arguments)
+    tested = run(test_arguments)
+    test = json.loads((tested.run_dir / "results.json").read_text(encoding="utf-8"))
+    costs = ("samples_per_epoch", "distinct_samples", "rollouts", "tokens", "seconds")
+    return {"method": method, **{name: test[name] for name in FIGURES}, **{name: fit[name] for name in costs}}
+
+
+def _say(arguments: list[str]) -> None:
+    print(f"\n$ minirec {shlex.join(arguments)}", flush=True)
+
+
+def _popularity(data: Path, seed: int) -> Row:
+    import torch
+
+    from minirec_pl.data.datamodule import RecDataModule
+    from minirec_pl.metrics import NDCG, HitRate, target_rank
+
+    module = RecDataModule(str(data), seed=seed)
+    module.setup("test")
+    scores = torch.from_numpy(module.item_popularity).float()
+    metrics = {"hit_rate@10": HitRate(10), "ndcg@10": NDCG(10)}
+    for batch in module.test_dataloader():
+        rank = target_rank(scores.expand(len(batch["target"]), -1), batch["target"], batch["seen"])
+        for metric in metrics.values():
+            metric.update(rank, batch["sample_id"])
+    figures = {name: float(metric.compute()) for name, metric in metrics.items()}
+    return {"method": "popularity", **figures, "samples_per_epoch": 0, "distinct_samples": 0, **Cost().row()}
+
+
+def table_of(rows: list[Row]) -> Table:
+    """The rows of `results.json` as a table for the terminal."""
+    table = Table(title="MovieLens-100K quickstart")
+    columns = ("method", "HR@10", "NDCG@10", "samples an epoch", "distinct", "rollouts", "tokens fwd + bwd", "seconds")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows:
+        rollouts, tokens, seconds = row["rollouts"], row["tokens"], row["seconds"]
+        table.add_row(
+            row["method"],
+            f"{row['hit_rate@10']:.4f}",
+            f"{row['ndcg@10']:.4f}",
+            f"{row['samples_per_epoch']:,}",
+            f"{row['distinct_samples']:,}",
+            f"{rollouts['training'] + rollouts['scoring']:,}",
+            f"{tokens['forward'] / 1e6:.2f} M + {tokens['backward'] / 1e6:.2f} M",
+            f"{sum(seconds.values()):.1f}",
+        )
+    return table
