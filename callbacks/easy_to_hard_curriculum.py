@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from minirec_pl.callbacks.session_callback import SessionCallback
-
 from minirec_pl.errors import InputError
 from minirec_pl.selection.curriculum import default_folds, fold_curriculum, fold_starts
 from minirec_pl.selection.session import SelectionSession, session_of

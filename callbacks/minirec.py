@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from minirec_pl.callbacks.easy_to_hard_curriculum import EasyToHardCurriculum
 from minirec_pl.callbacks.rescore_samples import RescoreSamples
 from minirec_pl.callbacks.reward_history import RewardHistory
 from minirec_pl.callbacks.select_samples import SelectSamples
 from minirec_pl.callbacks.session_callback import SessionCallback
-
-from minirec_pl.selection.selectors import MiniRecSelector, Selector
+from minirec_pl.selection.selectors import Selector
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -28,8 +26,8 @@ class MiniRec(SessionCallback):
         warmup_epochs: epochs on the whole pool before the first selection.
         every_n_epochs: a new selection every so many epochs.
         rescore_fraction: part of the pool that is scored again after each epoch, stalest first.
-        selector: how to pick.
-        curriculum: how to order what was picked; None shuffles anew each epoch.
+        selector: how to pick; None takes `MiniRecSelector()`.
+        curriculum: how to order what was picked; None takes `EasyToHardCurriculum()`, "shuffled" shuffles every epoch.
 
     Raises:
         InputError: as the single callbacks do.
@@ -45,18 +43,18 @@ class MiniRec(SessionCallback):
         warmup_epochs: int = 0,
         every_n_epochs: int = 1,
         rescore_fraction: float = 0.1,
-        selector: Selector = lazy_instance(MiniRecSelector),  # noqa: B008
-        curriculum: EasyToHardCurriculum | None = lazy_instance(EasyToHardCurriculum),  # noqa: B008
+        selector: Selector | None = None,
+        curriculum: EasyToHardCurriculum | Literal["shuffled"] | None = None,
     ) -> None:
         super().__init__()
         select = SelectSamples(budget, selector, warmup_epochs=warmup_epochs, every_n_epochs=every_n_epochs)
         self._history = RewardHistory()
         rescore = RescoreSamples(rescore_fraction)
         self.parts: list[SessionCallback] = [self._history, select]
-        if select.selector.needs or curriculum is not None:
+        if select.selector.needs or curriculum != "shuffled":
             self.parts.append(rescore)
-        if curriculum is not None:
-            self.parts.append(curriculum)
+        if curriculum != "shuffled":
+            self.parts.append(curriculum or EasyToHardCurriculum())
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Registers every part for its phase."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from minirec_pl.callbacks.session_callback import SessionCallback
-
 from minirec_pl.selection.session import SelectionSession, session_of
 from minirec_pl.selection.signals import SampleSignals
 

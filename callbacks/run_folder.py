@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -10,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 from minirec_pl.files import write_atomically
 from minirec_pl.recommender import RecModule
@@ -27,15 +30,19 @@ class RunFolder(Callback):
     * `results.json`: after a fit the best validation figures and the cost, after a test the test figures.
     * `policy/`: after a fit the policy with the weights of the best checkpoint (the last ones if none is kept), as a
       Hugging Face folder.
-    * `checkpoints/interrupted.ckpt`: where Ctrl-C stopped a fit, taken at the end of the running step; a second Ctrl-C
-      stops at once.
+    * `checkpoints/interrupted.ckpt`: where Ctrl-C stopped a fit, taken at the end of the running step, or of the
+      validation after the last step of an epoch; a second Ctrl-C stops at once.
+
+    Checkpoints also hold the state of torch's global random numbers and the best figure so far, so that a resumed run
+    ends like one that was never stopped.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._in_epoch = False
+        self._training = False
         self._stop = False
-        self._samples: list[int] = []
+        self._samples: dict[int, int] = {}
+        self._random_state: list[torch.Tensor] | None = None
         self._distinct: set[int] = set()
         self._previous_handler: Any = None
 
@@ -47,49 +54,80 @@ class RunFolder(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes over Ctrl-C for the time of a fit."""
         if stage == "fit" and threading.current_thread() is threading.main_thread():
+            trainer.callbacks.append(_AfterEpoch(self))  # type: ignore[attr-defined]
             self._previous_handler = signal.signal(signal.SIGINT, self._on_sigint)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Gives Ctrl-C back."""
+        """Gives Ctrl-C back, and passes one on that came after the last step."""
         if self._previous_handler is not None:
             signal.signal(signal.SIGINT, self._previous_handler)
             self._previous_handler = None
+        if self._stop:
+            self._stop = False
+            raise KeyboardInterrupt
 
     def _on_sigint(self, signum: int, frame: Any) -> None:
-        if not self._in_epoch or self._stop:
+        if not self._training or self._stop:
+            self._stop = False
             raise KeyboardInterrupt
         self._stop = True
+        os.write(2, b"\nstopping at the next safe point; Ctrl-C again stops at once\n")
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts counting the samples of an epoch."""
-        self._samples.append(0)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """From here to the end of the step Ctrl-C waits."""
-        self._in_epoch = True
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on Ctrl-C waits; continues the random numbers of a checkpoint."""
+        self._training = True
+        if self._random_state is not None:
+            torch.set_rng_state(self._random_state[0])
+            if len(self._random_state) - 1 == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(self._random_state[1:])
+            self._random_state = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts samples; after Ctrl-C saves a checkpoint and stops."""
+        """Counts samples; after Ctrl-C stops inside an epoch."""
         ids = batch["sample_id"].tolist() if isinstance(batch, dict) and "sample_id" in batch else []
-        if not self._samples:
-            self._samples.append(0)
-        self._samples[-1] += len(ids)
+        epoch = trainer.current_epoch
+        self._samples[epoch] = self._samples.get(epoch, 0) + len(ids)
         self._distinct.update(ids)
-        self._in_epoch = False
-        if self._stop:
-            trainer.save_checkpoint(self.folder(trainer) / "checkpoints" / INTERRUPTED)
-            raise KeyboardInterrupt
+        if self._stop and not trainer.is_last_batch:
+            self._save_and_stop(trainer)
+
+    def stop_between_epochs(self, trainer: Trainer) -> None:
+        """After Ctrl-C stops, if another epoch would follow."""
+        last = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch + 1
+        if self._stop and not last and not trainer.should_stop:
+            self._save_and_stop(trainer)
+
+    def _save_and_stop(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.folder(trainer) / "checkpoints" / INTERRUPTED, weights_only=False)
+        self._stop = False
+        raise KeyboardInterrupt
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts for the checkpoint."""
-        return {"samples": list(self._samples), "distinct": torch.tensor(sorted(self._distinct), dtype=torch.int64)}
+        """Counts and random numbers for the checkpoint."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return {
+            "samples": dict(self._samples),
+            "distinct": torch.tensor(sorted(self._distinct), dtype=torch.int64),
+            "random_state": [torch.get_rng_state(), *cuda],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Counts of the run so far."""
-        self._samples = list(state_dict["samples"])
+        """Counts and random numbers of the run so far."""
+        self._samples = dict(state_dict["samples"])
         self._distinct = set(state_dict["distinct"].tolist())
+        self._random_state = state_dict["random_state"]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Takes the best checkpoints of the resumed run along, since a run keeps to its own folder."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        states = checkpoint.get("callbacks", {})
+        for callback in trainer.checkpoint_callbacks:
+            state = states.get(callback.state_key)
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath and state and state.get("dirpath"):
+                _move_best(state, Path(callback.dirpath))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes results and policy."""
@@ -102,7 +140,7 @@ class RunFolder(Callback):
             "best_checkpoint": best or None,
             "validation": _figures(trainer, "val/"),
             "epochs": len(self._samples),
-            "samples_per_epoch": round(sum(self._samples) / max(1, len(self._samples))),
+            "samples_per_epoch": round(sum(self._samples.values()) / max(1, len(self._samples))),
             "distinct_samples": len(self._distinct),
             **pl_module.cost.row(),
         }
@@ -123,10 +161,41 @@ class RunFolder(Callback):
         finally:
             policy.load_state_dict(last)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the figures of `validate`."""
+        if trainer.is_global_zero and trainer.state.fn == TrainerFn.VALIDATING:
+            write_json(self.folder(trainer) / "results.json", {"stage": "validate", **_figures(trainer, "val/")})
+
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the test figures."""
         if trainer.is_global_zero:
             write_json(self.folder(trainer) / "results.json", {"stage": "test", **_figures(trainer, "test/")})
+
+
+class _AfterEpoch(Checkpoint):
+    """Comes after every ModelCheckpoint and EarlyStopping, so that a checkpoint knows what they made of the epoch."""
+
+    def __init__(self, run_folder: RunFolder) -> None:
+        self._run_folder = run_folder
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run_folder.stop_between_epochs(trainer)
+
+
+def _move_best(state: dict[str, Any], folder: Path) -> None:
+    """Copies the checkpoints that a ModelCheckpoint's state names to `folder` and makes the state name the copies."""
+    moved: dict[str, str] = {}
+    for path in {*state.get("best_k_models", {}), state.get("best_model_path", "")} - {""}:
+        source, target = Path(path), folder / Path(path).name
+        if source.is_file() and source.parent != folder:
+            write_atomically(target, lambda scratch, source=source: shutil.copyfile(source, scratch))  # type: ignore[misc]
+            moved[path] = str(target)
+    if moved:
+        state["dirpath"] = str(folder)
+        state["best_k_models"] = {moved.get(path, path): score for path, score in state["best_k_models"].items()}
+        for name in ("best_model_path", "kth_best_model_path"):
+            state[name] = moved.get(state[name], state[name])
+        state["last_model_path"] = ""
 
 
 def _figures(trainer: Trainer, prefix: str) -> dict[str, float]:

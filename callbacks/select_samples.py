@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minirec_pl.callbacks.session_callback import SessionCallback
-
 from minirec_pl.errors import InputError
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.selectors import MiniRecSelector, Selector

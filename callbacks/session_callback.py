@@ -30,8 +30,7 @@ class SessionCallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Saves the session, once for all callbacks."""
         if CHECKPOINT_KEY not in checkpoint:
-            progress = trainer.fit_loop.epoch_loop.batch_progress
-            checkpoint[CHECKPOINT_KEY] = session_of(trainer).state_dict(progress.is_last_batch, trainer.current_epoch)
+            checkpoint[CHECKPOINT_KEY] = session_of(trainer).state_dict(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Hands the saved session to the new one."""

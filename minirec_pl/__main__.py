@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,16 +26,6 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"minirec: error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("minirec: interrupted; nothing half-written was kept", file=sys.stderr)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-            raise
-        where = f" '{error.filename}'" if error.filename else ""
-        print(
-            f"minirec: error: cannot write{where}: {os.strerror(error.errno).lower()}; free some space "
-            "or choose another "
-            "folder with --trainer.default_root_dir",
-            file=sys.stderr,
-        )
     return 2
 
 
@@ -47,7 +35,11 @@ def _dispatch(argv: list[str]) -> int:
 
         run(argv)
         return 0
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
+    options = parser.parse_args(argv)
     if options.command == "fetch":
         from minirec_pl.data.fetch import fetch_ml_100k
 

@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import logging
 import os
+import shlex
+import shutil
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerStatus
+from transformers.utils.logging import disable_progress_bar
 
 from minirec_pl.callbacks import MiniRec, RunFolder
-from minirec_pl.callbacks.run_folder import INTERRUPTED
+from minirec_pl.checkpoints import AtomicCheckpointIO, check_checkpoint
 from minirec_pl.errors import InputError
 from minirec_pl.recommender import RecModule
+from minirec_pl.sentences import check_yaml, one_sentence
 
 RUN_DIR_VARIABLE = "MINIREC_RUN_DIR"
+CONFIG = "config.yaml"
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+LEFT_BY_A_FAILED_START = {CONFIG, "hparams.yaml", "metrics.csv", "wandb"}
+
+
+class ParserError(ValueError):
+    """What jsonargparse found, in its own many lines; nested in those of an outer parser."""
 
 
 class Parser(LightningArgumentParser):
-    """Says what is wrong in one sentence."""
+    """Raises what it finds, rather than print it and exit."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Raises InputError in place of printing the usage."""
-        raise InputError(" ".join(str(message).split())) from ex
+        """Raises ParserError."""
+        raise ParserError(message) from ex
 
 
 class MiniRecCLI(LightningCLI):
@@ -38,6 +57,7 @@ class MiniRecCLI(LightningCLI):
     """
 
     run_dir: Path
+    new_folders: Sequence[Path] = ()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds `--selection`."""
@@ -48,18 +68,21 @@ class MiniRecCLI(LightningCLI):
             help="Which samples an epoch trains on; null for the whole pool, shuffled anew each epoch.",
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses, then checks the checkpoint before anything reads it."""
+        super().parse_arguments(parser, args)
+        checkpoint = self.config[self.config.subcommand].get("ckpt_path")
+        if checkpoint and checkpoint not in ("best", "last", "hpc"):
+            check_checkpoint(Path(checkpoint))
+
     def before_instantiate_classes(self) -> None:
         """Claims the run folder, writes the config into it and sends the loggers there."""
         config = self.config[self.subcommand]
-        ckpt_path = config.get("ckpt_path")
-        if ckpt_path and ckpt_path not in ("best", "last", "hpc") and not Path(ckpt_path).is_file():
-            raise InputError(
-                f"there is no checkpoint '{ckpt_path}': give --ckpt_path a file from a run's checkpoints/ folder"
-            )
         root = Path(config.trainer.default_root_dir or "runs")
+        self.new_folders = [folder for folder in (root, *root.parents) if not folder.exists()]
         self.run_dir = _claim(root)
         if "LOCAL_RANK" not in os.environ:
-            self._parser(self.subcommand).save(config, self.run_dir / "config.yaml", skip_none=False, overwrite=True)
+            self._parser(self.subcommand).save(config, self.run_dir / CONFIG, skip_none=False, overwrite=True)
         config.trainer.default_root_dir = str(self.run_dir)
         loggers = config.trainer.logger
         if loggers is None or loggers is True:
@@ -67,12 +90,36 @@ class MiniRecCLI(LightningCLI):
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             _send_to(logger, self.run_dir)
 
+    def instantiate_classes(self) -> None:
+        """Makes model, data and Trainer.
+
+        Raises:
+            InputError: for a value that one of them refuses.
+        """
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise InputError(_input_error_in(error) or one_sentence(str(error))) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The Trainer with the selection and the run folder's callback."""
+        """The Trainer with the selection, the run folder's callback and checkpoints that are written whole."""
         selection = self._get(self.config_init, "selection")
         callbacks: list[Callback] = [selection] if selection is not None else []
         self.trainer_defaults["callbacks"] = [*callbacks, RunFolder()]
+        if not self._get(self.config_init, "trainer").get("plugins"):
+            kwargs["plugins"] = [AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
+
+    def discard_failed_start(self) -> None:
+        """Removes the run folder where the run never got as far as leaving something of use."""
+        if not hasattr(self, "run_dir") or "LOCAL_RANK" in os.environ:
+            return
+        left = {path.relative_to(self.run_dir).parts[0] for path in self.run_dir.rglob("*") if not path.is_dir()}
+        if left <= LEFT_BY_A_FAILED_START:
+            shutil.rmtree(self.run_dir, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                for folder in self.new_folders:
+                    folder.rmdir()
 
     def after_fit(self) -> None:
         """Points `latest` to this run."""
@@ -133,46 +180,131 @@ def run(args: Sequence[str]) -> MiniRecCLI:
         args: as on the command line, the subcommand first.
 
     Raises:
-        InputError: for bad input, and when Ctrl-C stopped a fit (the sentence then says how to resume).
+        InputError: for bad input, and when Ctrl-C stopped the run (the sentence then says how to resume).
     """
-    argv = [*args, *_config_of_checkpoint(args)]
-    before, sys.argv = sys.argv, sys.argv[:1]
+    argv = _configs_first([*args, *_config_of_checkpoint(args)])
+    for config in _values(argv, "--config", "-c"):
+        check_yaml(Path(config))
     cli = MiniRecCLI.__new__(MiniRecCLI)
+    finished = False
     try:
-        cli.__init__(  # type: ignore[misc]
-            RecModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            auto_configure_optimizers=False,
-            seed_everything_default=42,
-            parser_class=Parser,
-            parser_kwargs={"prog": "minirec"},
-            args=argv,
-        )
-    except SystemExit as stop:
+        with _own_process_state():
+            cli.__init__(  # type: ignore[misc]
+                RecModule,
+                LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=None,
+                auto_configure_optimizers=False,
+                seed_everything_default=42,
+                parser_class=Parser,
+                parser_kwargs={"prog": "minirec"},
+                args=argv,
+            )
+        finished = True
+    except (SystemExit, KeyboardInterrupt) as stop:
         trainer = getattr(cli, "trainer", None)
-        if trainer is None or trainer.state.status != TrainerStatus.INTERRUPTED:
+        by_lightning = trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
+        if isinstance(stop, SystemExit) and not by_lightning:
             raise
-        raise InputError(_interrupted(cli, argv)) from stop
+        raise InputError(_interrupted(cli)) from stop
+    except ParserError as error:
+        raise InputError(_input_error_in(error) or one_sentence(str(error))) from error
+    except MisconfigurationException as error:
+        raise InputError(" ".join(str(error).split())) from error
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        where = error.filename or getattr(cli, "run_dir", "the run folder")
+        reason = os.strerror(error.errno).lower()
+        raise InputError(
+            f"cannot write '{where}' ({reason}): free some space or choose another --trainer.default_root_dir"
+        ) from error
     finally:
-        sys.argv = before
+        _finish_wandb(failed=not finished)
+        if not finished:
+            cli.discard_failed_start()
     return cli
 
 
-def _interrupted(cli: MiniRecCLI, argv: Sequence[str]) -> str:
-    kept = cli.run_dir / "checkpoints" / INTERRUPTED
-    if not kept.is_file():
-        return "interrupted before the first training step: nothing to resume from"
-    config = cli.run_dir / "config.yaml"
-    return f"interrupted; resume with `minirec fit --config {config} --ckpt_path {kept}`"
+def _finish_wandb(failed: bool) -> None:
+    """Ends the W&B run, so that the next run of this process does not log into it."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        with contextlib.suppress(OSError):
+            wandb.finish(exit_code=int(failed))
+
+
+@contextlib.contextmanager
+def _own_process_state() -> Iterator[None]:
+    """Hides this process's arguments from the parser, quiets advertisements, and gives Ctrl-C back at the end."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+    arguments, sys.argv = sys.argv, sys.argv[:1]
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+            yield
+    finally:
+        sys.argv = arguments
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()[:10]
+
+
+def _input_error_in(error: BaseException | None) -> str | None:
+    """The sentence of an InputError that the parser has wrapped."""
+    while error is not None:
+        if isinstance(error, InputError):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _interrupted(cli: MiniRecCLI) -> str:
+    if getattr(cli, "subcommand", None) != "fit" or not hasattr(cli, "run_dir"):
+        return "interrupted; nothing was written"
+    run_dir = cli.run_dir
+    checkpoints = sorted((run_dir / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not checkpoints:
+        return "interrupted before the first checkpoint; there is nothing to resume from, so start again"
+    if (run_dir / "policy").is_dir():
+        return f"interrupted after the last step; the run in {run_dir} is complete"
+    command = ["minirec", "fit", "--config", str(run_dir / CONFIG), "--ckpt_path", str(checkpoints[-1])]
+    return f"interrupted; resume with `{shlex.join(command)}`"
 
 
 def _config_of_checkpoint(args: Sequence[str]) -> list[str]:
     """The config a run left beside its checkpoints, where only `--ckpt_path` is given."""
-    words = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--") else [arg])]
-    if "--config" in words or "-c" in words or "--ckpt_path" not in words[:-1]:
+    checkpoints = _values(args, "--ckpt_path")
+    if not checkpoints or _values(args, "--config", "-c"):
         return []
-    config = Path(words[words.index("--ckpt_path") + 1]).parent.parent / "config.yaml"
-    return ["--config", str(config)] if config.is_file() else []
+    check_checkpoint(Path(checkpoints[-1]))
+    config = Path(checkpoints[-1]).parent.parent / CONFIG
+    if not config.is_file():
+        raise InputError(f"there is no '{config}' beside the checkpoint: name the config of its run with --config")
+    return ["--config", str(config)]
+
+
+def _configs_first(args: Sequence[str]) -> list[str]:
+    """Moves the config files before all other options, so that none of their keys overrides what the user typed."""
+    configs: list[str] = []
+    others: list[str] = []
+    words = iter(args[1:])
+    for word in words:
+        if word in ("--config", "-c"):
+            configs += [word, *islice(words, 1)]
+        else:
+            (configs if word.startswith("--config=") else others).append(word)
+    return [*args[:1], *configs, *others]
+
+
+def _values(args: Sequence[str], *options: str) -> list[str]:
+    """What is given to an option, as `--option VALUE` or `--option=VALUE`."""
+    words = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--") else [arg])]
+    return [value for option, value in pairwise(words) if option in options]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,14 +26,40 @@ class WarmStartModule(RecModule):
     """Supervised next-item training, every position of a sequence at once: the proxy policy that GRPO starts from.
 
     Takes the batches of `RecDataModule(train_on="warm")`. Logs `train/loss`, the mean negative log-likelihood in nats.
+
+    Args:
+        policy: the recommender to train.
+        dropout: probability of dropping a value of the input embeddings and of the last hidden states, in training
+            only; for ids of one token.
+        optimizer: see `RecModule`.
+        lr_scheduler: see `RecModule`.
+        predict_k: see `RecModule`.
+
+    Raises:
+        InputError: if `dropout` is outside [0, 1).
     """
 
     training_phase = "warm_start"
 
+    def __init__(
+        self,
+        policy: GenerativePolicy,
+        dropout: float = 0.0,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        predict_k: int = EVALUATION_K,
+    ) -> None:
+        super().__init__(policy, optimizer, lr_scheduler, predict_k)
+        if not 0.0 <= dropout < 1.0:
+            raise InputError(f"dropout is {dropout}: it is a probability, from 0 to below 1")
+        self.dropout = dropout
+
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of the next item at every position that has one."""
-        loss = self.policy.sequence_nll(batch)
-        tokens = int((batch["sequence"] >= 0).sum()) * self.policy.id_length + len(batch["sequence"])
+        if "sequence" not in batch:
+            raise InputError("WarmStartModule trains on sequences: set data.train_on to `warm`")
+        loss = self.policy.sequence_nll(batch, self.dropout)
+        tokens = self.policy.sequence_tokens(batch)
         self.cost.add(self.training_phase, forward=tokens, backward=tokens)
         self.log("train/loss", loss, on_step=True, on_epoch=False, batch_size=len(batch["target"]))
         return loss
@@ -98,8 +125,25 @@ class GRPORecModule(RecModule):
             raise InputError(
                 f"scoring_generations is {scoring_generations}: give 0 (exact probabilities only) or at least 2"
             )
-        if temperature <= 0:
+        if not 0 < temperature < math.inf:
             raise InputError(f"temperature is {temperature}: it divides the logits, so it must be above 0")
+        if top_k is not None and top_k < 1:
+            raise InputError(f"top_k is {top_k}: give at least 1, or null for all tokens")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise InputError(f"top_p is {top_p}: it is a probability above 0 and at most 1, or null for all tokens")
+        if reward_weights is not None and len(reward_weights) != len(rewards):
+            raise InputError(
+                f"reward_weights has {len(reward_weights)} numbers for {len(rewards)} rewards: give one each"
+            )
+        one = torch.ones(1, 2, 1)
+        group_advantages(one[..., 0], scale_rewards=scale_rewards)
+        options: dict[str, Any] = {
+            "epsilon": epsilon,
+            "epsilon_high": epsilon_high,
+            "beta": beta,
+            "loss_type": loss_type,
+        }
+        policy_loss(one, one, one[..., 0], one.bool(), ref_logps=one, max_completion_length=1, **options)
         self.rewards = list(rewards)
         self.reward_weights = reward_weights
         self.num_generations = num_generations
@@ -113,6 +157,7 @@ class GRPORecModule(RecModule):
         self.scale_rewards: ScaleRewards = scale_rewards
         self.scoring_generations = scoring_generations
         self.rollout_seed = torch.initial_seed()
+        self.rollout_step = 0
         self.reference: GenerativePolicy | None = None
 
     def configure_model(self) -> None:
@@ -124,19 +169,31 @@ class GRPORecModule(RecModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the cost and the seed of the rollouts."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["rollout_seed"] = self.rollout_seed
+        checkpoint["rollout_seed"], checkpoint["rollout_step"] = self.rollout_seed, self.rollout_step
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the cost and the seed of the rollouts."""
         super().on_load_checkpoint(checkpoint)
         self.rollout_seed = checkpoint.get("rollout_seed", self.rollout_seed)
+        self.rollout_step = checkpoint.get("rollout_step", self.rollout_step)
 
-    def _generator(self, purpose: int, step: int) -> torch.Generator:
-        """Random numbers that depend on (seed, purpose, step, rank) alone."""
-        words = np.random.SeedSequence([self.rollout_seed, purpose, step, self.global_rank]).generate_state(
+    @property
+    def _sampling(self) -> dict[str, Any]:
+        return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+
+    def _generator(self) -> torch.Generator:
+        """Random numbers of a training batch, which depend on (seed, rank, rollout batches so far) alone."""
+        words = np.random.SeedSequence([self.rollout_seed, self.global_rank, self.rollout_step]).generate_state(
             1, np.uint64
         )
         return torch.Generator(device=self.device).manual_seed(int(words[0]) & (2**63 - 1))
+
+    def _scoring_numbers(self, sample_ids: Tensor) -> Tensor:
+        """Uniform numbers [B, G, L] that depend on (seed, rollout batches so far, sample_id) alone."""
+        size = (self.scoring_generations, self.policy.id_length)
+        words = (self.rollout_seed, self.rollout_step)
+        rows = [np.random.default_rng([*words, sample_id]).random(size) for sample_id in sample_ids.tolist()]
+        return torch.from_numpy(np.stack(rows)).to(self.device)
 
     def _reward(self, batch: Mapping[str, Tensor], items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         group = items.shape[1]
@@ -159,25 +216,23 @@ class GRPORecModule(RecModule):
         Returns:
             `loss`, and `signals`: the rewards [B, G] and solve probabilities [B] met on the way, for callbacks.
         """
-        step = self.trainer.fit_loop.epoch_loop.total_batch_idx
-        rollouts = self.policy.generate(
-            batch,
-            self.num_generations,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            generator=self._generator(0, step),
-        )
-        rewards, by_name = self._reward(batch, rollouts.items)
+        if "history" not in batch:
+            raise InputError("GRPORecModule trains on single samples: set data.train_on to `pool`")
+        with evaluation_mode(self.policy):
+            prompt, target = self.policy.run_prompt(batch), batch["target"][:, None]
+            size = (len(target), self.num_generations, self.policy.id_length)
+            uniform = torch.rand(size, dtype=torch.float64, generator=self._generator(), device=self.device)
+            items = self.policy.sample(prompt, batch["seen"], uniform, **self._sampling).items
+            states = self.policy.completion_states(prompt, target)
+            solved, _, _ = self.policy.head_logps(states, target, batch["seen"], self.temperature)
+        self.rollout_step += 1
+        rewards, by_name = self._reward(batch, items)
         advantages = group_advantages(rewards, scale_rewards=self.scale_rewards)
-        with_target = torch.cat([rollouts.items, batch["target"][:, None]], dim=1)
-        logps, mask, entropy = self.policy.completion_logps(batch, with_target, self.temperature)
-        solve_probability = logps[:, -1].detach().sum(dim=-1).exp()
-        logps, mask, entropy = logps[:, :-1], mask[:, :-1], entropy[:, :-1]
+        logps, mask, entropy = self.policy.completion_logps(batch, items, self.temperature)
         reference_logps = None
         if self.reference is not None:
             with torch.no_grad():
-                reference_logps, _, _ = self.reference.completion_logps(batch, rollouts.items, self.temperature)
+                reference_logps, _, _ = self.reference.completion_logps(batch, items, self.temperature)
         objective = policy_loss(
             logps,
             logps.detach(),
@@ -190,31 +245,29 @@ class GRPORecModule(RecModule):
             loss_type=self.loss_type,
             max_completion_length=self.policy.id_length,
         )
-        self._book_rollouts(batch, mask)
+        self._book_rollouts(batch, items)
         self._log_training(rewards, by_name, entropy, mask, objective)
-        signals = SampleSignals(batch["sample_id"], rewards=rewards, solve_probability=solve_probability)
+        signals = SampleSignals(batch["sample_id"], rewards=rewards, solve_probability=solved.sum(dim=(1, 2)).exp())
         return {"loss": objective.loss, "signals": signals}
 
-    def _book_rollouts(self, batch: Mapping[str, Tensor], mask: Tensor) -> None:
-        prompts, fed = self.policy.prompt_tokens(batch), int(mask[:, :, 1:].sum())
+    def _book_rollouts(self, batch: Mapping[str, Tensor], items: Tensor) -> None:
+        trained = self.policy.prompt_tokens(batch) + self.policy.fed_tokens(items)
         passes = 2 if self.reference is None else 3
-        self.cost.add(
-            "training", forward=passes * (prompts + fed), backward=prompts + fed, rollouts=mask.shape[0] * mask.shape[1]
-        )
+        forward = passes * trained + self.policy.fed_tokens(batch["target"])
+        self.cost.add("training", forward=forward, backward=trained, rollouts=items.numel())
 
     def _log_training(
         self, rewards: Tensor, by_name: Mapping[str, Tensor], entropy: Tensor, mask: Tensor, objective: PolicyLoss
     ) -> None:
-        std = rewards.std(dim=1)
         values = {
             "reward": rewards.mean(),
-            "reward_std": std.mean(),
-            "frac_reward_zero_std": (std == 0).float().mean(),
-            "entropy": entropy.detach().sum() / mask.sum(),
+            "reward_std": rewards.std(dim=1).mean(),
+            "frac_reward_zero_std": (rewards == rewards[:, :1]).all(dim=1).float().mean(),
+            "entropy": entropy.sum() / mask.sum(),
             "clip_ratio/low_mean": objective.clip_low,
             "clip_ratio/high_mean": objective.clip_high,
             "completions/mean_length": mask.sum(dim=-1).float().mean(),
-            **{f"rewards/{name}/mean": values.nanmean() for name, values in by_name.items()},
+            **{f"rewards/{name}/mean": given.nanmean() for name, given in by_name.items()},
         }
         if objective.kl is not None:
             values["kl"] = objective.kl
@@ -233,23 +286,27 @@ class GRPORecModule(RecModule):
 
         Returns:
             rewards [B, scoring_generations] (None with 0), gradient [B, D], embedding [B, D] (last hidden state of the
-            prompt), solve_probability [B].
+            prompt), solve_probability [B] (before top_k and top_p). A row depends on its own sample alone, not on
+            the rest of the batch or the rank.
         """
         target = batch["target"][:, None]
+        rewards, group = None, self.scoring_generations
+        forward = self.policy.prompt_tokens(batch) + self.policy.fed_tokens(target)
         with evaluation_mode(self.policy):
-            states = self.policy.completion_states(batch, target)
+            prompt = self.policy.run_prompt(batch)
+            states = self.policy.completion_states(prompt, target)
+            if group > 0:
+                numbers = self._scoring_numbers(batch["sample_id"])
+                items = self.policy.sample(prompt, batch["seen"], numbers, **self._sampling).items
+                rewards, _ = self._reward(batch, items)
+                forward += self.policy.fed_tokens(items)
 
         def target_logp(leaves: Sequence[Tensor]) -> Tensor:
             logps, _, _ = self.policy.head_logps(type(states)(*leaves), target, batch["seen"], self.temperature)
             return logps.sum(dim=(1, 2))
 
         signal, logp = head_signal(target_logp, states, gradient)
-        rewards, group = None, self.scoring_generations
-        if group > 0:
-            items = self._scoring_rollouts(batch, states.prompt, group)
-            rewards, _ = self._reward(batch, items)
-        tokens = self.policy.prompt_tokens(batch) + len(target) * states.rest.shape[2]
-        self.cost.add("scoring", forward=tokens, rollouts=group * len(target))
+        self.cost.add("scoring", forward=forward, rollouts=group * len(target))
         return SampleSignals(
             batch["sample_id"],
             rewards=rewards,
@@ -257,15 +314,3 @@ class GRPORecModule(RecModule):
             embedding=states.prompt.detach(),
             solve_probability=logp.exp(),
         )
-
-    def _scoring_rollouts(self, batch: Mapping[str, Tensor], prompt: Tensor, group: int) -> Tensor:
-        generator = self._generator(1, int(batch["sample_id"][0]) + (self.global_step << 32))
-        if self.policy.id_length == 1 and self.top_k is None and self.top_p is None:
-            with torch.no_grad():
-                root = self.policy.root_logps(prompt, batch["seen"], self.temperature)
-            return self.policy.sample_from(root, group, generator)
-        self.cost.add(
-            "scoring", forward=self.policy.prompt_tokens(batch) + len(prompt) * group * (self.policy.id_length - 1)
-        )
-        options: dict[str, Any] = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        return self.policy.generate(batch, group, generator=generator, **options).items

@@ -33,9 +33,10 @@ def draw_curriculum(rewards: Sequence[float], fold_starts: Sequence[int], epoch:
     if known:
         mean = sum(known) / len(known)
         axes.axhline(mean, color="#D55E00", linewidth=1.2, label=f"mean of the plan, {mean:.3f}")
-    folds = f"{len(fold_starts)} folds" if len(fold_starts) != 1 else "1 fold"
+    folds = f" in {len(fold_starts)} fold{'s' if len(fold_starts) > 1 else ''}, easy to hard in each"
+    order = folds if fold_starts else ", in no order of difficulty"
     axes.set(xlabel="position in the epoch", ylabel="mean reward", xlim=(0, max(1, len(rewards))))
-    axes.set_title(f"Plan of epoch {epoch}: {len(rewards):,} samples in {folds}, easy to hard in each", loc="left")
+    axes.set_title(f"Plan of epoch {epoch}: {len(rewards):,} samples{order}", loc="left")
     axes.legend(loc="upper right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     write_atomically(path, lambda scratch: figure.savefig(scratch, dpi=150, format="png"))

@@ -21,11 +21,12 @@ RUNS: dict[str, list[str]] = {
     "grpo_random": [
         "--selection.selector=minirec_pl.selection.RandomSelector",
         "--selection.selector.redraw=true",
-        "--selection.curriculum=null",
+        "--selection.curriculum=shuffled",
     ],
     "grpo_minirec": [],
 }
 FIGURES = ("hit_rate@10", "ndcg@10")
+PIPE_WIDTH = 120
 Row = dict[str, Any]
 
 
@@ -60,7 +61,7 @@ def quickstart(data: Path, to: Path, configs: Path, seed: int) -> None:
             _fit_and_test(method, ["fit", "--config", str(files["quickstart"]), *common, policy, root, *overrides])
         )
     write_json(to / "results.json", {"rows": rows})
-    console = Console()
+    console = Console() if Console().is_terminal else Console(width=PIPE_WIDTH)
     console.print(table_of(rows))
     console.print(
         "Test part of MovieLens-100K, the whole catalogue ranked. Tokens and seconds include the "
@@ -109,8 +110,8 @@ def _popularity(data: Path, seed: int) -> Row:
 def table_of(rows: list[Row]) -> Table:
     """The rows of `results.json` as a table for the terminal."""
     table = Table(title="MovieLens-100K quickstart")
-    columns = ("method", "HR@10", "NDCG@10", "samples an epoch", "distinct", "rollouts", "tokens fwd + bwd", "seconds")
-    for column in columns:
+    columns = ("method", "HR@10", "NDCG@10", "samples an epoch", "distinct", "rollouts scoring + training")
+    for column in (*columns, "tokens forward + backward", "seconds"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in rows:
         rollouts, tokens, seconds = row["rollouts"], row["tokens"], row["seconds"]
@@ -120,7 +121,7 @@ def table_of(rows: list[Row]) -> Table:
             f"{row['ndcg@10']:.4f}",
             f"{row['samples_per_epoch']:,}",
             f"{row['distinct_samples']:,}",
-            f"{rollouts['training'] + rollouts['scoring']:,}",
+            f"{rollouts['scoring']:,} + {rollouts['training']:,}",
             f"{tokens['forward'] / 1e6:.2f} M + {tokens['backward'] / 1e6:.2f} M",
             f"{sum(seconds.values()):.1f}",
         )

@@ -46,6 +46,8 @@ class RecModule(LightningModule):
         predict_k: int = EVALUATION_K,
     ) -> None:
         super().__init__()
+        if predict_k < 1:
+            raise InputError(f"predict_k is {predict_k}: a list of recommendations has at least one item")
         self.policy = policy
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -82,7 +84,7 @@ class RecModule(LightningModule):
         scheduler: Any = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
-    def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> None:
+    def _evaluate(self, batch: Mapping[str, Tensor]) -> None:
         scores = self.policy.item_logps(batch)
         self.metrics.update(target_rank(scores, batch["target"], batch["seen"]), batch["sample_id"])
         self.coverage.update(top_items(scores, EVALUATION_K, batch["seen"]))
@@ -90,12 +92,14 @@ class RecModule(LightningModule):
     def _log_evaluation(self, stage: str) -> None:
         values = {**self.metrics.compute(), f"coverage@{EVALUATION_K}": self.coverage.compute()}
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, prog_bar=stage == "val")
-        self.metrics.reset()
-        self.coverage.reset()
+        # States made in inference mode could not be updated by a later fit, which validates without it.
+        with torch.inference_mode(False):
+            self.metrics.reset()
+            self.coverage.reset()
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Ranks the whole catalogue for each sample."""
-        self._evaluate(batch, "val")
+        self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Logs `val/ndcg@10`, `val/hit_rate@10`, `val/mrr` and `val/coverage@10`."""
@@ -103,7 +107,7 @@ class RecModule(LightningModule):
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Ranks the whole catalogue for each sample."""
-        self._evaluate(batch, "test")
+        self._evaluate(batch)
 
     def on_test_epoch_end(self) -> None:
         """Logs the same metrics as validation, with the prefix `test/`."""
@@ -115,6 +119,10 @@ class RecModule(LightningModule):
         items = top_items(logps, self.predict_k, batch["seen"])
         scores = logps.gather(1, items.clamp(min=0))
         return {"sample_id": batch["sample_id"], "user": batch["user"], "items": items, "scores": scores}
+
+    def on_train_start(self) -> None:
+        """Starts the clock of the training phase, also when a run goes on in the middle of an epoch."""
+        self._clock = time.perf_counter()
 
     def on_train_epoch_start(self) -> None:
         """Starts the clock of the training phase."""
@@ -139,14 +147,16 @@ class RecModule(LightningModule):
         self._clock = now
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the cost so far, so that a resumed run states the sum."""
+        """Keeps the cost so far, so that a resumed run states the sum, and which catalogue the weights belong to."""
         checkpoint["cost"] = self.cost.state_dict()
+        if self.policy.catalogue is not None:
+            checkpoint["catalogue"] = self.policy.catalogue.fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint fits the catalogue, then restores the cost.
 
         Raises:
-            InputError: if a weight has another shape than the policy's, as with another catalogue.
+            InputError: if a weight has another shape than the policy's, or the catalogue has other items.
         """
         own = self.state_dict()
         for name, value in checkpoint["state_dict"].items():
@@ -156,5 +166,11 @@ class RecModule(LightningModule):
                     f"{list(own[name].shape)} here; it was "
                     "trained for another catalogue or model, so use the data and config it was trained with"
                 )
+        catalogue = self.policy.catalogue
+        if catalogue is not None and checkpoint.get("catalogue", catalogue.fingerprint) != catalogue.fingerprint:
+            raise InputError(
+                "the checkpoint was trained on another catalogue with as many items, or on the same items in another "
+                "order: use the data it was trained with"
+            )
         if "cost" in checkpoint:
             self.cost.load_state_dict(checkpoint["cost"])

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch.utils.data import DataLoader, Dataset
@@ -188,8 +189,14 @@ class RecDataModule(LightningDataModule):
                 SampleDataset(self.table, self.history_window, self.pool_ids, "the pool"),
                 self.batch_size,
             )
+        # An own generator keeps the loader from drawing on torch's global one, and so from changing dropout.
         loader = ResumableLoader(
-            dataset, batch_size=batch_size, sampler=sampler, collate_fn=identity, num_workers=self.num_workers
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            collate_fn=identity,
+            num_workers=self.num_workers,
+            generator=torch.Generator().manual_seed(self.seed),
         )
         if self.trainer is not None and self.trainer.state.status == TrainerStatus.RUNNING:
             # Lightning builds the iterator of a resumed run before it calls set_epoch, and workers read ahead at once.

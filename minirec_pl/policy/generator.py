@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
+import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.errors import InputError
-from minirec_pl.policy.rollout import Rollouts, evaluation_mode, filter_logps
-from minirec_pl.policy.tiny import SPECIAL_TOKENS, build_tiny, item_tokenizer
+from minirec_pl.policy.folder import StoredPolicy, read_policy, write_policy
+from minirec_pl.policy.rollout import CompletionStates, Prompt, Rollouts, draw, evaluation_mode, filter_logps
+from minirec_pl.policy.tiny import SPECIAL_TOKENS, build_tiny, check_model
 from minirec_pl.policy.trie import TokenTrie
 
 Batch = Mapping[str, Tensor]
-SIDE_FILE = "minirec.json"
-
-
-class CompletionStates(NamedTuple):
-    """Hidden states from which the head produces the tokens of B x G completions.
-
-    Attributes:
-        prompt: float [B, D], the last hidden state of each prompt, which produces every first token.
-        rest: float [B, G, L - 1, D], the states that produce the later tokens (L - 1 = 0 for one-token ids).
-    """
-
-    prompt: Tensor
-    rest: Tensor
 
 
 class GenerativePolicy(nn.Module):
@@ -63,31 +48,17 @@ class GenerativePolicy(nn.Module):
             self._load(Path(pretrained))
 
     def _load(self, folder: Path) -> None:
-        from transformers import AutoModelForCausalLM
-
-        side = folder / SIDE_FILE
-        if not side.is_file():
-            raise InputError(
-                f"no policy in '{folder}' ({SIDE_FILE} is missing): train one first, for example with "
-                "`minirec fit --config configs/ml-100k/warm-start.yaml`, or give its folder as "
-                "policy.init_args.pretrained"
-            )
-        try:
-            stored = json.loads(side.read_text(encoding="utf-8"))
-            catalogue = Catalogue(stored["item_ids"], stored["titles"])
-            item_tokens = torch.tensor(stored["item_tokens"])
-            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).train()
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"the policy in '{folder}' cannot be read ({reason}): train or copy it again") from error
-        self.training_cost = stored.get("training_cost", {})
-        self._bind(catalogue, item_tokens)
+        stored = read_policy(folder)
+        self.model = stored.model
+        self.training_cost = stored.training_cost
+        self._bind(stored.catalogue, stored.item_tokens)
 
     def _bind(self, catalogue: Catalogue, item_tokens: Tensor) -> None:
-        self.catalogue = catalogue
+        check_model(self.model)
         self.trie = TokenTrie(item_tokens)
         self.pad_token_id = int(self.model.config.pad_token_id)
         self.bos_token_id = int(self.model.config.bos_token_id)
+        self.catalogue = catalogue
 
     def bind(self, catalogue: Catalogue) -> None:
         """Ties the policy to a catalogue: builds the model of a `config`, or checks that a loaded one fits.
@@ -110,30 +81,18 @@ class GenerativePolicy(nn.Module):
         """Writes model, tokenizer and side file as one Hugging Face folder, replacing it whole or not at all.
 
         Args:
-            folder: the folder to write; an existing one is replaced.
+            folder: the folder to write; an older policy there is replaced.
             training_cost: what training this policy cost, kept with it so that later runs can state the sum.
+
+        Raises:
+            InputError: if the policy has no catalogue yet, or the folder cannot be written or holds something else.
         """
         if self.catalogue is None:
             raise InputError("the policy has no catalogue yet: fit it, or call bind(catalogue), before saving")
-        target = Path(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-        try:
-            self.model.save_pretrained(scratch)
-            item_tokenizer(self.catalogue.item_ids).save_pretrained(scratch)
-            side = {
-                "item_ids": list(self.catalogue.item_ids),
-                "titles": self.catalogue.titles and list(self.catalogue.titles),
-                "item_tokens": self.trie.item_tokens.tolist(),
-                "training_cost": dict(training_cost or self.training_cost),
-            }
-            (scratch / SIDE_FILE).write_text(json.dumps(side), encoding="utf-8")
-            os.chmod(scratch, 0o755)
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(scratch, target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        stored = StoredPolicy(
+            self.model, self.catalogue, self.trie.item_tokens, dict(training_cost or self.training_cost)
+        )
+        write_policy(Path(folder), stored)
 
     @property
     def id_length(self) -> int:
@@ -148,63 +107,84 @@ class GenerativePolicy(nn.Module):
 
         Returns:
             input_ids int64 [B, T] and attention_mask int64 [B, T].
+
+        Raises:
+            InputError: if prompt and item id together are longer than the model's positions.
         """
         tokens = torch.where(history[..., None] >= 0, self.trie.item_tokens[history.clamp(min=0)], -1).flatten(1)
         tokens = nn.functional.pad(tokens, (1, 0), value=self.bos_token_id)
         real = tokens >= 0
         tokens = tokens.gather(1, torch.argsort(real.to(torch.int8), dim=1, stable=True))
         tokens = tokens[:, tokens.shape[1] - int(real.sum(dim=1).max()) :]
+        self._check_length(tokens.shape[1] + self.id_length - 1)
         mask = (tokens >= 0).to(torch.int64)
         return torch.where(mask.bool(), tokens, self.pad_token_id), mask
 
+    def _check_length(self, length: int) -> None:
+        longest = getattr(self.model.config, "max_position_embeddings", None)
+        if longest is not None and length > longest:
+            raise InputError(
+                f"prompt and item id take {length} tokens and the model has {longest} positions: lower "
+                "data.history_window, or train a policy with a larger max_position_embeddings"
+            )
+
     def prompt_states(self, batch: Batch) -> Tensor:
         """Last hidden state of each prompt, float [B, D]; neighbours with the same history are run once."""
-        history, row = torch.unique_consecutive(batch["history"], dim=0, return_inverse=True)
-        return self._run_prompt(history, use_cache=False)[0][row]
+        return self.run_prompt(batch).states
 
     def prompt_tokens(self, batch: Batch) -> int:
-        """Tokens that `prompt_states` feeds through the model, padding not counted."""
+        """Tokens that `run_prompt` feeds through the model, padding not counted."""
         return int(self.encode(torch.unique_consecutive(batch["history"], dim=0))[1].sum())
 
-    def _run_prompt(self, history: Tensor, use_cache: bool) -> tuple[Tensor, Tensor, Any]:
+    def run_prompt(self, batch: Batch) -> Prompt:
+        """Runs the prompts of `history` int64 [B, W] through the model."""
+        history, row = torch.unique_consecutive(batch["history"], dim=0, return_inverse=True)
         input_ids, mask = self.encode(history)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         output = self.model.base_model(
-            input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=use_cache
+            input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=self.id_length > 1
         )
-        return output.last_hidden_state[:, -1], mask, output.past_key_values
+        return Prompt(output.last_hidden_state[:, -1][row], row, mask, output.past_key_values)
 
-    def completion_states(self, batch: Batch, items: Tensor) -> CompletionStates:
-        """Runs each prompt once, then the G completions on its shared cache, differentiably.
+    @staticmethod
+    def _fan_out(prompt: Prompt, group: int) -> tuple[Tensor, Any]:
+        """Mask [B * G, T] and a cache for G completions of each prompt, which leaves the prompt's own as it is."""
+        row = prompt.row.repeat_interleave(group)
+        cache = copy.copy(prompt.cache)
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
+        cache.batch_select_indices(row)
+        return prompt.mask[row], cache
+
+    def completion_states(self, prompt: Prompt, items: Tensor) -> CompletionStates:
+        """Runs G completions on the cache of each prompt, differentiably.
 
         Args:
-            batch: with `history` int64 [B, W].
+            prompt: from `run_prompt`.
             items: int64 [B, G], item index.
         """
         n_rows, group = items.shape
         if self.id_length == 1:
-            prompt = self.prompt_states(batch)
-            return CompletionStates(prompt, prompt.new_empty(n_rows, group, 0, prompt.shape[-1]))
-        prompt, mask, cache = self._run_prompt(batch["history"], use_cache=True)
-        cache.batch_repeat_interleave(group)
-        tokens = self.trie.item_tokens[items.flatten()][:, :-1]
-        fed = (tokens >= 0).to(mask.dtype)
-        mask = torch.cat([mask.repeat_interleave(group, dim=0), fed], dim=1)
+            return CompletionStates(prompt.states, prompt.states.new_empty(n_rows, group, 0, prompt.states.shape[-1]))
+        mask, cache = self._fan_out(prompt, group)
+        tokens = self.trie.item_tokens[items.flatten()]
+        fed = tokens[:, 1:] >= 0
+        tokens = torch.where(fed, tokens[:, :-1], self.pad_token_id)
+        mask = torch.cat([mask, fed.to(mask.dtype)], dim=1)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         output = self.model.base_model(
-            input_ids=torch.where(tokens >= 0, tokens, self.pad_token_id),
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
+            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
-        return CompletionStates(prompt, output.last_hidden_state.unflatten(0, (n_rows, group)))
+        return CompletionStates(prompt.states, output.last_hidden_state.unflatten(0, (n_rows, group)))
+
+    def fed_tokens(self, items: Tensor) -> int:
+        """Tokens of the ids of `items` that are fed through the model: all but the last of each id."""
+        return int((self.trie.item_tokens[items][..., 1:] >= 0).sum())
 
     def _child_logps(
         self, states: Tensor, depth: int, low: Tensor, high: Tensor, counts: Tensor, temperature: float
     ) -> Tensor:
         tokens, _, _ = self.trie.level(depth)
-        head = self.model.get_output_embeddings()
+        head: nn.Linear = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         bias = None if head.bias is None else head.bias[tokens]
         logits = nn.functional.linear(states, head.weight[tokens], bias).float() / temperature
         allowed = self.trie.allowed_children(depth, low, high, counts)
@@ -231,13 +211,14 @@ class GenerativePolicy(nn.Module):
             temperature: divides the logits, as in sampling.
 
         Returns:
-            logps float32 [B, G, L] (0 where masked), mask bool [B, G, L], entropy float32 [B, G, L] in nats.
+            logps float32 [B, G, L] (0 where masked), mask bool [B, G, L], entropy float32 [B, G, L] in nats, without
+            gradient.
         """
         group = items.shape[1]
         child = self.trie.child_of[items]
         root = self.root_logps(states.prompt, seen, temperature)
         logps = [root.gather(1, child[:, :, 0])]
-        entropies = [_entropy(root)[:, None].expand(-1, group)]
+        entropies = [_entropy(root.detach())[:, None].expand(-1, group)]
         counts = self.trie.available_below(seen).repeat_interleave(group, dim=0) if self.id_length > 1 else None
         for depth in range(1, self.id_length):
             assert counts is not None
@@ -247,7 +228,7 @@ class GenerativePolicy(nn.Module):
                 states.rest[:, :, depth - 1].flatten(0, 1), depth, lows[parent], highs[parent], counts, temperature
             )
             logps.append(rows.gather(1, child[:, :, depth].flatten()[:, None].clamp(min=0)).view_as(items))
-            entropies.append(_entropy(rows).view_as(items))
+            entropies.append(_entropy(rows.detach()).view_as(items))
         mask = child >= 0
         return (
             torch.stack(logps, dim=-1).masked_fill(~mask, 0.0),
@@ -256,8 +237,9 @@ class GenerativePolicy(nn.Module):
         )
 
     def completion_logps(self, batch: Batch, items: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-        """`head_logps` of `completion_states`: (logps, mask, entropy), each [B, G, L]."""
-        return self.head_logps(self.completion_states(batch, items), items, batch["seen"], temperature)
+        """`head_logps` of the batch's prompts: (logps, mask, entropy), each [B, G, L]."""
+        states = self.completion_states(self.run_prompt(batch), items)
+        return self.head_logps(states, items, batch["seen"], temperature)
 
     def generate(
         self,
@@ -280,39 +262,42 @@ class GenerativePolicy(nn.Module):
             generator: the random numbers; None uses torch's global generator.
         """
         with evaluation_mode(self):
-            prompt, mask, cache = self._run_prompt(batch["history"], use_cache=self.id_length > 1)
-            options = (temperature, top_k, top_p, generator)
-            return self._sample(prompt, mask, cache, batch["seen"], num_generations, *options)
+            prompt = self.run_prompt(batch)
+            size = (len(prompt.states), num_generations, self.id_length)
+            uniform = torch.rand(size, dtype=torch.float64, generator=generator, device=prompt.states.device)
+            return self.sample(prompt, batch["seen"], uniform, temperature=temperature, top_k=top_k, top_p=top_p)
 
-    def sample_from(self, root: Tensor, num_generations: int, generator: torch.Generator | None = None) -> Tensor:
-        """Samples items of one-token ids from `root_logps`, int64 [B, G], without another forward pass."""
-        _, low, _ = self.trie.level(0)
-        child = torch.multinomial(root.exp(), num_generations, replacement=True, generator=generator)
-        return self.trie.order[low[child]]
-
-    def _sample(
+    @torch.no_grad()
+    def sample(
         self,
-        prompt: Tensor,
-        mask: Tensor,
-        cache: Any,
+        prompt: Prompt,
         seen: Tensor,
-        group: int,
-        temperature: float,
-        top_k: int | None,
-        top_p: float | None,
-        generator: torch.Generator | None,
+        uniform: Tensor,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
     ) -> Rollouts:
-        root = filter_logps(self.root_logps(prompt, seen, temperature), top_k, top_p)
-        child = torch.multinomial(root.exp(), group, replacement=True, generator=generator)
-        logps = [root.gather(1, child).flatten()]
-        alive = [torch.ones_like(logps[0], dtype=torch.bool)]
-        child = child.flatten()
+        """As `generate`, from prompts that have been run and given random numbers.
+
+        Args:
+            prompt: from `run_prompt`.
+            seen: int64 [B, S], items that may not be generated, padded with -1.
+            uniform: float64 [B, G, L] in [0, 1), one number per token of a rollout.
+            temperature: divides the logits.
+            top_k: as in `generate`.
+            top_p: as in `generate`.
+        """
+        shape = uniform.shape[:2]
+        root = filter_logps(self.root_logps(prompt.states, seen, temperature), top_k, top_p)
+        pick = draw(root, uniform[:, :, 0])
+        logps, alive = [root.gather(1, pick).flatten()], [torch.ones_like(pick.flatten(), dtype=torch.bool)]
+        pick = pick.flatten()
         tokens, lows, highs = self.trie.level(0)
-        low, high, fed = lows[child], highs[child], tokens[child]
+        low, high, fed = lows[pick], highs[pick], tokens[pick]
         if self.id_length > 1:
-            counts = self.trie.available_below(seen).repeat_interleave(group, dim=0)
-            cache.batch_repeat_interleave(group)
-            mask = mask.repeat_interleave(group, dim=0)
+            counts = self.trie.available_below(seen).repeat_interleave(shape[1], dim=0)
+            mask, cache = self._fan_out(prompt, shape[1])
         for depth in range(1, self.id_length):
             open_ = self.trie.child_of[self.trie.order[low], depth] >= 0
             mask = torch.cat([mask, open_[:, None].to(mask.dtype)], dim=1)
@@ -326,39 +311,51 @@ class GenerativePolicy(nn.Module):
             )
             rows = self._child_logps(output.last_hidden_state[:, -1], depth, low, high, counts, temperature)
             rows = filter_logps(rows, top_k, top_p)
-            pick = torch.multinomial(rows.exp(), 1, generator=generator).flatten()
+            pick = draw(rows, uniform[:, :, depth].flatten()[:, None]).flatten()
             tokens, lows, highs = self.trie.level(depth)
             logps.append(torch.where(open_, rows.gather(1, pick[:, None]).flatten(), 0.0))
             alive.append(open_)
             low, high = torch.where(open_, lows[pick], low), torch.where(open_, highs[pick], high)
             fed = torch.where(open_, tokens[pick], self.pad_token_id)
-        shape = (len(prompt), group)
         return Rollouts(
             self.trie.order[low].view(shape),
             torch.stack(logps, dim=-1).view(*shape, -1),
             torch.stack(alive, dim=-1).view(*shape, -1),
         )
 
-    def item_logps(self, batch: Batch, chunk: int = 256) -> Tensor:
+    def item_logps(self, batch: Batch, chunk: int = 4096) -> Tensor:
         """Exact log-probability of every item, float32 [B, n_items]; seen items get the lowest finite value.
 
-        One forward pass for one-token ids; longer ids are teacher-forced `chunk` items at a time.
+        One forward pass for one-token ids; longer ids are teacher-forced, `chunk` completions at a time, on the cache
+        of the prompts.
         """
         with evaluation_mode(self):
-            lowest = torch.finfo(torch.float32).min
+            prompt, seen = self.run_prompt(batch), batch["seen"]
             if self.id_length == 1:
-                scores = self.root_logps(self.prompt_states(batch), batch["seen"])[:, self.trie.child_of[:, 0]]
+                scores = self.root_logps(prompt.states, seen)[:, self.trie.child_of[:, 0]]
             else:
-                every = torch.arange(self.trie.n_items, device=batch["history"].device)
-                rows = len(batch["history"])
-                scores = torch.cat(
-                    [
-                        self.completion_logps(batch, part.expand(rows, -1))[0].sum(dim=-1)
-                        for part in torch.split(every, chunk)
-                    ],
-                    dim=1,
-                )
-            return scores.clamp(min=lowest)
+                rows = len(seen)
+                every = torch.arange(self.trie.n_items, device=seen.device).expand(rows, -1)
+                parts = torch.split(every, max(1, chunk // rows), dim=1)
+                states = (self.completion_states(prompt, part) for part in parts)
+                logps = [
+                    self.head_logps(state, part, seen)[0].sum(dim=-1) for state, part in zip(states, parts, strict=True)
+                ]
+                scores = torch.cat(logps, dim=1)
+            return scores.clamp(min=torch.finfo(torch.float32).min)
+
+    def sequence_tokens(self, batch: Batch) -> int:
+        """Tokens that `sequence_nll` feeds through the model, padding not counted."""
+        if self.id_length == 1:
+            return int((batch["sequence"] >= 0).sum()) + len(batch["sequence"])
+        return self.prompt_tokens(self._pairs(batch)) + self.fed_tokens(batch["target"])
+
+    def _pairs(self, batch: Batch) -> Batch:
+        """Warm-start pairs as single prompts."""
+        sequence, row, position = batch["sequence"], batch["row"], batch["position"]
+        columns = torch.arange(sequence.shape[1], device=sequence.device)
+        history = sequence[row].masked_fill(columns > position[:, None], -1)
+        return {"history": history, "seen": torch.full((len(row), 1), -1, device=row.device)}
 
     def sequence_nll(self, batch: Batch, dropout: float = 0.0) -> Tensor:
         """Mean negative log-likelihood of warm-start pairs in nats, a scalar with gradient.
@@ -371,17 +368,15 @@ class GenerativePolicy(nn.Module):
         """
         sequence, row, position, target = (batch[key] for key in ("sequence", "row", "position", "target"))
         if self.id_length > 1:
-            columns = torch.arange(sequence.shape[1], device=sequence.device)
-            history = sequence[row].masked_fill(columns > position[:, None], -1)
-            nothing = torch.full((len(row), 1), -1, device=row.device)
-            logps, _, _ = self.completion_logps({"history": history, "seen": nothing}, target[:, None])
+            logps, _, _ = self.completion_logps(self._pairs(batch), target[:, None])
             return -logps.sum() / max(1, len(target))
         tokens = torch.where(sequence >= 0, self.trie.item_tokens[sequence.clamp(min=0), 0], self.pad_token_id)
         tokens = nn.functional.pad(tokens, (1, 0), value=self.bos_token_id)
+        self._check_length(tokens.shape[1])
         embeddings = nn.functional.dropout(self.model.get_input_embeddings()(tokens), dropout, self.training)
         states = self.model.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state[row, position + 1]
         states = nn.functional.dropout(states, dropout, self.training)
-        head = self.model.get_output_embeddings()
+        head: nn.Linear = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         logits = nn.functional.linear(states, head.weight, head.bias)[:, self.trie.item_tokens[:, 0]]
         return nn.functional.cross_entropy(logits.float(), target, reduction="sum") / max(1, len(target))
 

@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from minirec_pl.errors import InputError
+from minirec_pl.policy.rollout import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
+_FROM_CATALOGUE = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def item_token(item_id: str) -> str:
-    """The token that stands for an item in the vocabulary of a tiny model."""
-    return f"<item:{item_id}>"
+    """The token that stands for an item in the vocabulary of a tiny model; angle brackets are percent-encoded.
+
+    Example:
+        >>> item_token("50"), item_token("a>b")
+        ('<item:50>', '<item:a%3Eb>')
+    """
+    return f"<item:{item_id.replace('%', '%25').replace('<', '%3C').replace('>', '%3E')}>"
 
 
 def item_tokenizer(item_ids: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -42,20 +51,58 @@ def build_tiny(config: dict[str, Any], vocabulary: int) -> PreTrainedModel:
         vocabulary: number of tokens.
 
     Raises:
-        InputError: if transformers does not know the model type or refuses a value.
+        InputError: if transformers does not know the model type or refuses a key or value, or a key follows from the
+            catalogue.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    fixed = [key for key in _FROM_CATALOGUE if key in config]
+    if fixed:
+        raise InputError(f"policy.config sets {', '.join(fixed)}, which the catalogue decides: leave it out")
     values = {"model_type": "llama", **config, "vocab_size": vocabulary}
     values |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     try:
         model_config = AutoConfig.for_model(values.pop("model_type"), **values)
+        known = {"model_type", *type(model_config)().to_dict(), *type(model_config).attribute_map}
+        unknown = sorted(set(config) - known)
+        if unknown:
+            raise InputError(
+                f"policy.config has keys that {type(model_config).__name__} does not know: {', '.join(unknown)}"
+            )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config)  # type: ignore[no-untyped-call]
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"policy.config is refused by transformers: {' '.join(str(error).split())}") from error
-    unknown = sorted(set(config) - {"model_type"} - set(type(model_config)().to_dict()))
-    if unknown:
-        raise InputError(
-            f"policy.config has keys that {type(model_config).__name__} does not know: {', '.join(unknown)}"
-        )
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config)  # type: ignore[no-untyped-call]
     return model
+
+
+def check_model(model: Any) -> None:
+    """Refuses a model whose logits after left padding are not its head's on the last hidden state.
+
+    Args:
+        model: a causal language model of transformers.
+
+    Raises:
+        InputError: if it has no start or padding token, takes no padding, positions or cache, or its logits differ.
+    """
+    name, config = type(model).__name__, model.config
+    if config.pad_token_id is None or config.bos_token_id is None:
+        raise InputError(f"{name} has no pad or no start token: set pad_token_id and bos_token_id in its config")
+    tokens = torch.tensor([[config.pad_token_id, config.bos_token_id]], device=model.device)
+    mask = torch.tensor([[0, 1]], device=model.device)
+    try:
+        with evaluation_mode(model):
+            output = model.base_model(
+                input_ids=tokens, attention_mask=mask, position_ids=torch.zeros_like(tokens), use_cache=True
+            )
+            ours = model.get_output_embeddings()(output.last_hidden_state[:, -1])
+            its = model(input_ids=tokens[:, 1:]).logits[:, -1]
+        same = torch.allclose(ours, its, rtol=1e-4, atol=1e-4 * float(its.abs().max()))
+        same &= output.past_key_values is not None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{name} cannot be a policy ({error}): take a decoder with a cache, such as llama") from error
+    if not same or getattr(config, "final_logit_softcapping", None) is not None:
+        raise InputError(
+            f"{name} changes the logits after its head, or with padding: take a model that does not, such as llama"
+        )

@@ -20,7 +20,7 @@ class TokenTrie(nn.Module):
             another: end ids of unequal length with a closing token.
 
     Raises:
-        InputError: if an id is empty, or two items share an id or one id is a prefix of another.
+        InputError: if an id is empty or has a gap, or two items share an id or one id is a prefix of another.
     """
 
     item_tokens: Tensor
@@ -34,8 +34,13 @@ class TokenTrie(nn.Module):
             raise InputError("the catalogue is empty: the trie needs at least one item with at least one token")
         tokens = item_tokens.to(torch.int64).cpu()
         n_items, self.depth = tokens.shape
-        if bool((tokens[:, 0] < 0).any()):
-            raise InputError(f"item index {int((tokens[:, 0] < 0).nonzero()[0])} has no token: every item needs an id")
+        missing = tokens < 0
+        if bool(missing[:, 0].any()):
+            raise InputError(f"item index {int(missing[:, 0].nonzero()[0])} has no token: every item needs an id")
+        gap = (missing[:, :-1] & ~missing[:, 1:]).any(dim=1)
+        if bool(gap.any()):
+            raise InputError(f"the id of item index {int(gap.nonzero()[0])} has a gap: pad with -1 on the right only")
+        tokens = tokens.masked_fill(missing, -1)
         order = torch.arange(n_items)
         for column in range(self.depth - 1, -1, -1):
             order = order[torch.argsort(tokens[order, column], stable=True)]

@@ -52,6 +52,7 @@ class SelectionSession:
         ledger: the last selection, or None before the first.
         selected: sample_ids to train on in the coming epoch, best first; None for the whole pool.
         plan: the order of sample_ids of the coming epoch; None for the sampler's own shuffle.
+        epoch: the running epoch.
         plan_epoch: the epoch that `plan` is for; -1 before the first.
         fold_starts: positions in the plan at which a fold starts; empty without folds.
         gradient: the kind of gradient signal that scoring asks for.
@@ -67,12 +68,14 @@ class SelectionSession:
         self.selected: list[int] | None = None
         self.plan: list[int] | None = None
         self.plan_epoch = -1
+        self.epoch = 0
         self.fold_starts: list[int] = []
         self.gradient: str = "first"
         self.scored = False
         self.cost = Cost()
         self._steps: dict[Phase, Step] = {}
         self._restored: Mapping[str, Any] | None = None
+        self._restored_step = 0
         self._prepared = False
 
     def register(self, phase: Phase, step: Step, trainer: Trainer) -> None:
@@ -108,6 +111,7 @@ class SelectionSession:
         if self._restored is not None:
             epoch = self._take_up(self._restored)
             self._restored = None
+        self.epoch = epoch
         if self.plan_epoch != epoch:
             self._run(trainer, module, epoch)
         else:
@@ -123,6 +127,7 @@ class SelectionSession:
 
     def check(self, trainer: Trainer) -> None:
         """Called in `on_train_epoch_start`: the Trainer must draw from the session's sampler."""
+        self.epoch = trainer.current_epoch
         check_train_sampler(trainer, self.sampler)
 
     def _run(self, trainer: Trainer, module: LightningModule, epoch: int) -> None:
@@ -163,7 +168,7 @@ class SelectionSession:
                 batch = trainer.strategy.batch_to_device(batch)
                 with trainer.precision_plugin.forward_context():
                     signals: SampleSignals = module.sample_signals(batch, **options)  # type: ignore[operator]
-                self.store.update(signals, epoch=epoch, step=trainer.global_step, source="score")
+                self.store.update(signals, epoch=epoch, step=self.step(trainer), source="score")
 
     def easiness(self, sample_ids: Sequence[int]) -> torch.Tensor:
         """Mean reward of samples, or the exact solve probability where no rollout was drawn.
@@ -179,22 +184,22 @@ class SelectionSession:
             return view.reward_mean
         return torch.where(view.n_rollouts > 0, view.reward_mean, view.solve_probability)
 
+    def step(self, trainer: Trainer) -> int:
+        """Optimizer steps so far, also while a resumed Trainer still counts from 0."""
+        return max(trainer.global_step, self._restored_step)
+
     def log(self, trainer: Trainer, values: Mapping[str, float]) -> None:
         """Sends figures to every logger at the present step."""
         for logger in trainer.loggers:
-            logger.log_metrics(dict(values), step=trainer.global_step)
+            logger.log_metrics(dict(values), step=self.step(trainer))
 
     def folder(self, trainer: Trainer) -> Path:
         """Run folder: where the first logger writes, else `default_root_dir`."""
         return Path(trainer.log_dir or trainer.default_root_dir)
 
-    def state_dict(self, epoch_finished: bool, epoch: int) -> dict[str, Any]:
-        """Tensors and primitives for a checkpoint.
-
-        Args:
-            epoch_finished: whether the last batch of `epoch` has been trained on.
-            epoch: the running epoch.
-        """
+    def state_dict(self, trainer: Trainer) -> dict[str, Any]:
+        """Tensors and primitives for a checkpoint."""
+        epoch_finished = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         return {
             "store": self.store.state_dict(),
             "ledger": None if self.ledger is None else self.ledger.state_dict(),
@@ -203,7 +208,8 @@ class SelectionSession:
             "plan_epoch": self.plan_epoch,
             "fold_starts": self.fold_starts,
             "scored": self.scored,
-            "next_epoch": epoch + int(epoch_finished),
+            "next_epoch": self.epoch + int(epoch_finished),
+            "step": trainer.global_step,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -215,6 +221,7 @@ class SelectionSession:
         self.ledger = None if state["ledger"] is None else SelectionLedger.from_state_dict(state["ledger"])
         for name in ("selected", "plan", "plan_epoch", "fold_starts", "scored"):
             setattr(self, name, state[name])
+        self._restored_step = int(state["step"])
         return int(state["next_epoch"])
 
 

@@ -1,0 +1,42 @@
+"""Checkpoint files: written whole or not at all, and checked before they are read."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from minirec_pl.errors import InputError
+from minirec_pl.files import write_atomically
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoints, but a full disk leaves no half-written file and an older one as it was."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Writes beside `path`, then renames.
+
+        Raises:
+            InputError: if it cannot be written.
+        """
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_atomically(Path(path), lambda temporary: temporary.write_bytes(buffer.getbuffer()))
+
+
+def check_checkpoint(path: Path) -> None:
+    """Refuses a checkpoint that is missing or truncated.
+
+    Raises:
+        InputError: naming the file.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint '{path}': give --ckpt_path a file from a run's checkpoints/ folder")
+    if not zipfile.is_zipfile(path):
+        raise InputError(
+            f"'{path}' is no checkpoint, or a truncated one: give another from a run's checkpoints/ folder"
+        )

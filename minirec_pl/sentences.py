@@ -1,0 +1,81 @@
+"""The parser's many-line messages as one sentence, and a YAML file checked before the parser sees it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+
+from minirec_pl.errors import InputError
+
+_NOISE = re.compile(
+    r"Does not validate against|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but|"
+    r"Expected a dot import"
+)
+_GOT = re.compile(r"(?:Given value: NestedArg\(key='.*?', val=(.*)\)|Got value: (.*)|Given value: (.*))")
+
+
+def one_sentence(message: str) -> str:
+    r"""Boils a message of jsonargparse down to where, what and how to mend it.
+
+    Args:
+        message: as given to `ArgumentParser.error`; nested lists of what each type of a union did not like.
+
+    Example:
+        >>> one_sentence('Parser key "trainer.max_epochs": Expected a <class \'int\'>. Got value: many')
+        'trainer.max_epochs: expected int, got many; see `minirec fit --help`'
+    """
+    keys: list[str] = []
+    reasons: list[str] = []
+    for line in re.sub(r"(class_path '[^']+'):\n\s*", r"\1: ", message).split("\n"):
+        text = line.strip().removeprefix("- ")
+        while match := re.match(r"(?:- )?Parser key \"([^\"]+)\":\s*", text):
+            keys.append(match[1])
+            text = text[match.end() :]
+        if text and not _NOISE.match(text):
+            reasons.append(_plain(text))
+    got = next((value for groups in _GOT.findall(message) for value in groups if value), "")
+    where = ".".join(dict.fromkeys(keys))
+    if unknown := next((r for r in reasons if r.startswith("unknown option ")), None):
+        option = ".".join([*([where] if where else []), unknown.removeprefix("unknown option ")])
+        return f"unknown option {option}; {_help(where)}"
+    what = " or ".join(dict.fromkeys(reasons)).replace(" or expected ", " or ") or "the value is not accepted"
+    value = f", got {got[:80]}" if got and what.startswith("expected ") and len(got) < 200 else ""
+    return f"{where + ': ' if where else ''}{what}{value}; {_help(where)}"
+
+
+def _plain(text: str) -> str:
+    text = re.sub(r"\.? Got value: .*", "", text)
+    text = re.sub(r"^Type .* expects a function or a callable class: ", "", text)
+    text = re.sub(r"^Option '(.*)' is not accepted$", r"unknown option \1", text)
+    text = re.sub(r"^Subcommand '.*' does not accept option '(.*)'$", r"unknown option \1", text)
+    text = re.sub(r"^unrecognized arguments: --([^\s=]+).*", r"unknown option \1", text)
+    text = re.sub(r"^Expected a typing\.Literal\[(.*)\]$", r"expected one of \1", text)
+    text = re.sub(r"^Expected an? (?:<class '(?:\w+\.)*(\w+)'>|(.*))$", r"expected \1\2", text)
+    return text.removesuffix(".")
+
+
+def _help(where: str) -> str:
+    top = where.split(".")[0]
+    return f"see `minirec fit --{top}.help`" if top in ("model", "data", "selection") else "see `minirec fit --help`"
+
+
+def check_yaml(path: Path) -> None:
+    """Refuses a config file that is missing or is no YAML mapping.
+
+    Raises:
+        InputError: naming file, line and column.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(f"the config '{path}' cannot be read ({reason}): give --config a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise InputError(f"{path}{where}: this is no YAML ({reason}); mend it there") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: a config is a mapping with the keys model, data and trainer; this file holds none")

@@ -1,0 +1,100 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+sys.path.insert(0, str(Path(__file__).parent / "data"))
+
+TINY = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def toy_path(tmp_path):
+    """A folder with the dataset `toy`, whose pool has some 200 samples."""
+    from toy_data import random_rows, write_dataset
+
+    write_dataset(tmp_path / "data", random_rows(n=1500, n_users=25, n_moments=600, n_items=80))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def toy_data(toy_path):
+    """Makes a RecDataModule on the toy data."""
+    from minirec_pl import RecDataModule
+
+    def make(**options):
+        return RecDataModule(str(toy_path), "toy", **{"warm_fraction": 0.5, "batch_size": 8, "seed": 1, **options})
+
+    return make
+
+
+@pytest.fixture
+def tiny_policy(toy_data):
+    """Makes an untrained policy bound to the toy catalogue, the same each time."""
+    import torch
+
+    from minirec_pl.policy import GenerativePolicy
+
+    def make(**config):
+        data = toy_data()
+        data.setup("fit")
+        torch.manual_seed(0)
+        policy = GenerativePolicy(config={**TINY, **config})
+        policy.bind(data.catalogue)
+        return policy
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """Makes a quiet CPU Trainer that writes below the test's folder."""
+    from lightning.pytorch import Trainer
+
+    def make(**options):
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+        return Trainer(
+            **{
+                "accelerator": "cpu",
+                "devices": 1,
+                "default_root_dir": tmp_path / "run",
+                "max_epochs": 2,
+                "num_sanity_val_steps": 0,
+                "limit_val_batches": 0,
+                "enable_checkpointing": False,
+                **quiet,
+                **options,
+            }
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory):
+    """The `minirec` command on a toy dataset, with a warm start in place."""
+    from cli_tools import Command, write_toy
+
+    from minirec_pl.__main__ import main
+
+    folder = tmp_path_factory.mktemp("command")
+    write_toy(folder / "data")
+    made = Command(folder)
+    assert main(made.warm(folder / "warm")) == 0
+    return made
