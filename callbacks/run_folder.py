@@ -42,6 +42,7 @@ class RunFolder(Callback):
         self._training = False
         self._stop = False
         self._samples: dict[int, int] = {}
+        self._validation: dict[str, float] = {}
         self._random_state: list[torch.Tensor] | None = None
         self._distinct: set[int] = set()
         self._previous_handler: Any = None
@@ -109,6 +110,7 @@ class RunFolder(Callback):
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         return {
             "samples": dict(self._samples),
+            "validation": dict(self._validation),
             "distinct": torch.tensor(sorted(self._distinct), dtype=torch.int64),
             "random_state": [torch.get_rng_state(), *cuda],
         }
@@ -116,6 +118,7 @@ class RunFolder(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Counts and random numbers of the run so far."""
         self._samples = dict(state_dict["samples"])
+        self._validation = dict(state_dict["validation"])
         self._distinct = set(state_dict["distinct"].tolist())
         self._random_state = state_dict["random_state"]
 
@@ -138,7 +141,7 @@ class RunFolder(Callback):
         results: dict[str, Any] = {
             "stage": "fit",
             "best_checkpoint": best or None,
-            "validation": _figures(trainer, "val/"),
+            "validation": self._validation,
             "epochs": len(self._samples),
             "samples_per_epoch": round(sum(self._samples.values()) / max(1, len(self._samples))),
             "distinct_samples": len(self._distinct),
@@ -162,9 +165,12 @@ class RunFolder(Callback):
             policy.load_state_dict(last)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the figures of `validate`."""
+        """Keeps the figures; after `validate` writes them."""
+        if trainer.sanity_checking:
+            return
+        self._validation = _figures(trainer, "val/")
         if trainer.is_global_zero and trainer.state.fn == TrainerFn.VALIDATING:
-            write_json(self.folder(trainer) / "results.json", {"stage": "validate", **_figures(trainer, "val/")})
+            write_json(self.folder(trainer) / "results.json", {"stage": "validate", **self._validation})
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the test figures."""

@@ -34,6 +34,7 @@ class Command:
     def fit(self, config, root, *more):
         data = [f"--data.path={self.data}", "--data.dataset=toy", "--data.warm_fraction=0.5", "--data.batch_size=16"]
         trainer = [f"--trainer.default_root_dir={root}", "--trainer.max_epochs=2", "--trainer.accelerator=cpu", *QUIET]
+        trainer += ["--trainer.check_val_every_n_epoch=1"]
         window = ["--data.history_window=10"]
         return ["fit", "--config", str(CONFIGS / config), *data, *window, *trainer, *more]
 
