@@ -144,7 +144,7 @@ class GenerativePolicy(nn.Module):
         output = self.model.base_model(
             input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=self.id_length > 1
         )
-        return Prompt(output.last_hidden_state[:, -1][row], row, mask, output.past_key_values)
+        return Prompt(output.last_hidden_state[:, -1].index_select(0, row), row, mask, output.past_key_values)
 
     @staticmethod
     def _fan_out(prompt: Prompt, group: int) -> tuple[Tensor, Any]:
@@ -184,11 +184,14 @@ class GenerativePolicy(nn.Module):
         self, states: Tensor, depth: int, low: Tensor, high: Tensor, counts: Tensor, temperature: float
     ) -> Tensor:
         tokens, _, _ = self.trie.level(depth)
-        head: nn.Linear = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        bias = None if head.bias is None else head.bias[tokens]
-        logits = nn.functional.linear(states, head.weight[tokens], bias).float() / temperature
+        logits = self._head_logits(states, tokens) / temperature
         allowed = self.trie.allowed_children(depth, low, high, counts)
         return logits.masked_fill(~allowed, torch.finfo(logits.dtype).min).log_softmax(dim=-1)
+
+    def _head_logits(self, states: Tensor, tokens: Tensor) -> Tensor:
+        head: nn.Linear = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        bias = None if head.bias is None else head.bias.index_select(0, tokens)
+        return nn.functional.linear(states, head.weight.index_select(0, tokens), bias).float()
 
     def root_logps(self, states: Tensor, seen: Tensor, temperature: float = 1.0) -> Tensor:
         """Log-probabilities of the first id token, float32 [B, n_first_tokens], of prompts with `states` [B, D]."""
@@ -374,11 +377,12 @@ class GenerativePolicy(nn.Module):
         tokens = nn.functional.pad(tokens, (1, 0), value=self.bos_token_id)
         self._check_length(tokens.shape[1])
         embeddings = nn.functional.dropout(self.model.get_input_embeddings()(tokens), dropout, self.training)
-        states = self.model.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state[row, position + 1]
+        states = self.model.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        # The gradient of index_select adds up in a fixed order, that of indexing does not on several threads.
+        states = states.flatten(0, 1).index_select(0, row * states.shape[1] + position + 1)
         states = nn.functional.dropout(states, dropout, self.training)
-        head: nn.Linear = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        logits = nn.functional.linear(states, head.weight, head.bias)[:, self.trie.item_tokens[:, 0]]
-        return nn.functional.cross_entropy(logits.float(), target, reduction="sum") / max(1, len(target))
+        logits = self._head_logits(states, self.trie.item_tokens[:, 0])
+        return nn.functional.cross_entropy(logits, target, reduction="sum") / max(1, len(target))
 
 
 def _entropy(logps: Tensor) -> Tensor:

@@ -285,3 +285,28 @@ def test_warm_start_dropout_works_in_training_only():
     assert policy.sequence_nll(batch, dropout=0.5).item() != policy.sequence_nll(batch, dropout=0.5).item()
     policy.eval()
     assert policy.sequence_nll(batch, dropout=0.5).item() == plain
+
+
+def test_gradients_are_the_same_each_time_on_two_threads(toy_data, tiny_policy):
+    """Indexing with a gradient adds up in no fixed order on several threads; two runs with one seed would differ."""
+    n_items, pairs = len(tiny_policy().catalogue), 4000
+    random = torch.Generator().manual_seed(0)
+    batch = {
+        "sequence": torch.randint(n_items, (16, 50), generator=random),
+        "row": torch.randint(2, (pairs,), generator=random),
+        "position": torch.randint(2, (pairs,), generator=random),
+        "target": torch.randint(n_items, (pairs,), generator=random),
+    }
+    policy = tiny_policy(hidden_size=64, intermediate_size=64)
+
+    def gradients():
+        loss = policy.sequence_nll(batch)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(policy.parameters()))])
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first = gradients()
+        assert all(torch.equal(gradients(), first) for _ in range(20))
+    finally:
+        torch.set_num_threads(threads)
