@@ -4,7 +4,7 @@ from minirec_pl.callbacks.easy_to_hard_curriculum import EasyToHardCurriculum
 from minirec_pl.callbacks.minirec import MiniRec
 from minirec_pl.callbacks.rescore_samples import RescoreSamples
 from minirec_pl.callbacks.reward_history import RewardHistory
-from minirec_pl.callbacks.run_folder import RunFolder
 from minirec_pl.callbacks.select_samples import SelectSamples
+from minirec_pl.run_folder import RunFolder
 
 __all__ = ["EasyToHardCurriculum", "MiniRec", "RescoreSamples", "RewardHistory", "RunFolder", "SelectSamples"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
-from minirec_pl.callbacks.session_callback import SessionCallback
 from minirec_pl.errors import InputError
 from minirec_pl.selection.curriculum import default_folds, fold_curriculum, fold_starts
 from minirec_pl.selection.session import SelectionSession, session_of
+from minirec_pl.selection.session_callback import SessionCallback
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -49,15 +50,19 @@ class EasyToHardCurriculum(SessionCallback):
             easiness = easiness.nan_to_num(nan=float(easiness.nanmean()))
             n_folds = default_folds(len(chosen)) if self.n_folds is None else min(self.n_folds, len(chosen))
             session.plan = fold_curriculum(chosen, easiness, n_folds, seed=self.seed)
+            value = dict(zip(chosen, easiness.tolist(), strict=True))
+            session.plan_easiness = [value[sample_id] for sample_id in session.plan]
             session.fold_starts = fold_starts(len(chosen), n_folds)
         session.log(trainer, {"curriculum/n_folds": float(n_folds), "curriculum/length": float(len(session.plan))})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the last plan."""
         session = session_of(trainer)
-        if trainer.is_global_zero and session.plan is not None:
-            from minirec_pl.plots import draw_curriculum
-
-            rewards = session.easiness(session.plan).tolist()
+        if trainer.is_global_zero and session.plan_easiness:
+            try:
+                from minirec_pl.plots import draw_curriculum
+            except ModuleNotFoundError:
+                warnings.warn("curriculum.png needs matplotlib: pip install 'minirec-pl[report]'", stacklevel=2)
+                return
             folder = session.folder(trainer)
-            draw_curriculum(rewards, session.fold_starts, session.plan_epoch, folder / "curriculum.png")
+            draw_curriculum(session.plan_easiness, session.fold_starts, session.plan_epoch, folder / "curriculum.png")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from minirec_pl.callbacks.session_callback import SessionCallback
 from minirec_pl.errors import InputError
 from minirec_pl.selection.session import SelectionSession, session_of
+from minirec_pl.selection.session_callback import SessionCallback
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from minirec_pl.callbacks.session_callback import SessionCallback
 from minirec_pl.selection.session import SelectionSession, session_of
+from minirec_pl.selection.session_callback import SessionCallback
 from minirec_pl.selection.signals import SampleSignals
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class RewardHistory(SessionCallback):
     def __init__(self) -> None:
         super().__init__()
         self._rewards: list[float] = []
+        self._mixed = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Registers for the phase `record`."""
@@ -38,11 +39,12 @@ class RewardHistory(SessionCallback):
             store = session_of(trainer).store
             store.update(signals, epoch=trainer.current_epoch, step=trainer.global_step, source="train")
             if signals.rewards is not None:
-                self._rewards += signals.rewards.mean(dim=1).tolist()
+                groups = signals.rewards
+                self._rewards += groups.mean(dim=1).tolist()
+                self._mixed += int((groups.amax(dim=1) > groups.amin(dim=1)).sum())
 
     def _record(self, session: SelectionSession, trainer: Trainer, module: LightningModule, epoch: int) -> None:
         if self._rewards:
-            taught = sum(0.0 < reward < 1.0 for reward in self._rewards) / len(self._rewards)
-            mean = sum(self._rewards) / len(self._rewards)
+            mean, taught = sum(self._rewards) / len(self._rewards), self._mixed / len(self._rewards)
             session.log(trainer, {"selection/trained_reward": mean, "selection/trained_share_mixed": taught})
-            self._rewards.clear()
+            self._rewards, self._mixed = [], 0

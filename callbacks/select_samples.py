@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minirec_pl.callbacks.session_callback import SessionCallback
 from minirec_pl.errors import InputError
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.selectors import MiniRecSelector, Selector
 from minirec_pl.selection.session import SelectionSession, session_of
+from minirec_pl.selection.session_callback import SessionCallback
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -21,8 +23,8 @@ class SelectSamples(SessionCallback):
     Leaves `ledger.parquet` (every sample's scores, rank and reason) and `signals.safetensors` in the run folder.
 
     Args:
-        budget: a fraction of the pool in (0, 1] as a float, or a number of samples as an int. With `ledger`, None takes
-            all that the ledger selected and a smaller number its best.
+        budget: a fraction of the pool in (0, 1] as a float, or a number of samples as an int. None takes 0.1, or with
+            `ledger` all that it selected; a smaller budget takes the ledger's best.
         selector: how to pick; `MiniRecSelector()` by default.
         ledger: parquet file of a selection to train on, fixed for all epochs; excludes `selector`.
         warmup_epochs: epochs on the whole pool before the first selection.
@@ -35,7 +37,7 @@ class SelectSamples(SessionCallback):
 
     def __init__(
         self,
-        budget: int | float | None = 0.1,
+        budget: int | float | None = None,
         selector: Selector | None = None,
         ledger: str | None = None,
         warmup_epochs: int = 0,
@@ -44,15 +46,14 @@ class SelectSamples(SessionCallback):
         super().__init__()
         if ledger is not None and selector is not None:
             raise InputError("SelectSamples takes a selector or a ledger, not both")
-        if budget is None and ledger is None:
-            raise InputError("SelectSamples needs a budget: a fraction such as 0.1, or a number of samples")
         check_budget(budget)
         if warmup_epochs < 0 or every_n_epochs < 1:
             raise InputError(
                 f"warmup_epochs is {warmup_epochs} and every_n_epochs {every_n_epochs}: they must be at least 0 and 1"
             )
-        self.budget = budget
+        self.budget = 0.1 if budget is None and ledger is None else budget
         self.selector = selector or MiniRecSelector()
+        self._selector = self.selector
         self.ledger = ledger
         self.warmup_epochs = warmup_epochs
         self.every_n_epochs = every_n_epochs
@@ -69,7 +70,8 @@ class SelectSamples(SessionCallback):
         session.register("select", self._select, trainer)
         session.gradient = getattr(self.selector, "gradient", "first")
         if isinstance(self.selector, MiniRecSelector) and self.selector.num_generations is None:
-            self.selector.num_generations = getattr(pl_module, "num_generations", None)
+            self._selector = copy.copy(self.selector)
+            self._selector.num_generations = getattr(pl_module, "num_generations", None)
 
     def _select(self, session: SelectionSession, trainer: Trainer, module: LightningModule, epoch: int) -> None:
         since = epoch - self.warmup_epochs
@@ -79,10 +81,16 @@ class SelectSamples(SessionCallback):
         if session.selected is not None and since % self.every_n_epochs:
             return
         before = set(session.selected or ())
-        with session.cost.timed("selection"):
-            ledger = self._fixed() if self.ledger is not None else self._pick(session, epoch)
-            k = None if self.budget is None or self.ledger is None else self._count(len(ledger.selected()))
-            session.selected = ledger.selected(k)
+        try:
+            with session.cost.timed("selection"):
+                ledger = self._pick(session, epoch) if self.ledger is None else self._fixed()
+                k = None if self.ledger is None or self.budget is None else budget_count(self.budget, len(ledger))
+                session.selected = ledger.selected(k)
+        except InputError as error:
+            if not before:
+                raise
+            warnings.warn(f"epoch {epoch} keeps the selection of the epoch before: {error}", stacklevel=2)
+            return
         session.ledger = ledger
         folder = session.folder(trainer)
         if trainer.is_global_zero:
@@ -98,14 +106,11 @@ class SelectSamples(SessionCallback):
                 "does, or train on a ledger"
             )
         view = session.store.pool_view(epoch)
-        return self.selector.select(view, self._count(len(view)), epoch=epoch)
+        return self._selector.select(view, budget_count(self.budget, len(view)), epoch=epoch)
 
     def _fixed(self) -> SelectionLedger:
         assert self.ledger is not None
         return SelectionLedger.from_parquet(Path(self.ledger))
-
-    def _count(self, n: int) -> int:
-        return budget_count(self.budget, n)
 
     def _log(self, session: SelectionSession, trainer: Trainer, before: set[int]) -> None:
         assert session.selected is not None

@@ -27,6 +27,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         torch.save(checkpoint, buffer)
         write_atomically(Path(path), lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads tensors and primitives only, whatever Lightning's default is."""
+        with Path(path).open("rb") as file:
+            loaded: dict[str, Any] = torch.load(file, map_location=map_location or "cpu", weights_only=True)
+        return loaded
+
 
 def check_checkpoint(path: Path) -> None:
     """Refuses a checkpoint that is missing or truncated.

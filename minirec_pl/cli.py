@@ -25,10 +25,11 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerStatus
 from transformers.utils.logging import disable_progress_bar
 
-from minirec_pl.callbacks import MiniRec, RunFolder
 from minirec_pl.checkpoints import AtomicCheckpointIO, check_checkpoint
 from minirec_pl.errors import InputError
 from minirec_pl.recommender import RecModule
+from minirec_pl.run_folder import RunFolder
+from minirec_pl.selection.session_callback import SessionCallback
 from minirec_pl.sentences import check_yaml, one_sentence
 
 RUN_DIR_VARIABLE = "MINIREC_RUN_DIR"
@@ -63,14 +64,19 @@ class MiniRecCLI(LightningCLI):
         """Adds `--selection`."""
         parser.add_argument(
             "--selection",
-            type=MiniRec | None,
+            type=SessionCallback | None,
             default=None,
-            help="Which samples an epoch trains on; null for the whole pool, shuffled anew each epoch.",
+            help="Which samples an epoch trains on; null for the whole pool, shuffled anew each epoch. "
+            "--selection.help=minirec_pl.callbacks.MiniRec lists the options of the usual choice.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses, then checks the checkpoint before anything reads it."""
-        super().parse_arguments(parser, args)
+        arguments, sys.argv = sys.argv, sys.argv[:1]
+        try:
+            super().parse_arguments(parser, args)
+        finally:
+            sys.argv = arguments
         checkpoint = self.config[self.config.subcommand].get("ckpt_path")
         if checkpoint and checkpoint not in ("best", "last", "hpc"):
             check_checkpoint(Path(checkpoint))
@@ -81,6 +87,7 @@ class MiniRecCLI(LightningCLI):
         root = Path(config.trainer.default_root_dir or "runs")
         self.new_folders = [folder for folder in (root, *root.parents) if not folder.exists()]
         self.run_dir = _claim(root)
+        _pin_policy(config)
         if "LOCAL_RANK" not in os.environ:
             self._parser(self.subcommand).save(config, self.run_dir / CONFIG, skip_none=False, overwrite=True)
         config.trainer.default_root_dir = str(self.run_dir)
@@ -89,6 +96,9 @@ class MiniRecCLI(LightningCLI):
             config.trainer.logger = [_csv_logger(self.run_dir)]
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             _send_to(logger, self.run_dir)
+        for callback in config.trainer.callbacks or []:
+            if str(callback.class_path).endswith("ModelCheckpoint") and callback.init_args.dirpath is None:
+                callback.init_args.dirpath = str(self.run_dir / "checkpoints")
 
     def instantiate_classes(self) -> None:
         """Makes model, data and Trainer.
@@ -160,6 +170,13 @@ def _claim(root: Path) -> Path:
         ) from error
 
 
+def _pin_policy(config: Any) -> None:
+    """Names the run a policy comes from, not `latest`, which moves on."""
+    policy: Any = config.get("model.init_args.policy.init_args")
+    if policy is not None and policy.get("pretrained") and Path(policy.pretrained).is_dir():
+        policy.pretrained = os.path.relpath(Path(policy.pretrained).resolve())
+
+
 def _csv_logger(folder: Path) -> Any:
     init_args = Namespace(save_dir=str(folder), name="", version="")  # type: ignore[no-untyped-call]
     return Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=init_args)  # type: ignore[no-untyped-call]
@@ -169,7 +186,7 @@ def _send_to(logger: Any, folder: Path) -> None:
     kind = str(getattr(logger, "class_path", "")).rsplit(".", 1)[-1]
     if kind in (CSVLogger.__name__, WandbLogger.__name__, "TensorBoardLogger"):
         logger.init_args.save_dir = str(folder)
-    if kind == CSVLogger.__name__:
+    if kind in (CSVLogger.__name__, "TensorBoardLogger"):
         logger.init_args.name, logger.init_args.version = "", ""
 
 
@@ -237,10 +254,9 @@ def _finish_wandb(failed: bool) -> None:
 
 @contextlib.contextmanager
 def _own_process_state() -> Iterator[None]:
-    """Hides this process's arguments from the parser, quiets advertisements, and gives Ctrl-C back at the end."""
+    """Quiets advertisements, and gives Ctrl-C back at the end."""
     disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
-    arguments, sys.argv = sys.argv, sys.argv[:1]
     handler = signal.getsignal(signal.SIGINT)
     try:
         with warnings.catch_warnings():
@@ -248,7 +264,6 @@ def _own_process_state() -> Iterator[None]:
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
             yield
     finally:
-        sys.argv = arguments
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)
 

@@ -90,3 +90,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if metadata.get("format") != _FORMAT:
         raise InputError(f"{path} is no signal store of this version; score again.")
     return tensors, settings
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON, replacing the file whole or not at all."""
+    text = json.dumps(value, indent=2) + "\n"
+    write_atomically(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))

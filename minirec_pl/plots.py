@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from minirec_pl.files import write_atomically
 
 
@@ -18,8 +20,6 @@ def draw_curriculum(rewards: Sequence[float], fold_starts: Sequence[int], epoch:
         epoch: the epoch that the plan was made for.
         path: PNG file to write, replaced whole or not at all.
     """
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots()
     ends = [*fold_starts[1:], len(rewards)]

@@ -7,17 +7,24 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from minirec_pl.callbacks.run_folder import write_json
 from minirec_pl.cli import run
 from minirec_pl.cost import Cost
+from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.errors import InputError
+from minirec_pl.files import write_json
+from minirec_pl.metrics import NDCG, HitRate, target_rank
 
-FULL_EPOCHS = 2
 RUNS: dict[str, list[str]] = {
-    "grpo_full": ["--selection=null", f"--trainer.max_epochs={FULL_EPOCHS}"],
+    "grpo_full": [
+        "--selection=null",
+        "--trainer.max_epochs=2",
+        "--model.optimizer.lr=0.0001",
+        "--model.lr_scheduler.total_iters=308",
+    ],
     "grpo_random": [
         "--selection.selector=minirec_pl.selection.RandomSelector",
         "--selection.selector.redraw=true",
@@ -25,6 +32,7 @@ RUNS: dict[str, list[str]] = {
     ],
     "grpo_minirec": [],
 }
+SEEDED = {"grpo_random": "--selection.selector.seed", "grpo_minirec": "--selection.curriculum.seed"}
 FIGURES = ("hit_rate@10", "ndcg@10")
 PIPE_WIDTH = 120
 Row = dict[str, Any]
@@ -53,27 +61,28 @@ def quickstart(data: Path, to: Path, configs: Path, seed: int) -> None:
     common = [f"--data.path={data}", f"--data.seed={seed}", f"--seed_everything={seed}"]
     warm_root = to / "warm_start"
     warm = ["fit", "--config", str(files["warm-start"]), *common, f"--trainer.default_root_dir={warm_root}"]
-    rows = [_popularity(data, seed), _fit_and_test("warm_start", warm)]
+    warm_row, warm_data = _fit_and_test("warm_start", warm)
+    rows = [_popularity(warm_data), warm_row]
     policy = f"--model.policy.pretrained={warm_root / 'latest' / 'policy'}"
     for method, overrides in RUNS.items():
         root = f"--trainer.default_root_dir={to / method}"
-        rows.append(
-            _fit_and_test(method, ["fit", "--config", str(files["quickstart"]), *common, policy, root, *overrides])
-        )
+        arguments = ["fit", "--config", str(files["quickstart"]), *common, policy, root, *overrides]
+        if method in SEEDED:
+            arguments.append(f"{SEEDED[method]}={seed}")
+        rows.append(_fit_and_test(method, arguments)[0])
     write_json(to / "results.json", {"rows": rows})
     console = Console() if Console().is_terminal else Console(width=PIPE_WIDTH)
     console.print(table_of(rows))
     console.print(
-        "Test part of MovieLens-100K, the whole catalogue ranked. Tokens and seconds include the "
-        "warm start, scoring and "
-        "selection; evaluation is not counted.",
+        "Test part of MovieLens-100K, the whole catalogue ranked. Tokens and seconds include the warm start, scoring "
+        "and selection; evaluation is not counted.",
         style="dim",
     )
     print(f"table:   {to / 'results.json'}")
     print(f"picture: {to / 'grpo_minirec' / 'latest' / 'curriculum.png'}")
 
 
-def _fit_and_test(method: str, arguments: list[str]) -> Row:
+def _fit_and_test(method: str, arguments: list[str]) -> tuple[Row, RecDataModule]:
     _say(arguments)
     fitted = run(arguments)
     fit = json.loads((fitted.run_dir / "results.json").read_text(encoding="utf-8"))
@@ -82,24 +91,18 @@ def _fit_and_test(method: str, arguments: list[str]) -> Row:
     tested = run(test_arguments)
     test = json.loads((tested.run_dir / "results.json").read_text(encoding="utf-8"))
     costs = ("samples_per_epoch", "distinct_samples", "rollouts", "tokens", "seconds")
-    return {"method": method, **{name: test[name] for name in FIGURES}, **{name: fit[name] for name in costs}}
+    row = {"method": method, **{name: test[name] for name in FIGURES}, **{name: fit[name] for name in costs}}
+    return row, fitted.datamodule
 
 
 def _say(arguments: list[str]) -> None:
     print(f"\n$ minirec {shlex.join(arguments)}", flush=True)
 
 
-def _popularity(data: Path, seed: int) -> Row:
-    import torch
-
-    from minirec_pl.data.datamodule import RecDataModule
-    from minirec_pl.metrics import NDCG, HitRate, target_rank
-
-    module = RecDataModule(str(data), seed=seed)
-    module.setup("test")
-    scores = torch.from_numpy(module.item_popularity).float()
+def _popularity(data: RecDataModule) -> Row:
+    scores = torch.from_numpy(data.item_popularity).float()
     metrics = {"hit_rate@10": HitRate(10), "ndcg@10": NDCG(10)}
-    for batch in module.test_dataloader():
+    for batch in data.test_dataloader():
         rank = target_rank(scores.expand(len(batch["target"]), -1), batch["target"], batch["seen"])
         for metric in metrics.values():
             metric.update(rank, batch["sample_id"])

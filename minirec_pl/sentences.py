@@ -58,7 +58,9 @@ def _plain(text: str) -> str:
 
 def _help(where: str) -> str:
     top = where.split(".")[0]
-    return f"see `minirec fit --{top}.help`" if top in ("model", "data", "selection") else "see `minirec fit --help`"
+    if top == "selection":
+        return "see `minirec fit --selection.help=minirec_pl.callbacks.MiniRec`"
+    return f"see `minirec fit --{top}.help`" if top in ("model", "data") else "see `minirec fit --help`"
 
 
 def check_yaml(path: Path) -> None:

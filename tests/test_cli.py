@@ -49,7 +49,7 @@ def test_no_arguments_shows_the_help(capsys):
 def test_help_of_fit_and_of_a_class(capsys):
     for arguments, wanted in (
         (["fit", "--help"], "--selection"),
-        (["fit", "--selection.help"], "budget"),
+        (["fit", "--selection.help=minirec_pl.callbacks.MiniRec"], "budget"),
         (["fit", "--model.help=minirec_pl.GRPORecModule"], "num_generations"),
         (["fit", "--data.help=minirec_pl.RecDataModule"], "history_window"),
     ):

@@ -6,6 +6,7 @@ from minirec_pl.selection.learnability import group_difficulty, learnability
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.representativeness import representativeness
 from minirec_pl.selection.selectors import MiniRecSelector, RandomSelector, Selector
+from minirec_pl.selection.session import SelectionSession, session_of
 from minirec_pl.selection.signals import SampleSignals, Signals
 from minirec_pl.selection.store import SignalStore
 
@@ -15,6 +16,7 @@ __all__ = [
     "SampleSignals",
     "Selection",
     "SelectionLedger",
+    "SelectionSession",
     "Selector",
     "SignalStore",
     "Signals",
@@ -25,4 +27,5 @@ __all__ = [
     "learnability",
     "maxmin_select",
     "representativeness",
+    "session_of",
 ]

@@ -124,7 +124,7 @@ class MiniRecSelector:
         if not scored.any():
             raise InputError(
                 f"no sample of the pool has the rewards that difficulty='{self.difficulty}' needs; score the "
-                "pool first, with scoring_generations of at least 1."
+                "pool first, with scoring_generations of at least 2."
             )
         if signals.embedding is None:
             raise InputError("MiniRecSelector needs an embedding per sample; return `embedding` from sample_signals.")

@@ -55,6 +55,8 @@ class SelectionSession:
         epoch: the running epoch.
         plan_epoch: the epoch that `plan` is for; -1 before the first.
         fold_starts: positions in the plan at which a fold starts; empty without folds.
+        plan_easiness: mean reward (or solve probability) that each sample of the plan was ordered by; empty without an
+            order.
         gradient: the kind of gradient signal that scoring asks for.
         scored: True once the whole pool has been scored.
     """
@@ -70,6 +72,7 @@ class SelectionSession:
         self.plan_epoch = -1
         self.epoch = 0
         self.fold_starts: list[int] = []
+        self.plan_easiness: list[float] = []
         self.gradient: str = "first"
         self.scored = False
         self.cost = Cost()
@@ -107,7 +110,9 @@ class SelectionSession:
         self.cost = getattr(module, "cost", self.cost)
         self.loader, self.sampler = request_train_loader(trainer)
         self.store = SignalStore(self.sampler.sample_ids)
-        epoch = 0
+        self.ledger = self.selected = self.plan = None
+        self.plan_epoch, self.scored, self.fold_starts, self.plan_easiness = -1, False, [], []
+        epoch = trainer.current_epoch
         if self._restored is not None:
             epoch = self._take_up(self._restored)
             self._restored = None
@@ -122,6 +127,7 @@ class SelectionSession:
         """Called in `on_train_epoch_end`: plans the next epoch, once, if there is one."""
         epoch = trainer.current_epoch + 1
         last = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch
+        last |= 0 <= trainer.max_steps <= trainer.global_step
         if self.plan_epoch != epoch and not last and not trainer.should_stop:
             self._run(trainer, module, epoch)
 
@@ -132,7 +138,7 @@ class SelectionSession:
 
     def _run(self, trainer: Trainer, module: LightningModule, epoch: int) -> None:
         self.plan = None
-        self.fold_starts = []
+        self.fold_starts, self.plan_easiness = [], []
         for phase in PHASES:
             if phase in self._steps:
                 self._steps[phase](self, trainer, module, epoch)
@@ -156,10 +162,11 @@ class SelectionSession:
                 "on it, or train "
                 "on a fixed choice with SelectSamples(ledger=...)"
             )
+        data = getattr(trainer, "datamodule", None)
         options = {} if self.gradient == "first" else {"gradient": self.gradient}
         loader: DataLoader[Any] = torch.utils.data.DataLoader(
             self.loader.dataset,
-            batch_size=max(256, self.loader.batch_size or 1),
+            batch_size=getattr(data, "eval_batch_size", None) or self.loader.batch_size or 1,
             sampler=sorted(sample_ids),
             collate_fn=self.loader.collate_fn,
         )
@@ -171,7 +178,7 @@ class SelectionSession:
                 self.store.update(signals, epoch=epoch, step=self.step(trainer), source="score")
 
     def easiness(self, sample_ids: Sequence[int]) -> torch.Tensor:
-        """Mean reward of samples, or the exact solve probability where no rollout was drawn.
+        """Mean reward of samples; their exact solve probability unless rollouts were drawn for the whole pool.
 
         Args:
             sample_ids: [n], in the pool.
@@ -180,9 +187,9 @@ class SelectionSession:
             float64 [n], NaN where nothing is known.
         """
         view = self.store.read(sample_ids)
-        if view.solve_probability is None:
+        if view.solve_probability is None or bool((self.store.clock("reward_epoch") >= 0).all()):
             return view.reward_mean
-        return torch.where(view.n_rollouts > 0, view.reward_mean, view.solve_probability)
+        return view.solve_probability.where(~view.solve_probability.isnan(), view.reward_mean)
 
     def step(self, trainer: Trainer) -> int:
         """Optimizer steps so far, also while a resumed Trainer still counts from 0."""
@@ -192,6 +199,11 @@ class SelectionSession:
         """Sends figures to every logger at the present step."""
         for logger in trainer.loggers:
             logger.log_metrics(dict(values), step=self.step(trainer))
+
+    @property
+    def ready(self) -> bool:
+        """Whether the run has been prepared, so that there is a state to save."""
+        return self._prepared
 
     def folder(self, trainer: Trainer) -> Path:
         """Run folder: where the first logger writes, else `default_root_dir`."""
@@ -207,6 +219,7 @@ class SelectionSession:
             "plan": self.plan,
             "plan_epoch": self.plan_epoch,
             "fold_starts": self.fold_starts,
+            "plan_easiness": self.plan_easiness,
             "scored": self.scored,
             "next_epoch": self.epoch + int(epoch_finished),
             "step": trainer.global_step,
@@ -219,7 +232,7 @@ class SelectionSession:
     def _take_up(self, state: Mapping[str, Any]) -> int:
         self.store.load_state_dict(state["store"])
         self.ledger = None if state["ledger"] is None else SelectionLedger.from_state_dict(state["ledger"])
-        for name in ("selected", "plan", "plan_epoch", "fold_starts", "scored"):
+        for name in ("selected", "plan", "plan_epoch", "fold_starts", "plan_easiness", "scored"):
             setattr(self, name, state[name])
         self._restored_step = int(state["step"])
         return int(state["next_epoch"])

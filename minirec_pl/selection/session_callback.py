@@ -29,7 +29,7 @@ class SessionCallback(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Saves the session, once for all callbacks."""
-        if CHECKPOINT_KEY not in checkpoint:
+        if CHECKPOINT_KEY not in checkpoint and session_of(trainer).ready:
             checkpoint[CHECKPOINT_KEY] = session_of(trainer).state_dict(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -15,7 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from minirec_pl.files import write_atomically
+from minirec_pl.files import write_atomically, write_json
 from minirec_pl.recommender import RecModule
 
 if TYPE_CHECKING:
@@ -207,9 +206,3 @@ def _move_best(state: dict[str, Any], folder: Path) -> None:
 def _figures(trainer: Trainer, prefix: str) -> dict[str, float]:
     metrics = trainer.callback_metrics.items()
     return {name.removeprefix(prefix): float(value) for name, value in metrics if name.startswith(prefix)}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON, replacing the file whole or not at all."""
-    text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
