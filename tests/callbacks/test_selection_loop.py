@@ -1,6 +1,7 @@
 """What reaches `training_step` is what the ledger and the plan say."""
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from minirec_pl import GRPORecModule, InputError
 from minirec_pl.callbacks import EasyToHardCurriculum, MiniRec, RescoreSamples, RewardHistory, SelectSamples
 from minirec_pl.data.sampler import CurriculumSampler
-from minirec_pl.selection import MiniRecSelector, RandomSelector, SampleSignals, SelectionLedger
+from minirec_pl.selection import MiniRecSelector, RandomSelector, SampleSignals, SelectionLedger, SignalStore
 from minirec_pl.selection.session import session_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:picked:UserWarning")
@@ -90,7 +91,7 @@ def test_an_unchanged_policy_keeps_its_plan_and_a_trained_one_does_not(toy_data,
         return watch.plans
 
     first, second = plans(lr=0.0)
-    assert sorted(first) == sorted(second)
+    assert first == second
     moved, later = plans(lr=5.0)
     assert moved == first
     assert later != moved
@@ -190,7 +191,7 @@ def test_a_fixed_ledger_is_trained_on_as_it_is(toy_data, tiny_policy, make_train
     chosen = SelectionLedger.from_parquet(path).selected()
 
     watch = Watch()
-    make_trainer(callbacks=[SelectSamples(None, ledger=path), watch], default_root_dir=tmp_path / "b").fit(
+    make_trainer(callbacks=[SelectSamples(ledger=path), watch], default_root_dir=tmp_path / "b").fit(
         module_of(tiny_policy()), toy_data()
     )
     assert [sorted(ids) for ids in watch.ids] == [sorted(chosen)] * 2
@@ -245,10 +246,81 @@ def test_official_mode_measures_hessian_vector_products(toy_data, tiny_policy, m
     assert set(kinds) == {"hvp"}
 
 
-def test_pass_at_group_takes_the_group_size_of_the_module(toy_data, tiny_policy, make_trainer):
+def test_pass_at_group_takes_the_group_size_of_the_module_and_leaves_the_selector_alone(
+    toy_data, tiny_policy, make_trainer
+):
     selector = all_pass()
-    make_trainer(callbacks=[MiniRec(8, selector=selector)], max_epochs=1).fit(module_of(tiny_policy()), toy_data())
-    assert selector.num_generations == 4
+    trainer = make_trainer(callbacks=[MiniRec(8, selector=selector)], max_epochs=1)
+    trainer.fit(module_of(tiny_policy(), scoring_generations=0), toy_data())
+    assert selector.num_generations is None
+    ids = session_of(trainer).ledger.selected()
+    difficulty = session_of(trainer).ledger.rows(ids)["difficulty"].to_numpy()
+    path = Path(trainer.default_root_dir) / "signals.safetensors"
+    p = SignalStore.load(path).read(ids).solve_probability.numpy()
+    assert difficulty == pytest.approx(1 - (1 - p) ** 4)
+
+
+def test_exact_probabilities_order_the_plan_where_no_rollouts_are_drawn(toy_data, tiny_policy, make_trainer):
+    """Rewards met in training must not outlive a re-score, nor be mixed with probabilities."""
+    watch = Watch()
+    minirec = MiniRec(30, rescore_fraction=1.0, selector=all_pass(), curriculum=EasyToHardCurriculum(n_folds=1))
+    trainer = make_trainer(callbacks=[minirec, watch], max_epochs=3)
+    probabilities = []
+
+    class Probabilities(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            session = session_of(trainer)
+            probabilities.append(session.store.read(session.plan).solve_probability.tolist())
+
+    trainer.callbacks.append(Probabilities())
+    trainer.fit(module_of(tiny_policy(), scoring_generations=0), toy_data())
+    for values, easiness in zip(probabilities, watch.easiness, strict=True):
+        assert values == easiness == sorted(values, reverse=True)
+
+
+def test_a_second_fit_scores_the_pool_anew(toy_data, tiny_policy, make_trainer):
+    trainer = make_trainer(callbacks=[MiniRec(8, selector=all_pass())], max_epochs=1)
+    data, module = toy_data(), module_of(tiny_policy())
+    trainer.fit(module, data)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, data)
+    assert (session_of(trainer).store.clock("gradient_epoch") >= 0).all()
+    assert module.cost.rollouts["scoring"] == 2 * 4 * len(data.pool_ids)
+
+
+def test_max_steps_is_not_followed_by_scoring(toy_data, tiny_policy, make_trainer):
+    module, data = module_of(tiny_policy()), toy_data()
+    make_trainer(callbacks=[MiniRec(8, rescore_fraction=1.0, selector=all_pass())], max_epochs=-1, max_steps=1).fit(
+        module, data
+    )
+    assert module.cost.rollouts["scoring"] == 4 * len(data.pool_ids)
+
+
+def test_scoring_keeps_to_the_batch_size_of_a_foreign_loader(make_trainer):
+    sizes = []
+
+    class Sizes(Foreign):
+        def sample_signals(self, batch):
+            sizes.append(len(batch["sample_id"]))
+            return super().sample_signals(batch)
+
+    make_trainer(callbacks=[MiniRec(10)], max_epochs=1).fit(Sizes(CurriculumSampler(range(40))))
+    assert set(sizes) == {4}
+
+
+def test_a_gate_that_nothing_passes_any_more_keeps_the_last_selection(make_trainer):
+    class Solved(Foreign):
+        def sample_signals(self, batch):
+            signals = super().sample_signals(batch)
+            if self.trainer.current_epoch > 0 or self.met:
+                signals.rewards = torch.ones_like(signals.rewards)
+            return signals
+
+    watch = Watch()
+    module = Solved(CurriculumSampler(range(40)))
+    with pytest.warns(UserWarning, match="epoch 1 keeps the selection of the epoch before: none of 40"):
+        make_trainer(callbacks=[MiniRec(10, rescore_fraction=1.0), watch]).fit(module)
+    assert sorted(watch.ids[0]) == sorted(watch.ids[1])
 
 
 def test_resume_at_an_epochs_end_goes_on_as_if_never_stopped(toy_data, tiny_policy, make_trainer, tmp_path):
@@ -429,8 +501,6 @@ def test_last_epoch_is_not_followed_by_scoring(toy_data, tiny_policy, make_train
 
 
 def test_signals_of_a_run_can_be_read_back(toy_data, tiny_policy, make_trainer, tmp_path):
-    from minirec_pl.selection import SignalStore
-
     trainer = make_trainer(callbacks=[MiniRec(8, selector=all_pass())], max_epochs=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error", ResourceWarning)
