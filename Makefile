@@ -11,7 +11,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/minirec quickstart
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
