@@ -37,6 +37,7 @@ def draw_curriculum(rewards: Sequence[float], fold_starts: Sequence[int], epoch:
     order = folds if fold_starts else ", in no order of difficulty"
     axes.set(xlabel="position in the epoch", ylabel="mean reward", xlim=(0, max(1, len(rewards))))
     axes.set_title(f"Plan of epoch {epoch}: {len(rewards):,} samples{order}", loc="left")
-    axes.legend(loc="upper right", frameon=False)
+    axes.margins(y=0.25)
+    axes.legend(loc="upper right", ncols=2, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     write_atomically(path, lambda scratch: figure.savefig(scratch, dpi=150, format="png"))

@@ -26,7 +26,8 @@ INTERRUPTED = "interrupted.ckpt"
 class RunFolder(Callback):
     """Writes `results.json` and `policy/` into the run folder, and a checkpoint on Ctrl-C.
 
-    * `results.json`: after a fit the best validation figures and the cost, after a test the test figures.
+    * `results.json`: after a fit the last and the best validation figures and the cost, after a test the test
+      figures.
     * `policy/`: after a fit the policy with the weights of the best checkpoint (the last ones if none is kept), as a
       Hugging Face folder.
     * `checkpoints/interrupted.ckpt`: where Ctrl-C stopped a fit, taken at the end of the running step, or of the

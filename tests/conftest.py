@@ -3,18 +3,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_config import TINY
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 sys.path.insert(0, str(Path(__file__).parent / "data"))
-
-TINY = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-}
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -96,7 +96,11 @@ OPTIONS = {
     "wrong model class": ("--model=minirec_pl.Nothing", "model", "minirec_pl.Nothing"),
     "model is a function": ("--model=os.path.join", "model", "subclass of RecModule"),
     "wrong selector": ("--selection.selector=minirec_pl.selection.Nothing", "selection.selector", "Nothing"),
-    "selection is another callback": ("--selection=minirec_pl.run_folder.RunFolder", "selection", "RunFolder"),
+    "selection is another callback": (
+        "--selection=minirec_pl.run_folder.RunFolder",
+        "selection",
+        "subclass of SessionCallback",
+    ),
     "wrong reward": ("--model.rewards=[cli_tools.nothing]", "model.rewards", "no attribute 'nothing'"),
     "wrong module of a reward": ("--model.rewards=[nowhere.reward]", "model.rewards", "nowhere"),
     "accelerator": ("--trainer.accelerator=abacus", "accelerator", "abacus", "cpu"),

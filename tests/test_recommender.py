@@ -85,7 +85,7 @@ def checkpoint(toy_data, tiny_policy, make_trainer, tmp_path):
     ],
 )
 def test_a_checkpoint_of_another_catalogue(checkpoint, make_trainer, tmp_path, n_items, message):
-    from conftest import TINY
+    from tiny_config import TINY
 
     module = GRPORecModule(GenerativePolicy(config=TINY), num_generations=2)
     with pytest.raises(InputError, match=message):
@@ -93,7 +93,7 @@ def test_a_checkpoint_of_another_catalogue(checkpoint, make_trainer, tmp_path, n
 
 
 def test_a_checkpoint_gives_the_same_figures_again(checkpoint, toy_data, make_trainer):
-    from conftest import TINY
+    from tiny_config import TINY
 
     stored = torch.load(checkpoint, weights_only=True)
     module = GRPORecModule(GenerativePolicy(config=TINY), num_generations=2)
