@@ -82,8 +82,8 @@ class GRPORecModule(RecModule):
         epsilon: lower clip width of the probability ratio.
         epsilon_high: upper clip width; None takes `epsilon`.
         beta: weight of the KL term against the policy at the start; 0 keeps no reference copy.
-        loss_type: how token losses are averaged, see `minirec_pl.grpo.policy_loss`; `dapo` over the tokens of the batch,
-            which is exact under accumulation where all ids have one length.
+        loss_type: how token losses are averaged, see `minirec_pl.grpo.policy_loss`; `dapo` over the tokens of the
+            batch, which is exact under accumulation where all ids have one length.
         scale_rewards: what divides the centred rewards, see `minirec_pl.grpo.group_advantages`.
         scoring_generations: rollouts per sample when samples are scored. The exact solve probability comes with the
             same forward pass and needs none, so 0 is allowed; at least 2 otherwise.

@@ -41,7 +41,7 @@ def test_the_first_program_runs_on_the_data_and_policy_it_names(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     names: dict = {"__name__": "program"}
     exec(compile(program, "README.md", "exec"), names)
-    assert 0.0 <= float(names["trainer"].callback_metrics["val/ndcg@10"]) <= 1.0
+    assert 0.0 <= float(names["module"].trainer.callback_metrics["val/ndcg@10"]) <= 1.0
 
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"^    minirec (\w+)", README, flags=re.MULTILINE))))
