@@ -4,6 +4,8 @@
 `Coverage` gather them over batches and processes. Items are catalogue indices, ranks start at 1.
 """
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -143,8 +145,9 @@ class _RankMetric(Metric):
         first[1:] = sample_id[1:] != sample_id[:-1]
         return self._gain(records[order[first], 1].float()).mean()
 
+    @abstractmethod
     def _gain(self, rank: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Gain of each rank."""
 
 
 class HitRate(_RankMetric):

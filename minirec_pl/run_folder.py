@@ -101,7 +101,7 @@ class RunFolder(Callback):
             self._save_and_stop(trainer)
 
     def _save_and_stop(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(self.folder(trainer) / "checkpoints" / INTERRUPTED, weights_only=False)
+        trainer.save_checkpoint(self.folder(trainer) / "checkpoints" / INTERRUPTED)
         self._stop = False
         raise KeyboardInterrupt
 
