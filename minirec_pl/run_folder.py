@@ -46,6 +46,7 @@ class RunFolder(Callback):
         self._random_state: list[torch.Tensor] | None = None
         self._distinct: set[int] = set()
         self._previous_handler: Any = None
+        self._pid = 0
 
     @staticmethod
     def folder(trainer: Trainer) -> Path:
@@ -56,6 +57,7 @@ class RunFolder(Callback):
         """Takes over Ctrl-C for the time of a fit."""
         if stage == "fit" and threading.current_thread() is threading.main_thread():
             trainer.callbacks.append(_AfterEpoch(self))  # type: ignore[attr-defined]
+            self._pid = os.getpid()
             self._previous_handler = signal.signal(signal.SIGINT, self._on_sigint)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -68,6 +70,8 @@ class RunFolder(Callback):
             raise KeyboardInterrupt
 
     def _on_sigint(self, signum: int, frame: Any) -> None:
+        if os.getpid() != self._pid:  # a forked loader worker: the main process ends it
+            return
         if not self._training or self._stop:
             self._stop = False
             raise KeyboardInterrupt

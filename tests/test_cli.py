@@ -229,6 +229,7 @@ def test_ctrl_c_of_the_real_command_keeps_a_checkpoint_that_resumes(command, tmp
         err = run.communicate(timeout=60)[1]
     assert run.returncode == 2, err
     assert "Traceback" not in err
+    assert err.count("stopping at the next safe point") == 1  # the loader workers say nothing
     resume = shlex.split(err.split("resume with `")[1].split("`")[0])
     assert resume[:2] == ["minirec", "fit"]
     checkpoint = resume[resume.index("--ckpt_path") + 1]
