@@ -48,6 +48,7 @@ class MiniRec(SessionCallback):
     ) -> None:
         super().__init__()
         select = SelectSamples(budget, selector, warmup_epochs=warmup_epochs, every_n_epochs=every_n_epochs)
+        self.selector = select.selector
         self._history = RewardHistory()
         rescore = RescoreSamples(rescore_fraction)
         self.parts: list[SessionCallback] = [self._history, select]

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minirec_pl.errors import InputError
+from minirec_pl.files import write_json
+from minirec_pl.selection.budget import budget_count, check_budget
+from minirec_pl.selection.diagnostics import Diagnostics, diagnose
+from minirec_pl.selection.fingerprints import data_fingerprint
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.selectors import MiniRecSelector, Selector
 from minirec_pl.selection.session import SelectionSession, session_of
@@ -20,13 +25,14 @@ if TYPE_CHECKING:
 class SelectSamples(SessionCallback):
     """Trains each epoch on the samples a selector picks, or on those of a ledger written before.
 
-    Leaves `ledger.parquet` (every sample's scores, rank and reason) and `signals.safetensors` in the run folder.
+    Leaves `ledger.parquet` (every sample's scores, rank and reason), `diagnostics.json` and `signals.safetensors` in
+    the run folder, and warns at the first selection where the scores are degenerate.
 
     Args:
         budget: a fraction of the pool in (0, 1] as a float, or a number of samples as an int. None takes 0.1, or with
             `ledger` all that it selected; a smaller budget takes the ledger's best.
         selector: how to pick; `MiniRecSelector()` by default.
-        ledger: parquet file of a selection to train on, fixed for all epochs; excludes `selector`.
+        ledger: parquet file of a selection to train on, fixed for all epochs; it takes the place of `selector`.
         warmup_epochs: epochs on the whole pool before the first selection.
         every_n_epochs: a new selection every so many epochs.
 
@@ -44,15 +50,13 @@ class SelectSamples(SessionCallback):
         every_n_epochs: int = 1,
     ) -> None:
         super().__init__()
-        if ledger is not None and selector is not None:
-            raise InputError("SelectSamples takes a selector or a ledger, not both")
         check_budget(budget)
         if warmup_epochs < 0 or every_n_epochs < 1:
             raise InputError(
                 f"warmup_epochs is {warmup_epochs} and every_n_epochs {every_n_epochs}: they must be at least 0 and 1"
             )
         self.budget = 0.1 if budget is None and ledger is None else budget
-        self.selector = selector or MiniRecSelector()
+        self.selector: Selector = selector or MiniRecSelector()
         self._selector = self.selector
         self.ledger = ledger
         self.warmup_epochs = warmup_epochs
@@ -83,7 +87,7 @@ class SelectSamples(SessionCallback):
         before = set(session.selected or ())
         try:
             with session.cost.timed("selection"):
-                ledger = self._pick(session, epoch) if self.ledger is None else self._fixed()
+                ledger = self._pick(session, epoch) if self.ledger is None else self._fixed(session, trainer)
                 k = None if self.ledger is None or self.budget is None else budget_count(self.budget, len(ledger))
                 session.selected = ledger.selected(k)
         except InputError as error:
@@ -91,13 +95,19 @@ class SelectSamples(SessionCallback):
                 raise
             warnings.warn(f"epoch {epoch} keeps the selection of the epoch before: {error}", stacklevel=2)
             return
-        session.ledger = ledger
+        first, session.ledger = session.ledger is None, ledger
+        describe = getattr(getattr(trainer, "datamodule", None), "users_and_items", None)
+        samples = None if describe is None else describe(session.store.sample_ids.numpy())
+        found = diagnose(ledger, samples)
         folder = session.folder(trainer)
         if trainer.is_global_zero:
             ledger.to_parquet(folder / "ledger.parquet")
+            write_json(folder / "diagnostics.json", found.as_dict())
             if session.scored:
                 session.store.save(folder / "signals.safetensors")
-        self._log(session, trainer, before)
+            for text in found.warnings if first else ():
+                warnings.warn(f"selection: {text}", stacklevel=2)
+        self._log(session, trainer, before, found)
 
     def _pick(self, session: SelectionSession, epoch: int) -> SelectionLedger:
         if self.selector.needs and not session.scored:
@@ -106,13 +116,29 @@ class SelectSamples(SessionCallback):
                 "does, or train on a ledger"
             )
         view = session.store.pool_view(epoch)
-        return self._selector.select(view, budget_count(self.budget, len(view)), epoch=epoch)
+        ledger = self._selector.select(view, budget_count(self.budget, len(view)), epoch=epoch)
+        ledger.fingerprints = dict(session.store.fingerprints)
+        return ledger
 
-    def _fixed(self) -> SelectionLedger:
+    def _fixed(self, session: SelectionSession, trainer: Trainer) -> SelectionLedger:
         assert self.ledger is not None
-        return SelectionLedger.from_parquet(Path(self.ledger))
+        ledger = SelectionLedger.from_parquet(Path(self.ledger))
+        made_for = ledger.fingerprints.get("data")
+        data = data_fingerprint(getattr(trainer, "datamodule", None), session.store.sample_ids)
+        if made_for is not None and made_for != data:
+            raise InputError(
+                f"{self.ledger} was made for other data, whose sample_ids mean other samples: train on the data it was "
+                "made for, or score and select again"
+            )
+        strange = set(ledger.table["sample_id"]) - set(session.store.sample_ids.tolist())
+        if strange:
+            raise InputError(
+                f"{self.ledger} has sample_id {min(strange)}, which is not in the pool: train on the data and split "
+                "it was made for"
+            )
+        return ledger
 
-    def _log(self, session: SelectionSession, trainer: Trainer, before: set[int]) -> None:
+    def _log(self, session: SelectionSession, trainer: Trainer, before: set[int], found: Diagnostics) -> None:
         assert session.selected is not None
         chosen = session.easiness(session.selected)
         known = chosen[~chosen.isnan()]
@@ -124,42 +150,13 @@ class SelectSamples(SessionCallback):
         if len(known):
             values["selection/reward_mean"] = float(known.mean())
             values["selection/share_near_zero"] = float((known < 0.05).double().mean())
+        figures = {
+            "learnability_near_zero": found.learnability_near_zero,
+            "learnability_weight": found.learnability_weight,
+            "novelty_share": found.novelty_share,
+            **{f"coverage/{name}": share for name, share in found.coverage.items()},
+        }
+        values |= {f"selection/{name}": value for name, value in figures.items() if not math.isnan(value)}
         if before:
             values["selection/overlap"] = len(before.intersection(session.selected)) / len(session.selected)
         session.log(trainer, values)
-
-
-def check_budget(budget: int | float | None) -> None:
-    """Refuses budgets that no pool can meet.
-
-    Raises:
-        InputError: if the budget is not positive or a fraction above 1.
-    """
-    if budget is None:
-        return
-    if isinstance(budget, bool) or not budget > 0:
-        raise InputError(
-            f"budget is {budget}: give a fraction of the pool in (0, 1] such as 0.1, or a number of samples"
-        )
-    if isinstance(budget, float) and budget > 1.0:
-        raise InputError(f"budget is {budget}: a fraction is at most 1.0; for a number of samples write an integer")
-
-
-def budget_count(budget: int | float | None, n: int) -> int:
-    """Number of samples that a budget means in a pool of n, at least 1.
-
-    Raises:
-        InputError: if a number of samples is above n.
-    """
-    if budget is None:
-        return n
-    if isinstance(budget, float):
-        return max(1, int(budget * n))
-    if budget > n:
-        raise InputError(
-            f"budget is {budget} samples but the pool has {n}: give at most {n}, or a fraction such as 0.1"
-        )
-    return budget
-
-
-__all__ = ["SelectSamples"]

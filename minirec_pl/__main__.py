@@ -14,7 +14,9 @@ TRAINER_COMMANDS = {
     "validate": "full-ranking metrics on the validation part",
     "test": "full-ranking metrics on the test part",
     "predict": "top-K recommendations as parquet",
+    "score": "the signals of the pool, for `minirec select`",
 }
+OWN_HELP = {**TRAINER_COMMANDS, "select": "pick a subset from signals: ledger, plan, diagnostics, picture"}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -34,6 +36,11 @@ def _dispatch(argv: list[str]) -> int:
         from minirec_pl.cli import run
 
         run(argv)
+        return 0
+    if argv and argv[0] == "select":
+        from minirec_pl.select import run as select
+
+        select(argv[1:])
         return 0
     parser = _parser()
     if not argv:
@@ -56,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="minirec", description="GRPO for recommenders on the small part of the data that teaches."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in TRAINER_COMMANDS.items():
+    for name, text in OWN_HELP.items():
         commands.add_parser(name, help=f"{text}; see `minirec {name} --help`")
     fetch = commands.add_parser("fetch", help="download a public data set", description="Downloads a public data set.")
     fetch.add_argument("dataset", choices=["ml-100k"], help="which data set")

@@ -29,6 +29,7 @@ from minirec_pl.checkpoints import AtomicCheckpointIO, check_checkpoint
 from minirec_pl.errors import InputError
 from minirec_pl.recommender import RecModule
 from minirec_pl.run_folder import RunFolder
+from minirec_pl.score import ScoringTrainer
 from minirec_pl.selection.session_callback import SessionCallback
 from minirec_pl.sentences import check_yaml, one_sentence
 
@@ -51,7 +52,7 @@ class Parser(LightningArgumentParser):
 
 
 class MiniRecCLI(LightningCLI):
-    """`minirec fit|validate|test|predict`.
+    """`minirec fit|validate|test|predict|score`.
 
     Every run gets a folder of its own, `<trainer.default_root_dir>/version_N`, with its `config.yaml`; after a fit
     `<trainer.default_root_dir>/latest` points to it.
@@ -59,6 +60,11 @@ class MiniRecCLI(LightningCLI):
 
     run_dir: Path
     new_folders: Sequence[Path] = ()
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Those of the Trainer, and `score`."""
+        return {**LightningCLI.subcommands(), "score": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds `--selection`."""
@@ -91,6 +97,8 @@ class MiniRecCLI(LightningCLI):
         if "LOCAL_RANK" not in os.environ:
             self._parser(self.subcommand).save(config, self.run_dir / CONFIG, skip_none=False, overwrite=True)
         config.trainer.default_root_dir = str(self.run_dir)
+        if self.subcommand == "score":
+            config.trainer.logger = False
         loggers = config.trainer.logger
         if loggers is None or loggers is True:
             config.trainer.logger = [_csv_logger(self.run_dir)]
@@ -209,6 +217,7 @@ def run(args: Sequence[str]) -> MiniRecCLI:
             cli.__init__(  # type: ignore[misc]
                 RecModule,
                 LightningDataModule,
+                trainer_class=ScoringTrainer,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 save_config_callback=None,

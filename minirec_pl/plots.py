@@ -6,9 +6,18 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from minirec_pl.files import write_atomically
+from minirec_pl.selection.ledger import SelectionLedger
+from minirec_pl.selection.signals import Signals
+
+_SHOWN = 20_000  # pool samples in the map
 
 
 def draw_curriculum(rewards: Sequence[float], fold_starts: Sequence[int], epoch: int, path: Path) -> None:
@@ -41,3 +50,64 @@ def draw_curriculum(rewards: Sequence[float], fold_starts: Sequence[int], epoch:
     axes.legend(loc="upper right", ncols=2, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     write_atomically(path, lambda scratch: figure.savefig(scratch, dpi=150, format="png"))
+
+
+def draw_selection(signals: Signals, ledger: SelectionLedger, plan: pd.DataFrame, path: Path) -> None:
+    """Draws reward and score of picks against the pool, and a map of the embeddings with the picks coloured by fold.
+
+    The map is the projection on the two principal components of the pool's unit embeddings; it is left out where there
+    are no embeddings.
+
+    Args:
+        signals: [N] of the pool.
+        ledger: of the selection.
+        plan: columns `sample_id` and `fold`, see `minirec_pl.select.plan_table`.
+        path: PNG file to write, replaced whole or not at all.
+    """
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    table = ledger.table
+    easiness = table["reward_mean"].where(table["n_rollouts"] > 0, table["difficulty"])
+    score = table["score"].where(table["score"].notna(), table["value"])
+    picked = table["rank"].notna()
+    if score.notna().any():
+        left.plot(easiness[~picked], score[~picked], ".", color="0.7", markersize=3, label="pool", rasterized=True)
+        left.plot(easiness[picked], score[picked], ".", color="#D55E00", markersize=4, label="picked", rasterized=True)
+        left.set(xlabel="mean reward", ylabel="score, alpha L + R")
+        if easiness.min() >= 0 and easiness.quantile(0.9) < 0.3:
+            left.set_xscale("symlog", linthresh=1e-2)
+    else:
+        shares = {"pool": easiness.dropna(), "picked": easiness[picked].dropna()}
+        for (name, values), color in zip(shares.items(), ("0.6", "#D55E00"), strict=True):
+            left.hist(values, bins=30, density=True, histtype="step", color=color, linewidth=1.5, label=name)
+        left.set(xlabel="mean reward", ylabel="density")
+    left.set_title("Reward and score", loc="left")
+    left.legend(frameon=False)
+    _draw_map(right, signals, plan)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    write_atomically(path, lambda scratch: figure.savefig(scratch, dpi=150, format="png"))
+
+
+def _draw_map(axes: Axes, signals: Signals, plan: pd.DataFrame) -> None:
+    axes.set_title("Embeddings, picks by fold", loc="left")
+    if signals.embedding is None:
+        axes.text(0.5, 0.5, "no embeddings", ha="center", va="center", transform=axes.transAxes, color="0.4")
+        axes.set_axis_off()
+        return
+    row_of = pd.Series(np.arange(len(signals)), index=signals.sample_id.numpy())
+    picks = row_of.loc[plan["sample_id"]].to_numpy()
+    shown = np.union1d(np.random.default_rng(0).permutation(len(signals))[:_SHOWN], picks)
+    unit = torch.nn.functional.normalize(signals.embedding[torch.from_numpy(shown)].float(), dim=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _, _, components = torch.pca_lowrank(unit, q=min(2, *unit.shape))
+    flat = ((unit - unit.mean(dim=0)) @ components).numpy()
+    flat = np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
+    at = flat[np.searchsorted(shown, picks)]
+    axes.plot(flat[:, 0], flat[:, 1], ".", color="0.85", markersize=3, zorder=0, rasterized=True)
+    folds = axes.scatter(at[:, 0], at[:, 1], c=plan["fold"], cmap="viridis", s=8, rasterized=True)
+    n_folds = int(plan["fold"].max()) + 1
+    if n_folds > 1:
+        axes.figure.colorbar(folds, ax=axes, label="fold of the plan", ticks=MaxNLocator(integer=True))
+    axes.set(xlabel="first principal component", ylabel="second", xticks=[], yticks=[])

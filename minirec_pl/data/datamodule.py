@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerStatus
@@ -14,7 +15,7 @@ from minirec_pl.data.atomic import read_atomic
 from minirec_pl.data.batches import Batch, SampleDataset, identity
 from minirec_pl.data.columns import Columns
 from minirec_pl.data.sampler import CurriculumSampler, OrderedSampler, ResumableLoader, world
-from minirec_pl.data.samples import Catalogue, IntArray, SampleTable, TimeSplit, split_by_time
+from minirec_pl.data.samples import Catalogue, IntArray, SampleTable, TimeSplit, digest, split_by_time
 from minirec_pl.data.warm import WarmChunkSampler, WarmDataset
 from minirec_pl.errors import InputError
 
@@ -235,6 +236,22 @@ class RecDataModule(LightningDataModule):
             collate_fn=identity,
             num_workers=self.num_workers,
         )
+
+    def users_and_items(self, sample_ids: IntArray) -> pd.DataFrame:
+        """External user and target item of samples: columns sample_id, user_id and item_id, [n] rows."""
+        users, items = np.asarray(self.table.user_ids, dtype=object), np.asarray(self.catalogue.item_ids, dtype=object)
+        return pd.DataFrame(
+            {
+                "sample_id": sample_ids,
+                Columns.USER_ID: users[self.table.user[sample_ids]],
+                Columns.ITEM_ID: items[self.table.item[sample_ids]],
+            }
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of catalogue and samples: equal fingerprints mean equal sample_ids and item indices."""
+        return digest((self.catalogue.fingerprint, self.table.fingerprint))
 
     def describe(self) -> dict[str, int]:
         """Counts for printing: what there is, rows and eligible samples of each part, what was left out and why."""

@@ -140,3 +140,14 @@ def _approach(distance: Tensor, unit: Tensor, picks: list[int]) -> None:
         rows = slice(start, start + _ROWS)
         nearest = (unit[rows] @ chosen).amax(dim=1)
         torch.minimum(distance[rows], (1 - nearest.double()).clamp_min_(0), out=distance[rows])
+
+
+def nearest_pick(embeddings: Array, picks: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest of the picked rows for every row: position in `picks` [N] and distance [N]."""
+    unit = _unit_rows(embeddings)
+    best = torch.full((len(unit),), torch.inf, dtype=torch.float64)
+    at = torch.zeros(len(unit), dtype=torch.int64)
+    for s in range(0, len(unit), _ROWS):
+        d = (1 - (unit[s : s + _ROWS] @ unit[picks].T).double()).clamp_min(0)
+        best[s : s + _ROWS], at[s : s + _ROWS] = d.min(dim=1)
+    return at, best

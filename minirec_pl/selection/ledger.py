@@ -14,21 +14,24 @@ from minirec_pl.errors import InputError
 from minirec_pl.files import write_atomically
 
 SELECTED, FILLED = "selected", "filled"
-TOO_HARD, TOO_EASY, BELOW_BUDGET, NEVER_SCORED = "too_hard", "too_easy", "below_budget", "never_scored"
+TOO_HARD, TOO_EASY, NEVER_SCORED = "too_hard", "too_easy", "never_scored"
+BELOW_BUDGET, REDUNDANT = "below_budget", "redundant"
 _WHY = {
     SELECTED: "",
     FILLED: ", outside the gate, to fill the budget",
     TOO_HARD: "its difficulty value is below the gate (too hard)",
     TOO_EASY: "its difficulty value is above the gate (too easy)",
     BELOW_BUDGET: "others were worth more and the budget was spent",
+    REDUNDANT: "it would have been worth a pick, were it as novel as most picks",
     NEVER_SCORED: "a signal the selector needs was never measured",
 }
-_TERMS = ("learnability", "representativeness", "novelty", "value", "reward_mean", "reward_std", "difficulty")
+_TERMS = ("learnability", "representativeness", "score", "novelty", "value", "reward_mean", "reward_std", "difficulty")
 _DTYPES = {
     "sample_id": "int64",
     "rank": "Int64",
     "learnability": "float64",
     "representativeness": "float64",
+    "score": "float64",
     "novelty": "float64",
     "value": "float64",
     "reward_mean": "float64",
@@ -36,7 +39,10 @@ _DTYPES = {
     "n_rollouts": "int64",
     "difficulty": "float64",
     "reason": "str",
+    "redundant_with": "Int64",
 }
+_OPTIONAL = ("score", "difficulty", "redundant_with")
+_MISSING = {"rank": 0, "redundant_with": -1}  # of the columns that can miss a number, in a checkpoint
 
 
 class SelectionLedger:
@@ -46,27 +52,36 @@ class SelectionLedger:
         sample_id: int64, ascending.
         rank: Int64, 1 for the first pick; missing where not picked.
         learnability, representativeness: float64 in [0, 1], NaN where not known or not used.
-        novelty: float64, distance to the nearest earlier pick when it was picked; NaN where not picked.
-        value: float64, novelty * (alpha * learnability + representativeness); NaN where not picked.
+        score: float64, alpha * learnability + representativeness; NaN where not known or not used.
+        novelty: float64, of a pick its distance to the nearest earlier pick, of a redundant sample that to the nearest
+            pick; else NaN.
+        value: float64, novelty * score; NaN where novelty is. Other selectors keep their own score here.
         reward_mean, reward_std: float64, of the rollouts; NaN where none was drawn.
         n_rollouts: int64.
         difficulty: float64, the difficulty in use (mean reward, or the solve probability of a group); higher is easier.
-        reason: str, one of selected, filled, too_hard, too_easy, below_budget, never_scored.
+        reason: str, one of selected, filled, too_hard, too_easy, redundant, below_budget, never_scored.
+        redundant_with: Int64, the sample_id of the nearest pick where the reason is redundant; else missing.
 
     Attributes:
         table: The pandas table; treat it as read-only.
+        fingerprints: What the signals were measured with, by name ("model", "data", "seed"); written into the file.
     """
 
-    def __init__(self, table: pd.DataFrame, *, source: str = "the ledger") -> None:
+    def __init__(
+        self, table: pd.DataFrame, *, source: str = "the ledger", fingerprints: Mapping[str, str] | None = None
+    ) -> None:
         """Checks and keeps a table.
 
         Args:
-            table: The columns above in any order, rows in any order.
+            table: The columns above, rows in any order; score, difficulty and redundant_with may be left out.
             source: How error messages call it.
+            fingerprints: See the attribute.
 
         Raises:
             InputError: If a column is missing or mistyped, ids repeat, ranks are not 1..n, or a reason is unknown.
         """
+        self.fingerprints = dict(fingerprints or {})
+        table = table.assign(**{name: np.nan for name in _OPTIONAL if name not in table.columns})
         missing = [name for name in _DTYPES if name not in table.columns]
         if missing:
             raise InputError(f"{source} has no column {', '.join(missing)}; select again.")
@@ -87,6 +102,8 @@ class SelectionLedger:
             raise InputError(f"{source} has ranks that are not 1..{len(ranks)}, each once; select again.")
         if not (picked == self.table["reason"].isin([SELECTED, FILLED])).all():
             raise InputError(f"{source} has rows whose rank and reason disagree; select again.")
+        if (self.table["redundant_with"].notna() & (self.table["reason"] != REDUNDANT)).any():
+            raise InputError(f"{source} has rows whose reason and redundant_with disagree; select again.")
 
     def __len__(self) -> int:
         return len(self.table)
@@ -148,16 +165,22 @@ class SelectionLedger:
         if pd.notna(row["rank"]):
             verdict = f"sample {sample_id} is pick {row['rank']} of {self.n_selected}{why}"
         else:
-            verdict = f"sample {sample_id} was not picked: {why}"
+            like = f", too like sample {row['redundant_with']}" if pd.notna(row["redundant_with"]) else ""
+            verdict = f"sample {sample_id} was not picked: {why}{like}"
         known = [f"{term.replace('_', ' ')} {row[term]:.3g}" for term in _TERMS if pd.notna(row[term])]
         known.append(f"{row['n_rollouts']} rollouts")
         return f"{verdict}; {', '.join(known)}."
 
     def state_dict(self) -> dict[str, Any]:
-        """The table as tensors by column: a missing rank is 0, `reason` is a list of strings."""
-        numbers = self.table.drop(columns="reason").fillna({"rank": 0}).astype({"rank": "int64"})
+        """The table as tensors by column, and the fingerprints.
+
+        A missing rank is 0, a missing `redundant_with` -1, and `reason` a list of strings.
+        """
+        whole = {"rank": "int64", "redundant_with": "int64"}
+        numbers = self.table.drop(columns="reason").fillna(_MISSING).astype(whole)
         state: dict[str, Any] = {name: torch.from_numpy(numbers[name].to_numpy(copy=True)) for name in numbers.columns}
         state["reason"] = [str(reason) for reason in self.table["reason"]]
+        state["fingerprints"] = dict(self.fingerprints)
         return state
 
     @classmethod
@@ -171,10 +194,11 @@ class SelectionLedger:
             InputError: If it is no ledger.
         """
         columns = {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+        fingerprints = columns.pop("fingerprints", {})
         table = pd.DataFrame(columns)
-        if "rank" in table:
-            table["rank"] = table["rank"].astype("Int64").where(table["rank"] > 0)
-        return cls(table, source="the saved ledger")
+        for name in _MISSING.keys() & set(table.columns):
+            table[name] = table[name].astype("Int64").where(table[name] != _MISSING[name])
+        return cls(table, source="the saved ledger", fingerprints=fingerprints)
 
     def to_parquet(self, path: Path | str) -> Path:
         """Writes the table, whole or not at all.
@@ -188,7 +212,9 @@ class SelectionLedger:
         Raises:
             InputError: If it cannot be written.
         """
-        return write_atomically(Path(path), lambda temporary: self.table.to_parquet(temporary, index=False))
+        table = self.table.copy(deep=False)
+        table.attrs = {"fingerprints": self.fingerprints}
+        return write_atomically(Path(path), lambda temporary: table.to_parquet(temporary, index=False))
 
     @classmethod
     def from_parquet(cls, path: Path | str) -> SelectionLedger:
@@ -210,4 +236,4 @@ class SelectionLedger:
             table = pd.read_parquet(path)
         except (OSError, ValueError) as error:  # pyarrow's errors derive from these
             raise InputError(f"{path} is not a readable parquet file; copy it again or select again.") from error
-        return cls(table, source=str(path))
+        return cls(table, source=str(path), fingerprints=table.attrs.get("fingerprints"))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minirec_pl.errors import InputError
 from minirec_pl.selection import ledger as reasons
-from minirec_pl.selection.diversity import maxmin_select
+from minirec_pl.selection.diversity import Selection, maxmin_select, nearest_pick
 from minirec_pl.selection.learnability import group_difficulty, learnability, quantile_calibration
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.representativeness import representativeness
@@ -34,7 +34,12 @@ class MiniRecSelector:
     """Learnable, representative and diverse samples (MiniRec, arXiv 2602.04278), as published or as written.
 
     V(x | S) = d(x | S) (alpha L + R), greedily from argmax(alpha L + R). L and R are scaled over all samples with
-    signals, before the gate. A sample without a gradient counts as one whose gradient is zero.
+    signals, before the gate. A sample without a gradient counts as one whose gradient is zero; where no sample has one,
+    R is 0.5 for all.
+
+    A sample that passed the gate and was not picked is redundant if it would have been worth more than the last pick,
+    had it been as novel as the median pick: median novelty * (alpha L + R) >= V of the last pick. The ledger then names
+    the pick nearest to it.
 
     mode="paper" is what the text says: first-order gradients with group advantages, and no pick whose difficulty is
     outside the gate. mode="official" is what the authors' code does: Hessian-vector products and no gate.
@@ -128,8 +133,6 @@ class MiniRecSelector:
             )
         if signals.embedding is None:
             raise InputError("MiniRecSelector needs an embedding per sample; return `embedding` from sample_signals.")
-        if signals.gradient is None:
-            raise InputError("MiniRecSelector needs a gradient per sample; return `gradient` from sample_signals.")
         if signals.embedding_known is not None:
             scored &= signals.embedding_known
         rows = scored.nonzero()[:, 0]
@@ -145,6 +148,7 @@ class MiniRecSelector:
         table["difficulty"] = difficulty.numpy()
         table.loc[rows.numpy(), "learnability"] = learn.numpy()
         table.loc[rows.numpy(), "representativeness"] = represent.numpy()
+        table.loc[rows.numpy(), "score"] = score.numpy()
         table.loc[(scored & ~passes & (difficulty < low)).numpy(), "reason"] = reasons.TOO_HARD
         table.loc[(scored & ~passes & (difficulty > high)).numpy(), "reason"] = reasons.TOO_EASY
         table.loc[(~scored).numpy(), "reason"] = reasons.NEVER_SCORED
@@ -162,6 +166,7 @@ class MiniRecSelector:
             first = maxmin_select(embedding[inside], score[inside], min(k, n_pass))
             picked = inside[first.indices]
             _enter(table, rows[picked], first.novelty, score[picked], reasons.SELECTED, start=1)
+            _name_redundant(table, rows[inside], embedding[inside], score[inside], first)
         missing = k - len(picked)
         if missing and self.on_short == "fill" and len(rows) > n_pass:
             more = maxmin_select(embedding, score, min(missing, len(rows) - n_pass), initial=picked)
@@ -185,11 +190,12 @@ class MiniRecSelector:
         return group_difficulty(p, self.num_generations or 8)
 
     def _terms(self, signals: Signals, difficulty: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        assert signals.gradient is not None
         mu, sigma = self.mu, self.sigma
         if self.calibrate == "quantile":
             mu, sigma = quantile_calibration(difficulty[rows], self.gate)
         learn = learnability(difficulty[rows], mu=mu, sigma=sigma)
+        if signals.gradient is None:
+            return learn, torch.full_like(learn, 0.5)
         fresh = None if signals.gradient_fresh is None else signals.gradient_fresh[rows]
         return learn, representativeness(signals.gradient[rows], fresh=fresh)
 
@@ -252,6 +258,7 @@ def _blank_table(signals: Signals) -> pd.DataFrame:
             "rank": pd.array([pd.NA] * len(signals), dtype="Int64"),
             "learnability": np.nan,
             "representativeness": np.nan,
+            "score": np.nan,
             "novelty": np.nan,
             "value": np.nan,
             "reward_mean": signals.reward_mean.numpy(),
@@ -259,8 +266,25 @@ def _blank_table(signals: Signals) -> pd.DataFrame:
             "n_rollouts": signals.n_rollouts.numpy(),
             "difficulty": np.nan,
             "reason": reasons.BELOW_BUDGET,
+            "redundant_with": pd.array([pd.NA] * len(signals), dtype="Int64"),
         }
     )
+
+
+def _name_redundant(table: pd.DataFrame, rows: Tensor, embedding: Tensor, score: Tensor, chosen: Selection) -> None:
+    """Tells the redundant of the samples at `rows`, from which `chosen` was picked, from those below the budget."""
+    value = chosen.novelty * score[chosen.indices]
+    redundant = score * chosen.novelty.median() >= value[-1]
+    redundant[chosen.indices] = False
+    if not redundant.any():
+        return
+    pick, distance = nearest_pick(embedding, chosen.indices)
+    places = rows[redundant].numpy()
+    sample_id = table["sample_id"].to_numpy()[rows[chosen.indices].numpy()]
+    table.loc[places, "reason"] = reasons.REDUNDANT
+    table.loc[places, "redundant_with"] = sample_id[pick[redundant].numpy()]
+    table.loc[places, "novelty"] = distance[redundant].numpy()
+    table.loc[places, "value"] = (distance * score)[redundant].numpy()
 
 
 def _enter(table: pd.DataFrame, rows: Tensor, novelty: Tensor, score: Tensor, reason: str, *, start: int) -> None:

@@ -15,6 +15,7 @@ from minirec_pl.cost import Cost
 from minirec_pl.data.install import check_train_sampler, discard_train_loader, reload_every_epoch, request_train_loader
 from minirec_pl.errors import InputError
 from minirec_pl.policy.rollout import evaluation_mode
+from minirec_pl.selection.fingerprints import fingerprints_of
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.selection.store import SignalStore
@@ -163,6 +164,8 @@ class SelectionSession:
                 "on a fixed choice with SelectSamples(ledger=...)"
             )
         data = getattr(trainer, "datamodule", None)
+        if not self.scored:
+            self.store.fingerprints = fingerprints_of(module, data, self.store.sample_ids)
         options = {} if self.gradient == "first" else {"gradient": self.gradient}
         loader: DataLoader[Any] = torch.utils.data.DataLoader(
             self.loader.dataset,
@@ -180,6 +183,8 @@ class SelectionSession:
     def easiness(self, sample_ids: Sequence[int]) -> torch.Tensor:
         """Mean reward of samples; their exact solve probability unless rollouts were drawn for the whole pool.
 
+        Where nothing was measured in this run, what the ledger it trains on says.
+
         Args:
             sample_ids: [n], in the pool.
 
@@ -187,6 +192,10 @@ class SelectionSession:
             float64 [n], NaN where nothing is known.
         """
         view = self.store.read(sample_ids)
+        if self.ledger is not None and not self.scored and bool((view.n_rollouts == 0).all()):
+            rows = self.ledger.rows(list(sample_ids))
+            known = rows["reward_mean"].where(rows["n_rollouts"] > 0, rows["difficulty"])
+            return torch.from_numpy(known.to_numpy(dtype="float64", copy=True))
         if view.solve_probability is None or bool((self.store.clock("reward_epoch") >= 0).all()):
             return view.reward_mean
         return view.solve_probability.where(~view.solve_probability.isnan(), view.reward_mean)

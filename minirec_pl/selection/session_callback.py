@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
 
+from minirec_pl.selection.selectors import Selector
 from minirec_pl.selection.session import CHECKPOINT_KEY, session_of
 
 if TYPE_CHECKING:
@@ -13,7 +14,13 @@ if TYPE_CHECKING:
 
 
 class SessionCallback(Callback):
-    """Drives the `SelectionSession` of a Trainer: the first callback does the work, the others find it done."""
+    """Drives the `SelectionSession` of a Trainer: the first callback does the work, the others find it done.
+
+    Attributes:
+        selector: what the callback picks with, if it picks.
+    """
+
+    selector: Selector | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plans the first epoch."""

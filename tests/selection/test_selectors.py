@@ -61,7 +61,7 @@ def test_official_mode_equals_the_formulas_without_a_gate():
     signals = random_pool(seed=1)
     got = MiniRecSelector("official").select(signals, 40)
     assert got.selected() == expected_ranking(signals, 40)
-    assert set(got.table["reason"]) == {"selected", "below_budget"}
+    assert set(got.table["reason"]) == {"selected", "redundant", "below_budget"}
 
 
 def test_pass_at_group_equals_the_formulas():
@@ -96,15 +96,17 @@ def test_ledger_rows_tell_terms_and_reasons():
     assert hard.any()
     assert (table["reason"][easy] == "too_easy").all()
     assert (table["reason"][hard] == "too_hard").all()
-    assert set(table["reason"][~easy & ~hard]) == {"selected", "below_budget"}
+    assert set(table["reason"][~easy & ~hard]) == {"selected", "redundant", "below_budget"}
     for name in ("learnability", "representativeness"):
         assert table[name].min() == 0, "scaled over the pool, before the gate"
         assert table[name].max() == 1
+    np.testing.assert_allclose(table["score"], table["learnability"] + table["representativeness"])
     picked = table.dropna(subset=["rank"])
     np.testing.assert_allclose(
         picked["value"], picked["novelty"] * (picked["learnability"] + picked["representativeness"])
     )
-    assert table[table["rank"].isna()][["novelty", "value"]].isna().all(axis=None)
+    others = table["rank"].isna() & (table["reason"] != "redundant")
+    assert table[others][["novelty", "value"]].isna().all(axis=None)
     assert picked.set_index("rank")["novelty"][1] == 1.0
 
 
@@ -232,10 +234,44 @@ def test_budget_outside_the_pool(selector, k):
         selector.select(random_pool(), k)
 
 
-@pytest.mark.parametrize("field", ["gradient", "embedding"])
-def test_missing_signal_is_named(field):
-    with pytest.raises(InputError, match=f"return `{field}` from sample_signals"):
-        MiniRecSelector().select(random_pool(**{field: None}), 3)
+def test_missing_embeddings_are_named():
+    with pytest.raises(InputError, match="return `embedding` from sample_signals"):
+        MiniRecSelector().select(random_pool(embedding=None), 3)
+
+
+def test_without_gradients_representativeness_decides_nothing():
+    signals = random_pool()
+    ledger = MiniRecSelector("official").select(signals, 12)
+    without = MiniRecSelector("official").select(random_pool(gradient=None), 12)
+    assert set(without.table["representativeness"]) == {0.5}
+    assert without.selected() == expected_ranking(random_pool(gradient=torch.ones(60, 5)), 12)
+    assert without.selected() != ledger.selected()
+
+
+@pytest.mark.parametrize("mode", ["paper", "official"])
+def test_redundant_samples_equal_a_loop(mode):
+    signals = random_pool(seed=5)
+    ledger = MiniRecSelector(mode).select(signals, 9)
+    rows = ledger.rows(signals.sample_id.tolist())
+    unit = torch.nn.functional.normalize(signals.embedding.double(), dim=1).numpy()
+    position = {sample_id: row for row, sample_id in enumerate(signals.sample_id.tolist())}
+    picks = ledger.selected()
+    median = np.sort(rows.loc[picks, "novelty"])[4]
+    threshold = rows.loc[picks[-1], "value"]
+    seen = set()
+    for sample_id, row in rows.iterrows():
+        if row["reason"] in ("selected", "too_easy", "too_hard"):
+            assert not isinstance(row["redundant_with"], int)
+            continue
+        distances = [1 - unit[position[sample_id]] @ unit[position[pick]] for pick in picks]
+        assert (row["reason"] == "redundant") == (row["score"] * median >= threshold)
+        seen.add(row["reason"])
+        if row["reason"] == "redundant":
+            assert row["redundant_with"] == picks[int(np.argmin(distances))]
+            assert row["novelty"] == pytest.approx(min(distances), abs=1e-6)
+            assert row["value"] <= threshold + 1e-6
+            assert f"too like sample {row['redundant_with']}" in ledger.explain(sample_id)
+    assert "redundant" in seen
 
 
 @pytest.mark.parametrize(

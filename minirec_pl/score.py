@@ -1,0 +1,108 @@
+"""`minirec score`: the signals of a pool, measured with a given policy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import Tensor
+
+from minirec_pl.data.datamodule import RecDataModule
+from minirec_pl.errors import InputError
+from minirec_pl.files import write_atomically, write_json
+from minirec_pl.recommender import RecModule
+from minirec_pl.selection.fingerprints import fingerprints_of
+from minirec_pl.selection.merge import merge_stores
+from minirec_pl.selection.session_callback import SessionCallback
+from minirec_pl.selection.store import SignalStore
+
+SIGNALS, SAMPLES = "signals.safetensors", "samples.parquet"
+
+
+class ScoringTrainer(Trainer):
+    """A Trainer that can also score."""
+
+    def score(
+        self, model: LightningModule, datamodule: LightningDataModule, to: str | None = None, shard: str = "1/1"
+    ) -> None:
+        """Measures rewards, gradient signals and embeddings of the pool in one pass.
+
+        Writes `signals.safetensors`, and `samples.parquet` with user and item of every sample.
+
+        Args:
+            model: with `sample_signals(batch)`, as `GRPORecModule` has.
+            datamodule: a `RecDataModule`.
+            to: folder to write, by default the run folder.
+            shard: which part of the pool, for several machines: 2/4 is the second quarter. `minirec select` takes all.
+
+        Raises:
+            InputError: if the model cannot be scored, or the shard is not one of its number.
+        """
+        if not callable(getattr(model, "sample_signals", None)):
+            raise InputError(
+                f"{type(model).__name__} cannot be scored: it has no sample_signals(batch); set model to GRPORecModule"
+            )
+        if not isinstance(datamodule, RecDataModule) or not isinstance(model, RecModule):
+            raise InputError("minirec score needs a RecDataModule and a module of minirec_pl: set data and model so")
+        number, count = _shard(shard)
+        folder = Path(to or self.log_dir or self.default_root_dir)
+        datamodule.setup("fit")
+        model.policy.bind(datamodule.catalogue)
+        pool = datamodule.pool_ids[number - 1 :: count]
+        if not len(pool):
+            raise InputError(f"shard {shard} is empty: the pool has {len(datamodule.pool_ids)} samples")
+        store = SignalStore(pool, fingerprints=fingerprints_of(model, datamodule, datamodule.pool_ids))
+        scorer = _Scorer(model, store, self._gradient(), folder / SIGNALS)
+        with model.cost.timed("scoring"):
+            self.predict(scorer, dataloaders=datamodule.sample_loader(pool), return_predictions=False)
+        if not self.is_global_zero:
+            return
+        samples = datamodule.users_and_items(pool)
+        write_atomically(folder / SAMPLES, lambda scratch: samples.to_parquet(scratch, index=False))
+        write_json(folder / "results.json", {"stage": "score", "samples": len(pool), **model.cost.row()})
+        print(f"signals: {folder / SIGNALS}")
+
+    def _gradient(self) -> str:
+        """The kind of gradient signal that the selector of the config reads."""
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SessionCallback) and callback.selector is not None:
+                return str(getattr(callback.selector, "gradient", "first"))
+        return "first"
+
+
+class _Scorer(LightningModule):
+    def __init__(self, module: RecModule, store: SignalStore, gradient: str, path: Path) -> None:
+        super().__init__()
+        self.module, self.store, self.gradient, self.path = module, store, gradient, path
+
+    def configure_model(self) -> None:
+        self.module.configure_model()
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        signals = self.module.sample_signals(batch, gradient=self.gradient)  # type: ignore[operator]
+        self.store.update(signals, epoch=0, step=0, source="score")
+        return batch["sample_id"]
+
+    def on_predict_end(self) -> None:
+        """Each rank writes what it measured; the first merges it."""
+        trainer: Any = self.trainer
+        if trainer.world_size == 1:
+            self.store.save(self.path)
+            return
+        parts = [self.path.with_name(f".{self.path.name}.rank{rank}") for rank in range(trainer.world_size)]
+        self.store.save(parts[trainer.global_rank])
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            merge_stores([SignalStore.load(part) for part in parts]).save(self.path)
+            for part in parts:
+                part.unlink()
+
+
+def _shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise InputError(f"shard is {text!r}: write 2/4 for the second of four parts")
+    return int(match[1]), int(match[2])

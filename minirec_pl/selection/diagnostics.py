@@ -1,0 +1,169 @@
+"""What to look at before trusting a subset."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from minirec_pl.errors import InputError
+from minirec_pl.selection.ledger import BELOW_BUDGET, NEVER_SCORED, REDUNDANT, SELECTED, SelectionLedger
+
+NEAR_ZERO = 0.05  # below it a reward, a difficulty or a scaled learnability says "no"
+_MOST = 0.9  # a share from which on a warning speaks up
+_MANY = 0.25
+
+
+@dataclass
+class Diagnostics:
+    """Figures of one selection; a share is in [0, 1], NaN where it cannot be known.
+
+    Attributes:
+        n_pool: samples of the pool.
+        n_scored: samples with the signals that the selector needs.
+        n_selected: picks.
+        share_near_zero: share of the picks whose mean reward (or difficulty, where no rollout was drawn) is below 0.05.
+        pool_share_near_zero: the same share of the scored pool.
+        learnability_near_zero: share of the scored pool with a learnability below 0.05.
+        n_separated: samples that learnability lifts above that.
+        learnability_weight: share of the variance of alpha L + R that L brings, Cov(alpha L, score) / Var(score).
+        correlation: Pearson's, of L and R.
+        novelty_share: share of the picks that alpha L + R alone would not have picked.
+        coverage: share of the pool's distinct values that the picks have too, by column (users, items).
+        warnings: what is wrong with the scores, each with its remedy.
+    """
+
+    n_pool: int
+    n_scored: int
+    n_selected: int
+    share_near_zero: float
+    pool_share_near_zero: float
+    learnability_near_zero: float
+    n_separated: int
+    learnability_weight: float
+    correlation: float
+    novelty_share: float
+    coverage: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: NaN becomes None."""
+        return {name: _no_nan(value) for name, value in asdict(self).items()}
+
+
+def diagnose(ledger: SelectionLedger, samples: pd.DataFrame | None = None) -> Diagnostics:
+    """Looks for what makes a subset worth less than it seems.
+
+    Args:
+        ledger: of the selection.
+        samples: what else is known of the pool: a column `sample_id`, and `user_id`, `item_id` or others, of which the
+            coverage is stated.
+
+    Raises:
+        InputError: If `samples` lacks `sample_id` or a sample of the ledger.
+
+    Example:
+        >>> diagnose(SelectionLedger.from_parquet("ledger.parquet")).warnings  # doctest: +SKIP
+        ["learnability is below 0.05 for 97 % of the pool, ..."]
+    """
+    table = ledger.table
+    picked = table["rank"].notna()
+    scored = table["learnability"].notna()
+    learn, represent, score = (table.loc[scored, name] for name in ("learnability", "representativeness", "score"))
+    easiness = table["reward_mean"].where(table["n_rollouts"] > 0, table["difficulty"])
+    found = Diagnostics(
+        n_pool=len(table),
+        n_scored=int((table["reason"] != NEVER_SCORED).sum()),
+        n_selected=ledger.n_selected,
+        share_near_zero=_share(easiness[picked] < NEAR_ZERO, easiness[picked].notna()),
+        pool_share_near_zero=_share(easiness < NEAR_ZERO, easiness.notna()),
+        learnability_near_zero=_share(learn < NEAR_ZERO, learn.notna()),
+        n_separated=int((learn >= NEAR_ZERO).sum()),
+        learnability_weight=_variance_share(score - represent, score),
+        correlation=_correlation(learn, represent),
+        novelty_share=_novelty_share(table),
+        coverage={} if samples is None else _coverage(ledger, samples),
+    )
+    found.warnings = _warnings(found, learn, represent)
+    return found
+
+
+def _warnings(found: Diagnostics, learn: pd.Series[float], represent: pd.Series[float]) -> list[str]:
+    said: list[str] = []
+    if not len(learn):
+        return said
+    if found.learnability_near_zero >= _MOST:
+        said.append(
+            f"learnability is below {NEAR_ZERO} for {found.learnability_near_zero:.0%} of the scored pool and "
+            f"separates {found.n_separated} of {len(learn)} samples: rewards are far from mu, so "
+            "representativeness and novelty decide; set difficulty='pass_at_group' or calibrate='quantile'"
+        )
+    elif len(learn) > 1 and learn.nunique() == 1:
+        said.append(
+            "learnability is the same for all samples, so it decides nothing: all difficulties are equal; draw more "
+            "rollouts or use a finer reward"
+        )
+    if len(represent) > 1 and represent.nunique() == 1:
+        said.append(
+            "representativeness is the same for all samples, so it decides nothing: there are no gradients, or they "
+            "are all equal or zero; return `gradient` from sample_signals, or use other rewards"
+        )
+    if found.share_near_zero >= _MANY:
+        said.append(
+            f"{found.share_near_zero:.0%} of the picks have a reward or difficulty below {NEAR_ZERO}: most of their "
+            "rollouts will teach nothing; use mode='paper' with its gate, or difficulty='pass_at_group'"
+        )
+    if found.novelty_share >= _MOST and found.n_selected > 1:
+        said.append(
+            f"novelty decides {found.novelty_share:.0%} of the picks: nearly all of the samples with the best scores "
+            "were passed over for being alike; check that the embeddings are the policy's own, or raise the budget"
+        )
+    return said
+
+
+def _novelty_share(table: pd.DataFrame) -> float:
+    open_to_pick = table[table["reason"].isin([SELECTED, REDUNDANT, BELOW_BUDGET]) & table["score"].notna()]
+    picked = open_to_pick["reason"] == SELECTED
+    best = open_to_pick["score"].sort_values(ascending=False, kind="stable").index[: int(picked.sum())]
+    return _share(~picked[best], pd.Series(True, index=best))
+
+
+def _coverage(ledger: SelectionLedger, samples: pd.DataFrame) -> dict[str, float]:
+    if "sample_id" not in samples:
+        raise InputError("the table of samples has no column sample_id; give it one row per sample of the pool.")
+    rows = samples.set_index("sample_id")
+    missing = ledger.table.loc[~ledger.table["sample_id"].isin(rows.index), "sample_id"]
+    if len(missing):
+        raise InputError(f"the table of samples has no row for sample_id {int(missing.iloc[0])} of the pool.")
+    pool, picks = rows.loc[ledger.table["sample_id"]], rows.loc[ledger.selected()]
+    return {str(name): _ratio(picks[name].nunique(), pool[name].nunique(), len(pool)) for name in rows.columns}
+
+
+def _share(true: pd.Series[bool], known: pd.Series[bool]) -> float:
+    return _ratio(int((true & known).sum()), int(known.sum()), int(known.sum()))
+
+
+def _ratio(numerator: float, denominator: float, n: int) -> float:
+    return float(numerator) / float(denominator) if n and denominator else math.nan
+
+
+def _correlation(one: pd.Series[float], other: pd.Series[float]) -> float:
+    if len(one) < 2 or one.nunique() == 1 or other.nunique() == 1:
+        return math.nan
+    return float(np.corrcoef(one, other)[0, 1])
+
+
+def _variance_share(part: pd.Series[float], whole: pd.Series[float]) -> float:
+    if len(whole) < 2 or whole.nunique() == 1:
+        return math.nan
+    return float(np.cov(part, whole, ddof=0)[0, 1] / whole.var(ddof=0))
+
+
+def _no_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _no_nan(entry) for name, entry in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,53 @@
+"""What signals were measured with: short texts that tell one policy or data set from another."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from minirec_pl.selection.signals import Array, as_ids
+
+
+def weights_fingerprint(module: nn.Module) -> str:
+    """SHA-256 (hex) of names, types, shapes and values of all weights and buffers.
+
+    Args:
+        module: on any device.
+    """
+    sha = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        flat = value.detach().to("cpu").contiguous()
+        sha.update(f"{name} {flat.dtype} {tuple(flat.shape)}\n".encode())
+        sha.update(flat.reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def data_fingerprint(data: Any, sample_ids: Array) -> str:
+    """A DataModule's own `fingerprint` if it has one, else SHA-256 (hex) of the pool, whatever the order of its ids.
+
+    Args:
+        data: a DataModule or None.
+        sample_ids: [N] of the pool.
+    """
+    ids = as_ids(sample_ids).sort().values.numpy()
+    return getattr(data, "fingerprint", None) or hashlib.sha256(ids.tobytes()).hexdigest()
+
+
+def fingerprints_of(module: nn.Module, data: Any, sample_ids: Array) -> dict[str, str]:
+    """What signals are measured with: `model` (weights of the policy), `data`, and `seed` where there are rollouts.
+
+    Args:
+        module: measured; its `policy` if it has one.
+        data: a DataModule or None.
+        sample_ids: [N] of the pool.
+    """
+    policy = getattr(module, "policy", module)
+    found = {
+        "model": weights_fingerprint(policy if isinstance(policy, nn.Module) else module),
+        "data": data_fingerprint(data, sample_ids),
+    }
+    seed = getattr(module, "rollout_seed", None)
+    return found if seed is None else {**found, "seed": str(seed)}
