@@ -194,7 +194,7 @@ class SelectionLedger:
             InputError: If it is no ledger.
         """
         columns = {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
-        fingerprints = columns.pop("fingerprints", {})
+        fingerprints: Any = columns.pop("fingerprints", {})
         table = pd.DataFrame(columns)
         for name in _MISSING.keys() & set(table.columns):
             table[name] = table[name].astype("Int64").where(table[name] != _MISSING[name])

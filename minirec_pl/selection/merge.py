@@ -42,7 +42,7 @@ def merge_stores(stores: Sequence[SignalStore], names: Sequence[str] | None = No
     states = [store.state_dict() for store in stores]
     for state, name in zip(states[1:], names[1:], strict=True):
         _refuse_unlike(states[0], names[0], state, name)
-    sample_ids = torch.cat([state["sample_ids"] for state in states]).unique()
+    sample_ids = torch.unique(torch.cat([state["sample_ids"] for state in states]))
     merged = SignalStore(
         sample_ids,
         solve_threshold=states[0]["solve_threshold"],
@@ -69,7 +69,8 @@ def merge_stores(stores: Sequence[SignalStore], names: Sequence[str] | None = No
 def _newer(state: dict[str, Any], target: dict[str, Any], signal: str, rows: Tensor) -> Tensor:
     epoch, step = state[f"{signal}_epoch"], state[f"{signal}_step"]
     old_epoch, old_step = target[f"{signal}_epoch"][rows], target[f"{signal}_step"][rows]
-    return (epoch > old_epoch) | ((epoch == old_epoch) & (step > old_step))
+    newer: Tensor = (epoch > old_epoch) | ((epoch == old_epoch) & (step > old_step))
+    return newer
 
 
 def _copy(source: Tensor, target: Tensor, rows: Tensor, chosen: Tensor) -> None:
