@@ -47,7 +47,8 @@ class SelectionLedger:
         rank: Int64, 1 for the first pick; missing where not picked.
         learnability, representativeness: float64 in [0, 1], NaN where not known or not used.
         novelty: float64, distance to the nearest earlier pick when it was picked; NaN where not picked.
-        value: float64, novelty * (alpha * learnability + representativeness); NaN where not picked.
+        value: float64, novelty * (alpha * learnability + representativeness), NaN where not picked; for another
+            selector than `MiniRecSelector` the score that its docstring names, NaN where there is none.
         reward_mean, reward_std: float64, of the rollouts; NaN where none was drawn.
         n_rollouts: int64.
         difficulty: float64, the difficulty in use (mean reward, or the solve probability of a group); higher is easier.
