@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from minirec_pl.callbacks.curriculum import Curriculum
@@ -37,7 +38,7 @@ class GaussianCurriculum(Curriculum):
         if n_levels < 1:
             raise InputError(f"n_levels is {n_levels}: give at least 1")
         for name, value in (("exponent", exponent), ("width", width)):
-            if not 0.0 < value < float("inf"):
+            if not 0.0 < value < math.inf:
                 raise InputError(f"{name} is {value}: give a finite number above 0")
         self.n_levels = n_levels
         self.exponent = exponent

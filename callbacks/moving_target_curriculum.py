@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from minirec_pl.callbacks.curriculum import Curriculum
@@ -46,8 +47,10 @@ class MovingTargetCurriculum(Curriculum):
         if not 0.0 <= target <= 1.0:
             raise InputError(f"target is {target}: it is a difficulty, from 0 (easiest) to 1")
         for name, value in (("step_size", step_size), ("sensitivity", sensitivity)):
-            if not 0.0 < value < float("inf"):
+            if not 0.0 < value < math.inf:
                 raise InputError(f"{name} is {value}: give a finite number above 0")
+        if not math.isfinite(target_reward):
+            raise InputError(f"target_reward is {target_reward}: give a finite number")
         self.target = target
         self.step_size = step_size
         self.sensitivity = sensitivity
