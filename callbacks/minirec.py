@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from minirec_pl.callbacks.curriculum import Curriculum
 from minirec_pl.callbacks.easy_to_hard_curriculum import EasyToHardCurriculum
 from minirec_pl.callbacks.rescore_samples import RescoreSamples
 from minirec_pl.callbacks.reward_history import RewardHistory
@@ -28,6 +29,7 @@ class MiniRec(SessionCallback):
         rescore_fraction: part of the pool that is scored again after each epoch, stalest first.
         selector: how to pick; None takes `MiniRecSelector()`.
         curriculum: how to order what was picked; None takes `EasyToHardCurriculum()`, "shuffled" shuffles every epoch.
+            The others are `HardToEasyCurriculum`, `MovingTargetCurriculum` and `GaussianCurriculum`.
 
     Raises:
         InputError: as the single callbacks do.
@@ -44,7 +46,7 @@ class MiniRec(SessionCallback):
         every_n_epochs: int = 1,
         rescore_fraction: float = 0.1,
         selector: Selector | None = None,
-        curriculum: EasyToHardCurriculum | Literal["shuffled"] | None = None,
+        curriculum: Curriculum | Literal["shuffled"] | None = None,
     ) -> None:
         super().__init__()
         select = SelectSamples(budget, selector, warmup_epochs=warmup_epochs, every_n_epochs=every_n_epochs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from minirec_pl.selection.session import SelectionSession, session_of
+from minirec_pl.selection.session import SelectionSession, nothing_trained, session_of
 from minirec_pl.selection.session_callback import SessionCallback
 from minirec_pl.selection.signals import SampleSignals
 
@@ -20,11 +20,6 @@ class RewardHistory(SessionCallback):
     `GRPORecModule` does, keeps the store up to date at no cost; any other is left alone.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._rewards: list[float] = []
-        self._mixed = 0
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Registers for the phase `record`."""
         if stage == "fit":
@@ -36,15 +31,19 @@ class RewardHistory(SessionCallback):
         """Stores the rewards of the batch."""
         signals = outputs.get("signals") if isinstance(outputs, Mapping) else None
         if isinstance(signals, SampleSignals):
-            store = session_of(trainer).store
-            store.update(signals, epoch=trainer.current_epoch, step=trainer.global_step, source="train")
+            session = session_of(trainer)
+            session.store.update(signals, epoch=trainer.current_epoch, step=trainer.global_step, source="train")
             if signals.rewards is not None:
                 groups = signals.rewards
-                self._rewards += groups.mean(dim=1).tolist()
-                self._mixed += int((groups.amax(dim=1) > groups.amin(dim=1)).sum())
+                session.trained["groups"] += len(groups)
+                session.trained["reward"] += float(groups.double().mean(dim=1).sum())
+                session.trained["mixed"] += int((groups.amax(dim=1) > groups.amin(dim=1)).sum())
 
     def _record(self, session: SelectionSession, trainer: Trainer, module: LightningModule, epoch: int) -> None:
-        if self._rewards:
-            mean, taught = sum(self._rewards) / len(self._rewards), self._mixed / len(self._rewards)
-            session.log(trainer, {"selection/trained_reward": mean, "selection/trained_share_mixed": taught})
-            self._rewards, self._mixed = [], 0
+        groups = session.trained["groups"]
+        session.trained_reward = session.trained["reward"] / groups if groups else None
+        if session.trained_reward is not None:
+            share_mixed = session.trained["mixed"] / groups
+            values = {"selection/trained_reward": session.trained_reward, "selection/trained_share_mixed": share_mixed}
+            session.log(trainer, values)
+        session.trained = nothing_trained()

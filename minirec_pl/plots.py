@@ -20,7 +20,9 @@ from minirec_pl.selection.signals import Signals
 _SHOWN = 20_000  # pool samples in the map
 
 
-def draw_curriculum(rewards: Sequence[float], fold_starts: Sequence[int], epoch: int, path: Path) -> None:
+def draw_curriculum(
+    rewards: Sequence[float], fold_starts: Sequence[int], epoch: int, path: Path, order: str | None = None
+) -> None:
     """Draws the mean reward of each sample along a plan, folds told apart by shade and line.
 
     Args:
@@ -28,6 +30,7 @@ def draw_curriculum(rewards: Sequence[float], fold_starts: Sequence[int], epoch:
         fold_starts: positions at which a fold starts.
         epoch: the epoch that the plan was made for.
         path: PNG file to write, replaced whole or not at all.
+        order: the order in words, for the title; None for folds from easy to hard.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -43,9 +46,9 @@ def draw_curriculum(rewards: Sequence[float], fold_starts: Sequence[int], epoch:
         mean = sum(known) / len(known)
         axes.axhline(mean, color="#D55E00", linewidth=1.2, label=f"mean of the plan, {mean:.3f}")
     folds = f" in {len(fold_starts)} fold{'s' if len(fold_starts) > 1 else ''}, easy to hard in each"
-    order = folds if fold_starts else ", in no order of difficulty"
+    words = f", {order}" if order else folds if fold_starts else ", in no order of difficulty"
     axes.set(xlabel="position in the epoch", ylabel="mean reward", xlim=(0, max(1, len(rewards))))
-    axes.set_title(f"Plan of epoch {epoch}: {len(rewards):,} samples{order}", loc="left")
+    axes.set_title(f"Plan of epoch {epoch}: {len(rewards):,} samples{words}", loc="left")
     axes.margins(y=0.25)
     axes.legend(loc="upper right", ncols=2, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -60,6 +60,11 @@ def test_without_folds_every_sample_is_drawn(figures, tmp_path):
     assert "fold" not in figures[0].axes[0].get_title(loc="left")
 
 
+def test_another_order_is_named_in_the_title(figures, tmp_path):
+    draw_curriculum([0.1, 0.2], [], 3, tmp_path / "curriculum.png", "hard to easy")
+    assert figures[0].axes[0].get_title(loc="left") == "Plan of epoch 3: 2 samples, hard to easy"
+
+
 def test_an_older_picture_survives_a_failure(tmp_path, monkeypatch):
     path = tmp_path / "curriculum.png"
     draw_curriculum([0.1, 0.2], [0], 0, path)

@@ -1,21 +1,46 @@
 """Which samples to train on, and in which order: scores, max-min selection, curriculum, store and ledger."""
 
-from minirec_pl.selection.curriculum import default_folds, fold_curriculum, fold_starts
+from minirec_pl.selection.curriculum import (
+    default_folds,
+    fold_curriculum,
+    fold_starts,
+    gaussian_curriculum,
+    hard_to_easy_curriculum,
+    move_target,
+    shuffled_curriculum,
+    target_curriculum,
+)
 from minirec_pl.selection.diagnostics import Diagnostics, diagnose
 from minirec_pl.selection.diversity import Selection, maxmin_select
 from minirec_pl.selection.learnability import group_difficulty, learnability
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.merge import merge_stores
 from minirec_pl.selection.representativeness import representativeness
-from minirec_pl.selection.selectors import MiniRecSelector, RandomSelector, Selector
+from minirec_pl.selection.rivals import FullSelector, KCenterSelector, KMeansSelector, RandomSelector
+from minirec_pl.selection.score_rivals import (
+    DEALRecSelector,
+    EL2NSelector,
+    GraNdSelector,
+    LearnAlignSelector,
+    RewardVarianceSelector,
+)
+from minirec_pl.selection.selectors import MiniRecSelector, Selector
 from minirec_pl.selection.session import SelectionSession, session_of
 from minirec_pl.selection.signals import SampleSignals, Signals
 from minirec_pl.selection.store import SignalStore
 
 __all__ = [
+    "DEALRecSelector",
     "Diagnostics",
+    "EL2NSelector",
+    "FullSelector",
+    "GraNdSelector",
+    "KCenterSelector",
+    "KMeansSelector",
+    "LearnAlignSelector",
     "MiniRecSelector",
     "RandomSelector",
+    "RewardVarianceSelector",
     "SampleSignals",
     "Selection",
     "SelectionLedger",
@@ -27,10 +52,15 @@ __all__ = [
     "diagnose",
     "fold_curriculum",
     "fold_starts",
+    "gaussian_curriculum",
     "group_difficulty",
+    "hard_to_easy_curriculum",
     "learnability",
     "maxmin_select",
     "merge_stores",
+    "move_target",
     "representativeness",
     "session_of",
+    "shuffled_curriculum",
+    "target_curriculum",
 ]

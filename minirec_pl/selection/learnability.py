@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -93,7 +95,7 @@ def learnability(rewards: Array, *, mu: float = 0.5, sigma: float | None = None,
         [N] float64.
 
     Raises:
-        InputError: If rewards are NaN or infinite, have another shape, or sigma is not positive.
+        InputError: If rewards are NaN or infinite, have another shape, mu is not finite, or sigma is not positive.
 
     Example:
         >>> learnability(torch.tensor([0.0, 0.5, 1.0])).tolist()
@@ -105,6 +107,8 @@ def learnability(rewards: Array, *, mu: float = 0.5, sigma: float | None = None,
     finite = torch.isfinite(r) if r.ndim == 1 else torch.isfinite(r).all(dim=1)
     if not finite.all():
         raise InputError(f"rewards are NaN or infinite in row {int((~finite).nonzero()[0])}; mend the reward function.")
+    if not math.isfinite(mu):
+        raise InputError(f"mu must be a finite number, not {mu}.")
     if sigma is not None and not sigma > 0:
         raise InputError(f"sigma must be positive, not {sigma}.")
     if r.ndim == 2:
@@ -112,10 +116,12 @@ def learnability(rewards: Array, *, mu: float = 0.5, sigma: float | None = None,
     if not len(r):
         return r
     if sigma is None:
-        if r.max() - r.min() <= _FLAT * r.abs().max():
+        flat = bool(r.max() - r.min() <= _FLAT * r.abs().max())
+        sigma = 0.0 if flat else float(r.std(correction=0))
+        if sigma == 0:
             return min_max(torch.ones_like(r)) if normalize else torch.ones_like(r)
-        sigma = float(r.std(correction=0))
-    log_value = -((r - mu) ** 2) / (2 * sigma**2)
+    away = (r - mu).abs()
     if not normalize:
-        return torch.exp(log_value)
-    return min_max(torch.exp(log_value - log_value.max()))  # the shift cancels, and keeps tiny L from underflow
+        return torch.exp(-((away / sigma) ** 2) / 2)
+    nearest = away.min()  # L relative to the largest: the factor cancels, and no tiny L underflows
+    return min_max(torch.exp(-((away - nearest) / sigma) * ((away + nearest) / sigma) / 2))

@@ -55,7 +55,8 @@ class SelectionLedger:
         score: float64, alpha * learnability + representativeness; NaN where not known or not used.
         novelty: float64, of a pick its distance to the nearest earlier pick, of a redundant sample that to the nearest
             pick; else NaN.
-        value: float64, novelty * score; NaN where novelty is. Other selectors keep their own score here.
+        value: float64, novelty * score; NaN where novelty is. Of another selector
+            than `MiniRecSelector` the score that its docstring names.
         reward_mean, reward_std: float64, of the rollouts; NaN where none was drawn.
         n_rollouts: int64.
         difficulty: float64, the difficulty in use (mean reward, or the solve probability of a group); higher is easier.

@@ -30,8 +30,8 @@ def representativeness(gradients: Array, *, fresh: Array | None = None, normaliz
         InputError: If a gradient is NaN or infinite, or a shape does not fit.
     """
     u = torch.as_tensor(gradients).detach()
-    if u.ndim != 2:
-        raise InputError(f"gradients must have the shape [N, D], not {list(u.shape)}.")
+    if u.ndim != 2 or u.shape[1] == 0:
+        raise InputError(f"gradients must have the shape [N, D] with at least one column, not {list(u.shape)}.")
     in_mean = torch.ones(len(u), dtype=torch.bool) if fresh is None else torch.as_tensor(fresh).to("cpu", torch.bool)
     if in_mean.shape != (len(u),):
         raise InputError(f"fresh must have the shape [{len(u)}], a flag per gradient, not {list(in_mean.shape)}.")
@@ -41,7 +41,7 @@ def representativeness(gradients: Array, *, fresh: Array | None = None, normaliz
     for start in range(0, len(u), _ROWS):
         rows = slice(start, start + _ROWS)
         block = u[rows].double()
-        scale[rows] = block.abs().amax(dim=1) if u.shape[1] else 0.0
+        scale[rows] = block.abs().amax(dim=1)
         total += block[in_mean[rows].to(u.device)].sum(dim=0)
     bad = ~torch.isfinite(scale)
     if bad.any():

@@ -15,6 +15,7 @@ from minirec_pl.selection import ledger as reasons
 from minirec_pl.selection.diversity import Selection, maxmin_select, nearest_pick
 from minirec_pl.selection.learnability import group_difficulty, learnability, quantile_calibration
 from minirec_pl.selection.ledger import SelectionLedger
+from minirec_pl.selection.picks import blank_table, check_budget
 from minirec_pl.selection.representativeness import representativeness
 from minirec_pl.selection.signals import Signals
 
@@ -27,7 +28,22 @@ class Selector(Protocol):
         """Signals it reads, out of "rewards", "gradient" and "embedding"."""
 
     def select(self, signals: Signals, k: int, *, epoch: int = 0) -> SelectionLedger:
-        """Picks at most k samples; the ledger has a row for each sample of `signals`."""
+        """Picks samples.
+
+        Args:
+            signals: Of the pool, N samples.
+            k: Budget: number of samples to pick, 1..N.
+            epoch: The coming epoch, for selectors that draw anew in each.
+
+        Returns:
+            The ledger, a row for each sample of `signals`.
+
+        Raises:
+            InputError: If k is not in 1..N, or a signal it needs was measured for no sample.
+
+        Warns:
+            UserWarning: If fewer than k samples can be picked.
+        """
 
 
 class MiniRecSelector:
@@ -122,7 +138,7 @@ class MiniRecSelector:
         Warns:
             UserWarning: If fewer than k samples are picked.
         """
-        _check_budget(k, len(signals))
+        check_budget(k, len(signals))
         signals = signals.take(signals.sample_id.argsort())
         difficulty = self._difficulty(signals)
         scored = ~difficulty.isnan()
@@ -144,7 +160,7 @@ class MiniRecSelector:
         low, high = self.gate if self.mode == "paper" else (-float("inf"), float("inf"))
         passes = scored & (difficulty >= low) & (difficulty <= high)
 
-        table = _blank_table(signals)
+        table = blank_table(signals)
         table["difficulty"] = difficulty.numpy()
         table.loc[rows.numpy(), "learnability"] = learn.numpy()
         table.loc[rows.numpy(), "representativeness"] = represent.numpy()
@@ -200,75 +216,9 @@ class MiniRecSelector:
         return learn, representativeness(signals.gradient[rows], fresh=fresh)
 
 
-class RandomSelector:
-    """Samples drawn uniformly, without replacement: the rival to beat.
-
-    Needs no signals; the ledger still shows the rewards that are known.
-    """
-
-    needs: frozenset[str] = frozenset()
-
-    def __init__(self, seed: int = 42, redraw: bool = False) -> None:
-        """Sets the draw.
-
-        Args:
-            seed: Seed of the draw.
-            redraw: Whether each epoch has a draw of its own; else all epochs have the same.
-        """
-        self.seed = seed
-        self.redraw = redraw
-
-    def select(self, signals: Signals, k: int, *, epoch: int = 0) -> SelectionLedger:
-        """Draws k samples; a smaller draw with the same seed and epoch is a prefix.
-
-        Args:
-            signals: Of the pool.
-            k: Number of samples, 1..N.
-            epoch: Changes the draw if `redraw`.
-
-        Returns:
-            The ledger, a row for each sample of `signals`.
-
-        Raises:
-            InputError: If k is not in 1..N.
-        """
-        _check_budget(k, len(signals))
-        signals = signals.take(signals.sample_id.argsort())
-        drawn = np.random.default_rng([self.seed, epoch if self.redraw else 0]).permutation(len(signals))[:k]
-        table = _blank_table(signals)
-        nothing = torch.full((k,), torch.nan, dtype=torch.float64)
-        _enter(table, torch.from_numpy(drawn), nothing, nothing, reasons.SELECTED, start=1)
-        return SelectionLedger(table)
-
-
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise InputError(f"{name} must be one of {', '.join(str(option) for option in allowed)}, not {value!r}.")
-
-
-def _check_budget(k: int, n_samples: int) -> None:
-    if not 1 <= k <= n_samples:
-        raise InputError(f"the budget must lie in 1..{n_samples}, the size of the pool, not {k}.")
-
-
-def _blank_table(signals: Signals) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "sample_id": signals.sample_id.numpy(),
-            "rank": pd.array([pd.NA] * len(signals), dtype="Int64"),
-            "learnability": np.nan,
-            "representativeness": np.nan,
-            "score": np.nan,
-            "novelty": np.nan,
-            "value": np.nan,
-            "reward_mean": signals.reward_mean.numpy(),
-            "reward_std": signals.reward_std.numpy(),
-            "n_rollouts": signals.n_rollouts.numpy(),
-            "difficulty": np.nan,
-            "reason": reasons.BELOW_BUDGET,
-            "redundant_with": pd.array([pd.NA] * len(signals), dtype="Int64"),
-        }
-    )
 
 
 def _name_redundant(table: pd.DataFrame, rows: Tensor, embedding: Tensor, score: Tensor, chosen: Selection) -> None:

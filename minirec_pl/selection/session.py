@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -15,6 +14,7 @@ from minirec_pl.cost import Cost
 from minirec_pl.data.install import check_train_sampler, discard_train_loader, reload_every_epoch, request_train_loader
 from minirec_pl.errors import InputError
 from minirec_pl.policy.rollout import evaluation_mode
+from minirec_pl.selection.curriculum import shuffled_curriculum
 from minirec_pl.selection.fingerprints import fingerprints_of
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.signals import SampleSignals
@@ -41,6 +41,11 @@ def session_of(trainer: Trainer) -> SelectionSession:
     return _sessions[trainer]
 
 
+def nothing_trained() -> dict[str, float]:
+    """Sums over the groups met in training since the last plan: their mean rewards, and those with mixed rewards."""
+    return {"groups": 0, "reward": 0.0, "mixed": 0}
+
+
 class SelectionSession:
     """State of the selection in one run.
 
@@ -60,6 +65,9 @@ class SelectionSession:
             order.
         gradient: the kind of gradient signal that scoring asks for.
         scored: True once the whole pool has been scored.
+        trained: what was met in training since the last plan, see `nothing_trained`.
+        trained_reward: mean reward met in training between the last two plans; None where none was.
+        target_difficulty: target of a `MovingTargetCurriculum`, in [0, 1]; None before its first plan.
     """
 
     store: SignalStore
@@ -76,6 +84,9 @@ class SelectionSession:
         self.plan_easiness: list[float] = []
         self.gradient: str = "first"
         self.scored = False
+        self.trained = nothing_trained()
+        self.trained_reward: float | None = None
+        self.target_difficulty: float | None = None
         self.cost = Cost()
         self._steps: dict[Phase, Step] = {}
         self._restored: Mapping[str, Any] | None = None
@@ -113,6 +124,7 @@ class SelectionSession:
         self.store = SignalStore(self.sampler.sample_ids)
         self.ledger = self.selected = self.plan = None
         self.plan_epoch, self.scored, self.fold_starts, self.plan_easiness = -1, False, [], []
+        self.trained, self.trained_reward, self.target_difficulty = nothing_trained(), None, None
         epoch = trainer.current_epoch
         if self._restored is not None:
             epoch = self._take_up(self._restored)
@@ -144,8 +156,7 @@ class SelectionSession:
             if phase in self._steps:
                 self._steps[phase](self, trainer, module, epoch)
         if self.plan is None and self.selected is not None:
-            self.plan = sorted(self.selected)
-            random.Random(f"{self.sampler.seed}-{epoch}").shuffle(self.plan)
+            self.plan = shuffled_curriculum(self.selected, seed=f"{self.sampler.seed}-{epoch}")
         self.plan_epoch = epoch
         self.sampler.set_plan(self.plan)
 
@@ -230,6 +241,8 @@ class SelectionSession:
             "fold_starts": self.fold_starts,
             "plan_easiness": self.plan_easiness,
             "scored": self.scored,
+            "trained": dict(self.trained),
+            "target_difficulty": self.target_difficulty,
             "next_epoch": self.epoch + int(epoch_finished),
             "step": trainer.global_step,
         }
@@ -241,8 +254,9 @@ class SelectionSession:
     def _take_up(self, state: Mapping[str, Any]) -> int:
         self.store.load_state_dict(state["store"])
         self.ledger = None if state["ledger"] is None else SelectionLedger.from_state_dict(state["ledger"])
-        for name in ("selected", "plan", "plan_epoch", "fold_starts", "plan_easiness", "scored"):
+        for name in ("selected", "plan", "plan_epoch", "fold_starts", "plan_easiness", "scored", "target_difficulty"):
             setattr(self, name, state[name])
+        self.trained = dict(state["trained"])
         self._restored_step = int(state["step"])
         return int(state["next_epoch"])
 

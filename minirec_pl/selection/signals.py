@@ -160,6 +160,7 @@ class Signals:
         solve_probability: [N] float64 in [0, 1], exact, NaN where not known; None if never measured.
         solve_share: [N] float64 in [0, 1], share of rollouts that solved the sample, NaN where none was drawn.
         gradient: [N, D] float, a row of zeros where not measured; None if never measured.
+        gradient_known: [N] bool, rows whose gradient was measured; None means all.
         gradient_fresh: [N] bool, rows that may form the mean gradient; None means all.
         embedding: [N, E] float; None if never measured.
         embedding_known: [N] bool, rows whose embedding was measured; None means all.
@@ -175,6 +176,7 @@ class Signals:
     solve_probability: Tensor | None = None
     solve_share: Tensor | None = None
     gradient: Tensor | None = None
+    gradient_known: Tensor | None = None
     gradient_fresh: Tensor | None = None
     embedding: Tensor | None = None
     embedding_known: Tensor | None = None
@@ -191,7 +193,7 @@ class Signals:
             _refuse_non_finite(tensor, name, ids, known=~tensor.isnan())
             setattr(self, name, _as_probability(tensor, name, ids) if name.startswith("solve") else tensor)
         self.n_rollouts = _checked(self.n_rollouts, "n_rollouts", ids, ndim=1).to("cpu", torch.int64)
-        for name in ("gradient_fresh", "embedding_known"):
+        for name in ("gradient_known", "gradient_fresh", "embedding_known"):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, _checked(value, name, ids, ndim=1).to("cpu", torch.bool))

@@ -232,6 +232,7 @@ class SignalStore:
             solve_probability=None if solve.isnan().all() else solve,
             solve_share=data["solve_share"],
             gradient=data.get("gradient"),
+            gradient_known=data["gradient_epoch"] >= 0 if "gradient" in data else None,
             gradient_fresh=fresh if "gradient" in data else None,
             embedding=data.get("embedding"),
             embedding_known=data["embedding_epoch"] >= 0 if "embedding" in data else None,

@@ -66,8 +66,43 @@ def test_rewards_far_below_mu_still_rank():
     assert 0 < far[1] < 1e-100  # exp(-125000) alone would have been 0 for all three
 
 
+@pytest.mark.parametrize("sigma", [1e-9, 1e-200])
+def test_a_tiny_sigma_leaves_the_nearest_to_mu(sigma):
+    rewards = torch.tensor([0.0, 1.0, 0.4, 0.6], dtype=torch.float64)
+    assert learnability(rewards, mu=0.41, sigma=sigma).tolist() == [0, 0, 1, 0]
+    assert learnability(rewards, mu=0.4, sigma=sigma, normalize=False).tolist() == [0, 0, 1, 0]
+
+
+def test_rewards_that_differ_by_less_than_rounding_say_nothing():
+    assert learnability(torch.tensor([1e-200, 2e-200], dtype=torch.float64)).tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        np.array([0, 1, 1, 0, 1]),
+        np.array([False, True, True, False, True]),
+        torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0], dtype=torch.float16),
+        torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0], requires_grad=True),
+    ],
+    ids=["int", "bool", "half", "with gradient"],
+)
+def test_any_number_type_is_computed_in_double(rewards):
+    expected = learnability(np.array([0.0, 1.0, 1.0, 0.0, 1.0]), mu=0.2)
+    got = learnability(rewards, mu=0.2)
+    assert torch.equal(got, expected)
+    assert not got.requires_grad
+
+
+def test_ties_stay_ties():
+    values = learnability(np.array([0.2, 0.8, 0.2, 0.5, 0.8])).tolist()
+    assert values[0] == values[2]
+    assert values[1] == values[4]
+
+
 def test_empty_pool_has_no_learnability():
     assert learnability(torch.zeros(0)).tolist() == []
+    assert learnability(torch.zeros(0, 4)).tolist() == []
 
 
 @pytest.mark.parametrize(
@@ -76,6 +111,8 @@ def test_empty_pool_has_no_learnability():
         ([0.1, math.nan], {}, "row 1"),
         ([[0.1, 0.2], [math.inf, 0.1]], {}, "row 1"),
         ([0.1, 0.2], {"sigma": 0.0}, "sigma must be positive"),
+        ([0.1, 0.2], {"sigma": math.nan}, "sigma must be positive"),
+        ([0.1, 0.2], {"mu": math.nan}, "mu must be a finite number"),
         ([[[0.1]]], {}, "shape"),
     ],
 )

@@ -57,6 +57,15 @@ def test_no_information_gives_the_neutral_value(gradients):
     assert representativeness(gradients).tolist() == [0.5] * len(gradients)
 
 
+def test_empty_pool_has_no_representativeness():
+    assert representativeness(torch.zeros(0, 3)).tolist() == []
+
+
+def test_equal_gradients_tie():
+    values = representativeness(torch.tensor([[1.0, 0.2], [0.3, 1.0], [1.0, 0.2]]))
+    assert values[0] == values[2]
+
+
 def test_no_fresh_row_gives_the_neutral_value():
     assert representativeness(torch.randn(3, 2), fresh=torch.zeros(3, dtype=torch.bool)).tolist() == [0.5] * 3
 
@@ -83,6 +92,7 @@ def test_tiny_gradient_of_one_sample_keeps_its_direction():
         (torch.tensor([[1.0], [math.nan]]), None, "row 1"),
         (torch.tensor([[math.inf], [1.0]]), None, "row 0"),
         (torch.zeros(3), None, "shape"),
+        (torch.zeros(3, 0), None, "at least one column"),
         (torch.zeros(3, 1), torch.ones(2), "fresh"),
     ],
 )

@@ -1,0 +1,157 @@
+"""What selectors share: reading the signals they need, and making the ledger of what they picked."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from minirec_pl.errors import InputError
+from minirec_pl.selection import ledger as reasons
+from minirec_pl.selection.ledger import SelectionLedger
+from minirec_pl.selection.signals import Signals
+
+
+def check_budget(k: int, n_samples: int) -> None:
+    """Refuses a budget that the pool cannot meet.
+
+    Raises:
+        InputError: If k is not in 1..n_samples.
+    """
+    if not 1 <= k <= n_samples:
+        raise InputError(f"the budget must lie in 1..{n_samples}, the size of the pool, not {k}.")
+
+
+def ascending(signals: Signals, k: int) -> Signals:
+    """The signals in ascending order of sample_id, without a copy where they are already; checks the budget.
+
+    Raises:
+        InputError: If k is not in 1..N.
+    """
+    check_budget(k, len(signals))
+    ids = signals.sample_id
+    return signals if bool((ids[1:] > ids[:-1]).all()) else signals.take(ids.argsort())
+
+
+def vectors(signals: Signals, name: Literal["gradient", "embedding"], selector: object) -> tuple[Tensor, Tensor]:
+    """The gradients or embeddings, and which of them were measured.
+
+    Args:
+        signals: Of N samples.
+        name: Which.
+        selector: Who needs them, for the message.
+
+    Returns:
+        [N, D] float and [N] bool.
+
+    Raises:
+        InputError: If none was measured.
+    """
+    values: Tensor | None = getattr(signals, name)
+    known: Tensor | None = getattr(signals, f"{name}_known")
+    if values is None or (known is not None and not known.any()):
+        article = "an" if name == "embedding" else "a"
+        raise InputError(
+            f"{type(selector).__name__} needs {article} {name} per sample; return `{name}` from sample_signals."
+        )
+    return values, torch.ones(len(signals), dtype=torch.bool) if known is None else known
+
+
+def solve_chance(signals: Signals, selector: object) -> Tensor:
+    """Probability that one rollout solves a sample: the exact one where known, else the share of rollouts that did.
+
+    Args:
+        signals: Of N samples.
+        selector: Who needs it, for the message.
+
+    Returns:
+        [N] float64 in [0, 1], NaN where neither is known.
+
+    Raises:
+        InputError: If it is known of no sample.
+    """
+    share, exact = signals.solve_share, signals.solve_probability
+    chance = torch.full((len(signals),), torch.nan, dtype=torch.float64) if share is None else share
+    if exact is not None:
+        chance = exact.where(~exact.isnan(), chance)
+    if bool(chance.isnan().all()):
+        raise InputError(
+            f"{type(selector).__name__} needs rewards or the exact solve probability; return `rewards` or "
+            "`solve_probability` from sample_signals."
+        )
+    return chance
+
+
+def best_first(score: Tensor, k: int) -> Tensor:
+    """Rows of the k highest scores, highest first; ties go to the smaller row, NaN is left out.
+
+    Args:
+        score: [N] float.
+        k: Number of rows.
+
+    Returns:
+        [at most k] int64.
+    """
+    rows = (~score.isnan()).nonzero()[:, 0]
+    return rows[score[rows].argsort(descending=True, stable=True)[:k]]
+
+
+def blank_table(signals: Signals) -> pd.DataFrame:
+    """A ledger table in which nothing is picked yet and each sample is below the budget."""
+    return pd.DataFrame(
+        {
+            "sample_id": signals.sample_id.numpy(),
+            "rank": pd.array([pd.NA] * len(signals), dtype="Int64"),
+            "learnability": np.nan,
+            "representativeness": np.nan,
+            "score": np.nan,
+            "novelty": np.nan,
+            "value": np.nan,
+            "reward_mean": signals.reward_mean.numpy(),
+            "reward_std": signals.reward_std.numpy(),
+            "n_rollouts": signals.n_rollouts.numpy(),
+            "difficulty": np.nan,
+            "reason": reasons.BELOW_BUDGET,
+            "redundant_with": pd.array([pd.NA] * len(signals), dtype="Int64"),
+        }
+    )
+
+
+def ledger_of(
+    signals: Signals, picks: Tensor, k: int, columns: Mapping[str, Tensor], dropped: Mapping[str, Tensor]
+) -> SelectionLedger:
+    """The ledger of a pick.
+
+    Args:
+        signals: Of N samples, ascending by sample_id.
+        picks: [at most k] int64, the rows picked, best first.
+        k: The budget.
+        columns: Values [N] by column of the ledger.
+        dropped: Rows [N] bool that could not be picked, by reason.
+
+    Raises:
+        InputError: If nothing is picked.
+
+    Warns:
+        UserWarning: If fewer than k samples are picked.
+    """
+    table = blank_table(signals)
+    for name, values in columns.items():
+        table[name] = values.numpy()
+    for reason, rows in dropped.items():
+        table.loc[rows.numpy(), "reason"] = reason
+    if len(picks) < k:
+        lost = ", ".join(f"{int(rows.sum())} {reason}" for reason, rows in dropped.items() if rows.any())
+        short = f"of {len(signals)} samples {lost}; score more samples with more rollouts, or lower the budget."
+        if not len(picks):
+            raise InputError(f"no sample can be picked: {short}")
+        warnings.warn(f"picked {len(picks)} samples instead of {k}: {short}", stacklevel=3)
+    places = picks.numpy()
+    table.loc[places, "rank"] = np.arange(1, len(places) + 1)
+    table.loc[places, "reason"] = reasons.SELECTED
+    return SelectionLedger(table)
