@@ -69,6 +69,7 @@ class SelectSamples(SessionCallback):
         session = session_of(trainer)
         session.register("select", self._select, trainer)
         session.gradient = getattr(self.selector, "gradient", "first")
+        session.gradient_space = getattr(self.selector, "gradient_space", "answer")
         if isinstance(self.selector, MiniRecSelector) and self.selector.num_generations is None:
             self._selector = copy.copy(self.selector)
             self._selector.num_generations = getattr(pl_module, "num_generations", None)

@@ -58,6 +58,7 @@ class SelectionSession:
         plan_easiness: mean reward (or solve probability) that each sample of the plan was ordered by; empty without an
             order.
         gradient: the kind of gradient signal that scoring asks for.
+        gradient_space: where it is taken.
         scored: True once the whole pool has been scored.
     """
 
@@ -74,6 +75,7 @@ class SelectionSession:
         self.fold_starts: list[int] = []
         self.plan_easiness: list[float] = []
         self.gradient: str = "first"
+        self.gradient_space: str = "answer"
         self.scored = False
         self.cost = Cost()
         self._steps: dict[Phase, Step] = {}
@@ -163,7 +165,8 @@ class SelectionSession:
                 "on a fixed choice with SelectSamples(ledger=...)"
             )
         data = getattr(trainer, "datamodule", None)
-        options = {} if self.gradient == "first" else {"gradient": self.gradient}
+        asked = {"gradient": (self.gradient, "first"), "gradient_space": (self.gradient_space, "answer")}
+        options = {name: value for name, (value, default) in asked.items() if value != default}
         loader: DataLoader[Any] = torch.utils.data.DataLoader(
             self.loader.dataset,
             batch_size=getattr(data, "eval_batch_size", None) or self.loader.batch_size or 1,
