@@ -14,7 +14,7 @@ from minirec_pl.selection.budget import budget_count, check_budget
 from minirec_pl.selection.diagnostics import Diagnostics, diagnose
 from minirec_pl.selection.fingerprints import data_fingerprint
 from minirec_pl.selection.ledger import SelectionLedger
-from minirec_pl.selection.selectors import MiniRecSelector, Selector
+from minirec_pl.selection.selectors import MiniRecSelector, Selector, signal_options
 from minirec_pl.selection.session import SelectionSession, session_of
 from minirec_pl.selection.session_callback import SessionCallback
 
@@ -72,7 +72,7 @@ class SelectSamples(SessionCallback):
             )
         session = session_of(trainer)
         session.register("select", self._select, trainer)
-        session.gradient = getattr(self.selector, "gradient", "first")
+        session.asked = signal_options(self.selector)
         if isinstance(self.selector, MiniRecSelector) and self.selector.num_generations is None:
             self._selector = copy.copy(self.selector)
             self._selector.num_generations = getattr(pl_module, "num_generations", None)

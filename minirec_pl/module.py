@@ -13,10 +13,11 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from minirec_pl.errors import InputError
+from minirec_pl.gradients import GradientKind, GradientSpace
 from minirec_pl.grpo import LossType, PolicyLoss, ScaleRewards, group_advantages, policy_loss
 from minirec_pl.policy import GenerativePolicy
 from minirec_pl.policy.rollout import evaluation_mode
-from minirec_pl.probes import GradientKind, head_signal
+from minirec_pl.probes import Trajectory, target_signals
 from minirec_pl.recommender import EVALUATION_K, RecModule
 from minirec_pl.rewards import RewardFunction, combine_rewards, hit
 from minirec_pl.selection.signals import SampleSignals
@@ -160,6 +161,7 @@ class GRPORecModule(RecModule):
         self.rollout_seed = torch.initial_seed()
         self.rollout_step = 0
         self.reference: GenerativePolicy | None = None
+        self.trajectory = Trajectory()
 
     def configure_model(self) -> None:
         """Binds the policy and, with `beta` above 0, keeps a frozen copy of it as the reference."""
@@ -168,15 +170,18 @@ class GRPORecModule(RecModule):
             self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the cost and the seed of the rollouts."""
+        """Keeps the cost, the seed of the rollouts and, if it is followed, where the trajectory started."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["rollout_seed"], checkpoint["rollout_step"] = self.rollout_seed, self.rollout_step
+        if self.trajectory.start:
+            checkpoint["trajectory_start"] = dict(self.trajectory.start)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the cost and the seed of the rollouts."""
+        """Restores what `on_save_checkpoint` kept."""
         super().on_load_checkpoint(checkpoint)
         self.rollout_seed = checkpoint.get("rollout_seed", self.rollout_seed)
         self.rollout_step = checkpoint.get("rollout_step", self.rollout_step)
+        self.trajectory.start = dict(checkpoint.get("trajectory_start", self.trajectory.start))
 
     @property
     def _sampling(self) -> dict[str, Any]:
@@ -277,18 +282,26 @@ class GRPORecModule(RecModule):
         self.log("train/loss", objective.loss.detach(), on_step=True, on_epoch=False, batch_size=size)
         self.log("train/reward", values["reward"], on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
 
-    def sample_signals(self, batch: Mapping[str, Tensor], gradient: GradientKind = "first") -> SampleSignals:
+    def sample_signals(
+        self, batch: Mapping[str, Tensor], gradient: GradientKind = "first", gradient_space: GradientSpace = "answer"
+    ) -> SampleSignals:
         """Everything selection wants to know of a batch, from one forward pass in evaluation mode.
 
         Args:
             batch: prompts with `history`, `seen`, `target` and `sample_id`.
-            gradient: `first` for u = -dp/dh of the exact solve probability p at the hidden states that produce the
-                target; `hvp` for the published Hessian-vector product, see `minirec_pl.probes.head_signal`.
+            gradient: `first` for u = -dp of the exact solve probability p; `hvp` for the published Hessian-vector
+                product; `trajectory` for `first` and, once training has moved, the alignment with the way the
+                parameters have gone since it was first asked for; see `minirec_pl.probes.target_signals`.
+            gradient_space: `answer` takes them at the hidden states that produce the target, on the head alone; `lora`
+                by the trainable parameters, with a forward and a backward pass of each sample, projected to 512 values.
 
         Returns:
             rewards [B, scoring_generations] (None with 0), gradient [B, D], embedding [B, D] (last hidden state of the
-            prompt), solve_probability [B] (before top_k and top_p). A row depends on its own sample alone, not on
-            the rest of the batch or the rank.
+            prompt), solve_probability [B] (before top_k and top_p), alignment [B] or None. A row depends on its own
+            sample alone, not on the rest of the batch or the rank.
+
+        Raises:
+            InputError: if `hvp` is asked for in the space `lora`, or nothing that could be followed is trained.
         """
         target = batch["target"][:, None]
         rewards, group = None, self.scoring_generations
@@ -301,17 +314,16 @@ class GRPORecModule(RecModule):
                 items = self.policy.sample(prompt, batch["seen"], numbers, **self._sampling).items
                 rewards, _ = self._reward(batch, items)
                 forward += self.policy.fed_tokens(items)
-
-        def target_logp(leaves: Sequence[Tensor]) -> Tensor:
-            logps, _, _ = self.policy.head_logps(type(states)(*leaves), target, batch["seen"], self.temperature)
-            return logps.sum(dim=(1, 2))
-
-        signal, logp = head_signal(target_logp, states, gradient)
-        self.cost.add("scoring", forward=forward, rollouts=group * len(target))
+        measured = target_signals(
+            self.policy, states, batch, self.temperature, gradient, gradient_space, self.trajectory
+        )
+        forward += measured.tokens
+        self.cost.add("scoring", forward=forward, backward=measured.tokens, rollouts=group * len(target))
         return SampleSignals(
             batch["sample_id"],
             rewards=rewards,
-            gradient=signal,
+            gradient=measured.gradient,
             embedding=states.prompt.detach(),
-            solve_probability=logp.exp(),
+            solve_probability=measured.logp.exp(),
+            alignment=measured.alignment,
         )

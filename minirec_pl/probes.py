@@ -1,42 +1,216 @@
-"""How gradient signals are taken from a policy: on its small head alone, never by a backward pass through the model."""
+"""How gradient signals are taken from a policy: on its small head in closed form, or on its trainable parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-GradientKind = Literal["first", "hvp"]
+from minirec_pl.errors import InputError
+from minirec_pl.gradients import GradientKind, GradientSpace, HeadStep, head_alignment, head_signal
+from minirec_pl.per_sample import PROJECTED_SIZE, gradient_alignment, per_sample_gradients, project_gradients
+from minirec_pl.policy import GenerativePolicy
+from minirec_pl.policy.rollout import CompletionStates, evaluation_mode
+
+_TOKENS = 1024  # tokens through a backward pass at a time
+_VALUES = 2**26  # values of per-sample gradients at a time
 
 
-def head_signal(
-    target_logp: Callable[[Sequence[Tensor]], Tensor], states: Sequence[Tensor], kind: GradientKind
-) -> tuple[Tensor, Tensor]:
-    """Gradient signal of each sample at the hidden states that produce its target.
+class TargetSignals(NamedTuple):
+    """What `target_signals` returns, all detached.
 
-    * `first`: u = -dp/dh = -p d(log p)/dh, p the probability of the target: the expected group advantage gradient of
-      a hit reward before scaling.
-    * `hvp`: u = d(g.g)/dh with g = dl/dh and l = -p / stop_gradient(p), the published signal (2 H g).
+    Attributes:
+        gradient: float32 [B, D], or [B, 512] in the space `lora`.
+        logp: float32 [B], log of the exact solve probability; -inf where the target cannot be generated.
+        alignment: float32 [B] in [-1, 1] for `trajectory` once training has moved, else None.
+        tokens: tokens that went once more forward, and backward, through the model; 0 in the space `answer`.
+    """
+
+    gradient: Tensor
+    logp: Tensor
+    alignment: Tensor | None
+    tokens: int
+
+
+class Trajectory:
+    """Where training has gone: how far parameters are from where they were when first looked at.
+
+    Attributes:
+        start: the parameters at that time, by name, for a checkpoint; empty before.
+    """
+
+    def __init__(self) -> None:
+        self.start: dict[str, Tensor] = {}
+
+    def displacement(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """Parameters now minus parameters at the first call; None as long as none of them has moved."""
+        with torch.inference_mode(False), torch.no_grad():
+            moved = {}
+            for name, now in parameters.items():
+                start = self.start.get(name)
+                self.start[name] = now.detach().clone() if start is None else start.to(now.device)
+                moved[name] = now.detach() - self.start[name]
+            return moved if any(bool(difference.any()) for difference in moved.values()) else None
+
+
+def target_signals(
+    policy: GenerativePolicy,
+    states: CompletionStates,
+    batch: Mapping[str, Tensor],
+    temperature: float,
+    gradient: GradientKind,
+    space: GradientSpace,
+    trajectory: Trajectory,
+) -> TargetSignals:
+    """Gradient signal of each sample for the exact solve probability p of its target.
+
+    In the space `answer` it is taken at the hidden states that produce the target, in closed form (see
+    `minirec_pl.gradients`): `first` -dp/dh, `hvp` the published Hessian-vector product. In the space `lora` it is
+    -dp/dtheta by the trainable parameters theta (adapters, or whatever is trained), sample by sample through the whole
+    model, projected to 512 values.
+
+    `trajectory` has the gradient of `first` and, once training has moved, beside it the alignment a =
+    cos(d log p / dtheta, theta - theta_start), theta_start being the parameters when it was first asked for: the weight
+    of the head in the space `answer`, the trainable parameters in the space `lora` (before the projection).
 
     Args:
-        target_logp: from hidden states to log p, float [B], where row b depends on row b of the states alone.
-        states: tensors [B, ..., D]; the signal is summed over the dimensions between.
-        kind: which signal.
+        policy: the policy.
+        states: of the targets as completions, [B, 1].
+        batch: `history`, `seen` and `target`.
+        temperature: divides the logits.
+        gradient: which signal.
+        space: where it is taken.
+        trajectory: remembers theta_start from one call to the next.
 
-    Returns:
-        (u float32 [B, D], log p float32 [B]), both detached.
+    Raises:
+        InputError: if `gradient` is hvp in the space `lora`, or nothing that could be followed is trained.
     """
-    with torch.inference_mode(False), torch.enable_grad():
-        leaves = [state.detach().clone().requires_grad_() for state in states]
-        logp = target_logp(leaves)
-        used = [leaf for leaf in leaves if leaf.numel()]
-        if kind == "first":
-            gradients = torch.autograd.grad(-logp.exp().sum(), used)
-        else:
-            loss = -(logp - logp.detach()).exp().sum()
-            first = torch.autograd.grad(loss, used, create_graph=True)
-            gradients = torch.autograd.grad(torch.stack([(g * g).sum() for g in first]).sum(), used)
-        signal = torch.stack([g.flatten(1, -2).sum(dim=1) if g.ndim > 2 else g for g in gradients]).sum(dim=0)
-    return signal.float(), logp.detach()
+    steps = target_steps(policy, states, batch, temperature)
+    signal, logp = head_signal(steps, "hvp" if gradient == "hvp" else "first")
+    if space == "lora":
+        if gradient == "hvp":
+            raise InputError(
+                "gradient='hvp' needs a second backward pass through the model in the space 'lora': set gradient_space="
+                "'answer', or gradient='first'"
+            )
+        return _on_parameters(policy, batch, steps, logp, trajectory if gradient == "trajectory" else None)
+    alignment = None
+    if gradient == "trajectory":
+        head: Tensor = policy.model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
+        if not head.requires_grad:
+            raise InputError(
+                "gradient='trajectory' follows the weight of the head, which is not trained here: set gradient_space="
+                "'lora' to follow the adapters"
+            )
+        moved = trajectory.displacement({"head": head})
+        if moved is not None:
+            rows = [policy.trie.level(depth)[0] for depth in range(policy.id_length)]
+            alignment = head_alignment(steps, rows, moved["head"])
+    return TargetSignals(signal.float(), logp, alignment, 0)
+
+
+def target_steps(
+    policy: GenerativePolicy, states: CompletionStates, batch: Mapping[str, Tensor], temperature: float
+) -> list[HeadStep]:
+    """The choices, one for each token of the longest id, that lead to the target of each sample.
+
+    Args:
+        policy: the policy.
+        states: of the targets as completions, [B, 1].
+        batch: `seen` and `target`.
+        temperature: divides the logits.
+    """
+    trie, target = policy.trie, batch["target"]
+    head: nn.Linear = policy.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    counts = trie.available_below(batch["seen"])
+    low = torch.zeros_like(target)
+    high = low + trie.n_items
+    steps = []
+    for depth, hidden in enumerate([states.prompt, *states.rest[:, 0].unbind(dim=1)]):
+        tokens, lows, highs = trie.level(depth)
+        child = trie.child_of[target, depth]
+        allowed = trie.allowed_children(depth, low, high, counts)
+        bias = None if head.bias is None else head.bias.detach().index_select(0, tokens)
+        vectors = head.weight.detach().index_select(0, tokens)
+        steps.append(HeadStep(hidden, vectors, child, allowed, bias, temperature))
+        low, high = lows[child.clamp(min=0)], highs[child.clamp(min=0)]
+    return steps
+
+
+class _TargetLogp(nn.Module):
+    """Log p of one sample's target, from its prompt and the known tokens of its id."""
+
+    def __init__(self, policy: GenerativePolicy, temperature: float) -> None:
+        super().__init__()
+        self.policy = policy
+        self.temperature = temperature
+
+    def forward(self, tokens: Tensor, child: Tensor, *allowed: Tensor) -> Tensor:
+        """Scalar, of tokens int64 [T + L - 1], child int64 [L] and allowed bool [V] for each of L choices."""
+        model = self.policy.model
+        states = model.base_model(input_ids=tokens[None], use_cache=False).last_hidden_state[0, -len(allowed) :]
+        head: nn.Linear = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        parts = []
+        for depth, mask in enumerate(allowed):
+            rows = self.policy.trie.level(depth)[0]
+            bias = None if head.bias is None else head.bias.index_select(0, rows)
+            logits = nn.functional.linear(states[depth], head.weight.index_select(0, rows), bias).float()
+            logits = (logits / self.temperature).masked_fill(~mask, torch.finfo(logits.dtype).min)
+            parts.append(logits.log_softmax(dim=0).gather(0, child[depth, None]))
+        return torch.cat(parts).sum()
+
+
+def _on_parameters(
+    policy: GenerativePolicy,
+    batch: Mapping[str, Tensor],
+    steps: list[HeadStep],
+    logp: Tensor,
+    trajectory: Trajectory | None,
+) -> TargetSignals:
+    trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    if not trained:
+        raise InputError("gradient_space='lora' is of the trainable parameters, and the policy has none: unfreeze some")
+    moved = None if trajectory is None else trajectory.displacement(trained)
+    function = _TargetLogp(policy, steps[0].temperature)
+
+    def target_logp(parameters: dict[str, Tensor], *row: Tensor) -> Tensor:
+        renamed = {f"policy.{name}": parameter for name, parameter in parameters.items()}
+        value: Tensor = torch.func.functional_call(function, renamed, row)
+        return value
+
+    signal = logp.new_zeros(len(logp), PROJECTED_SIZE)
+    alignment = None if moved is None else logp.new_zeros(len(logp))
+    spent = 0
+    with evaluation_mode(policy), sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the CPU's flash attention
+        for rows, tokens, length in _equal_lengths(policy, batch, sum(p.numel() for p in trained.values())):
+            child = torch.stack([step.target[rows] for step in steps[:length]], dim=1)
+            allowed = [step.allowed[rows] for step in steps[:length] if step.allowed is not None]
+            slopes = per_sample_gradients(target_logp, trained, tokens, child, *allowed)
+            signal[rows] = -logp[rows].exp()[:, None] * project_gradients(slopes).to(signal.dtype)
+            if alignment is not None and moved is not None:
+                alignment[rows] = gradient_alignment(slopes, moved).to(alignment.dtype)
+            spent += tokens.numel()
+    if alignment is not None:
+        alignment = alignment.masked_fill(logp.isneginf(), 0.0)
+    return TargetSignals(signal.float(), logp, alignment, spent)
+
+
+def _equal_lengths(
+    policy: GenerativePolicy, batch: Mapping[str, Tensor], values: int
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Samples whose prompts and ids are of one length: (rows, unpadded tokens with the id but for its last, L)."""
+    prompts, mask = policy.encode(batch["history"])
+    ids = policy.trie.item_tokens[batch["target"]]
+    lengths = torch.stack([mask.sum(dim=1), (ids >= 0).sum(dim=1)], dim=1)
+    alike = defaultdict(list)
+    for row, pair in enumerate(lengths.tolist()):
+        alike[tuple(pair)].append(row)
+    for (prompt, length), members in sorted(alike.items()):
+        most = max(1, min(_TOKENS // (prompt + length - 1), _VALUES // values))
+        for rows in torch.split(torch.tensor(members, device=ids.device), most):
+            tokens = torch.cat([prompts[rows, prompts.shape[1] - prompt :], ids[rows, : length - 1]], dim=1)
+            yield rows, tokens, length

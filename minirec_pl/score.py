@@ -16,6 +16,7 @@ from minirec_pl.files import write_atomically, write_json
 from minirec_pl.recommender import RecModule
 from minirec_pl.selection.fingerprints import fingerprints_of
 from minirec_pl.selection.merge import merge_stores
+from minirec_pl.selection.selectors import signal_options
 from minirec_pl.selection.session_callback import SessionCallback
 from minirec_pl.selection.store import SignalStore
 
@@ -55,7 +56,7 @@ class ScoringTrainer(Trainer):
         if not len(pool):
             raise InputError(f"shard {shard} is empty: the pool has {len(datamodule.pool_ids)} samples")
         store = SignalStore(pool, fingerprints=fingerprints_of(model, datamodule, datamodule.pool_ids))
-        scorer = _Scorer(model, store, self._gradient(), folder / SIGNALS)
+        scorer = _Scorer(model, store, self._asked(), folder / SIGNALS)
         with model.cost.timed("scoring"):
             self.predict(scorer, dataloaders=datamodule.sample_loader(pool), return_predictions=False)
         if not self.is_global_zero:
@@ -65,24 +66,22 @@ class ScoringTrainer(Trainer):
         write_json(folder / "results.json", {"stage": "score", "samples": len(pool), **model.cost.row()})
         print(f"signals: {folder / SIGNALS}")
 
-    def _gradient(self) -> str:
-        """The kind of gradient signal that the selector of the config reads."""
-        for callback in self.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, SessionCallback) and callback.selector is not None:
-                return str(getattr(callback.selector, "gradient", "first"))
-        return "first"
+    def _asked(self) -> dict[str, str]:
+        """Options of `sample_signals` that the selector of the config asks for."""
+        parts = [part for part in self.callbacks if isinstance(part, SessionCallback)]  # type: ignore[attr-defined]
+        return next((signal_options(part.selector) for part in parts if part.selector is not None), {})
 
 
 class _Scorer(LightningModule):
-    def __init__(self, module: RecModule, store: SignalStore, gradient: str, path: Path) -> None:
+    def __init__(self, module: RecModule, store: SignalStore, asked: dict[str, str], path: Path) -> None:
         super().__init__()
-        self.module, self.store, self.gradient, self.path = module, store, gradient, path
+        self.module, self.store, self.asked, self.path = module, store, asked, path
 
     def configure_model(self) -> None:
         self.module.configure_model()
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        signals = self.module.sample_signals(batch, gradient=self.gradient)  # type: ignore[operator]
+        signals = self.module.sample_signals(batch, **self.asked)  # type: ignore[operator]
         self.store.update(signals, epoch=0, step=0, source="score")
         return batch["sample_id"]
 

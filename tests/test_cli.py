@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from cli_tools import CONFIGS, REPOSITORY, equal_weights, results
+from cli_tools import CONFIGS, REPOSITORY, equal_weights, results, sentence
+from safetensors.torch import load_file
 
 from minirec_pl.__main__ import main
 
@@ -108,6 +109,25 @@ def test_two_runs_in_a_row_do_not_collide_and_are_equal(command, tmp_path):
     pd.testing.assert_frame_equal(
         pd.read_parquet(first / "ledger.parquet"), pd.read_parquet(second / "ledger.parquet"), check_exact=True
     )
+
+
+@pytest.mark.parametrize("space", ["answer", "lora"])
+def test_gradient_signal_and_its_space_are_options(command, fitted, tmp_path, space):
+    options = [f"--selection.selector.init_args.{name}" for name in ("gradient=trajectory", f"gradient_space={space}")]
+    assert main(command.grpo(tmp_path / "runs", *options)) == 0
+    run = tmp_path / "runs" / "version_0"
+    signals = load_file(run / "signals.safetensors")
+    assert (signals["alignment_epoch"] == 1).all()
+    assert signals["alignment"].isfinite().all()
+    assert signals["gradient"].shape[1] == {"answer": 16, "lora": 512}[space]
+    assert results(run).keys() == results(fitted).keys()
+
+
+def test_a_gradient_that_a_space_does_not_have(command, tmp_path, capsys):
+    options = [f"--selection.selector.init_args.{name}" for name in ("gradient=hvp", "gradient_space=lora")]
+    assert main(command.grpo(tmp_path / "runs", *options)) == 2
+    assert "gradient_space='lora' has no Hessian-vector products" in sentence(capsys)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_another_seed_gives_another_run(command, fitted, tmp_path):

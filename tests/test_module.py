@@ -373,7 +373,68 @@ def test_scoring_under_inference_and_without_rollouts(policy, toy_data):
     torch.testing.assert_close(inside.gradient, plain.gradient)
 
 
+@pytest.mark.parametrize("space", ["answer", "lora"])
+def test_trajectory_is_measured_once_training_has_moved_and_survives_a_checkpoint(
+    policy, toy_data, make_trainer, tmp_path, space
+):
+    data = toy_data()
+    batch = pool_batch(data)
+    module = scored(policy, num_generations=4, optimizer=sgd)
+    before = module.sample_signals(batch, "trajectory", space)
+    assert before.alignment is None
+    torch.testing.assert_close(before.gradient, module.sample_signals(batch, "first", space).gradient)
+    assert before.gradient.shape == (9, {"answer": 16, "lora": 512}[space])
+    trainer = make_trainer(max_epochs=-1, max_steps=3)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    after = module.sample_signals(batch, "trajectory", space)
+    assert after.alignment.shape == (9,)
+    assert float(after.alignment.abs().max()) > 1e-3
+
+    other = GRPORecModule(copy.deepcopy(policy), [popular], num_generations=4, optimizer=sgd)
+    make_trainer(max_epochs=-1, max_steps=3).fit(other, data, ckpt_path=tmp_path / "a.ckpt")
+    with torch.inference_mode():
+        part = {name: value[[1, 7]].clone() for name, value in batch.items()}
+        again = other.sample_signals(part, "trajectory", space)
+    torch.testing.assert_close(again.alignment, after.alignment[[1, 7]], rtol=1e-4, atol=1e-6)
+
+
+def test_a_checkpoint_has_no_start_of_a_trajectory_nobody_asked_for(tiny_policy, toy_data, make_trainer, tmp_path):
+    module, data = GRPORecModule(tiny_policy(), [popular], num_generations=2), toy_data()
+    trainer = make_trainer(max_epochs=-1, max_steps=1)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert "trajectory_start" not in torch.load(tmp_path / "a.ckpt", weights_only=True)
+    module.sample_signals(pool_batch(data), "trajectory")
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    start = torch.load(tmp_path / "a.ckpt", weights_only=True)["trajectory_start"]
+    assert torch.equal(start["head"], module.policy.model.get_output_embeddings().weight)
+
+
+def test_scoring_leaves_the_gradients_of_the_run_alone(policy, toy_data):
+    batch, module = pool_batch(toy_data()), scored(policy, scoring_generations=0)
+    for parameter in module.policy.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    for options in ({}, {"gradient": "hvp"}, {"gradient": "trajectory"}, {"gradient_space": "lora"}):
+        module.sample_signals(batch, **options)
+    assert all((parameter.grad == 7).all() for parameter in module.policy.parameters())
+
+
 # Cost
+
+
+def test_the_space_lora_is_charged_a_backward_pass_of_each_sample(policy, toy_data):
+    length = [sum(t >= 0 for t in row) for row in policy.trie.item_tokens.tolist()]
+    batch, module = pool_batch(toy_data()), scored(policy, scoring_generations=0)
+    module.sample_signals(batch)
+    plain = module.cost.tokens_forward["scoring"]
+    module.sample_signals(batch, gradient_space="lora")
+    histories = [sum(length[i] for i in row if i >= 0) for row in batch["history"].tolist()]
+    each = sum(
+        1 + history + length[item] - 1 for history, item in zip(histories, batch["target"].tolist(), strict=True)
+    )
+    assert module.cost.tokens_forward["scoring"] == 2 * plain + each
+    assert module.cost.tokens_backward["scoring"] == each
 
 
 def test_tokens_equal_a_count_by_hand(policy, toy_data, make_trainer):

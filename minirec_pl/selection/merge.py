@@ -14,6 +14,7 @@ from minirec_pl.selection.store import SignalStore
 _FIELDS = {
     "reward": ("reward_mean", "reward_std", "solve_share", "n_rollouts", "rewards"),
     "solve_probability": ("solve_probability",),
+    "alignment": ("alignment",),
     "gradient": ("gradient",),
     "embedding": ("embedding",),
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 from minirec_pl.errors import InputError
 from minirec_pl.selection import ledger as reasons
 from minirec_pl.selection.diversity import Selection, maxmin_select, nearest_pick
-from minirec_pl.selection.learnability import group_difficulty, learnability, quantile_calibration
+from minirec_pl.selection.learnability import group_difficulty, learnability, min_max, quantile_calibration
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.picks import blank_table, check_budget
 from minirec_pl.selection.representativeness import representativeness
@@ -61,6 +61,10 @@ class MiniRecSelector:
     outside the gate. mode="official" is what the authors' code does: Hessian-vector products and no gate.
     difficulty="pass_at_group" is ours: instead of the mean reward r it uses q = 1 - (1 - p)^G, the probability that a
     group of G rollouts holds a hit; p is the exact solve probability where known, else the share of rollouts that hit.
+
+    gradient="trajectory" is ours: R_i = (1 + a_i) / 2, a_i the cosine of the sample's update with the way the trained
+    parameters have gone since the first scoring, scaled to [0, 1] over the samples of which it is known. The others, at
+    first all of them because nothing has moved, keep the R of their first-order gradient.
     """
 
     def __init__(
@@ -73,8 +77,9 @@ class MiniRecSelector:
         sigma: float | None = None,
         gate: tuple[float, float] = (0.05, 0.95),
         on_short: Literal["shrink", "fill"] = "shrink",
-        gradient: Literal["first", "hvp"] | None = None,
+        gradient: Literal["first", "hvp", "trajectory"] | None = None,
         num_generations: int | None = None,
+        gradient_space: Literal["answer", "lora"] = "answer",
     ) -> None:
         """Sets the method.
 
@@ -87,9 +92,11 @@ class MiniRecSelector:
             sigma: Width of the learnability curve; None takes the standard deviation over the pool.
             gate: Lowest and highest difficulty, both inclusive, that may be picked in mode "paper".
             on_short: If fewer than k samples pass the gate: "shrink" picks fewer and warns, "fill" goes on outside it.
-            gradient: "first" or "hvp"; None is the mode's own.
+            gradient: "first", "hvp" or "trajectory"; None is the mode's own.
             num_generations: Rollouts in a training group, G, for "pass_at_group"; None takes that of the module it runs
                 with (8, the default of `GRPORecModule`, on its own).
+            gradient_space: where the module takes the gradient: "answer", at the hidden states that produce the answer,
+                or "lora", by the trainable parameters, projected; not with Hessian-vector products.
 
         Raises:
             InputError: If an option has a value that is not allowed.
@@ -98,7 +105,8 @@ class MiniRecSelector:
         _one_of("difficulty", difficulty, ("mean", "pass_at_group"))
         _one_of("calibrate", calibrate, ("quantile", None))
         _one_of("on_short", on_short, ("shrink", "fill"))
-        _one_of("gradient", gradient, ("first", "hvp", None))
+        _one_of("gradient", gradient, ("first", "hvp", "trajectory", None))
+        _one_of("gradient_space", gradient_space, ("answer", "lora"))
         if not (0 <= alpha < float("inf")):
             raise InputError(f"alpha must be a finite number, not negative, but is {alpha}.")
         if len(gate) != 2 or not gate[0] < gate[1]:
@@ -117,7 +125,13 @@ class MiniRecSelector:
         self.sigma = sigma
         self.gate = (float(gate[0]), float(gate[1]))
         self.on_short = on_short
-        self.gradient: Literal["first", "hvp"] = gradient or ("hvp" if mode == "official" else "first")
+        self.gradient: Literal["first", "hvp", "trajectory"] = gradient or ("hvp" if mode == "official" else "first")
+        if gradient_space == "lora" and self.gradient == "hvp":
+            raise InputError(
+                "gradient_space='lora' has no Hessian-vector products, which mode='official' takes by default: set "
+                "gradient to first or trajectory, or gradient_space to answer."
+            )
+        self.gradient_space = gradient_space
         self.num_generations = num_generations
         self.needs = frozenset({"rewards", "gradient", "embedding"})
 
@@ -213,7 +227,19 @@ class MiniRecSelector:
         if signals.gradient is None:
             return learn, torch.full_like(learn, 0.5)
         fresh = None if signals.gradient_fresh is None else signals.gradient_fresh[rows]
-        return learn, representativeness(signals.gradient[rows], fresh=fresh)
+        represent = representativeness(signals.gradient[rows], fresh=fresh)
+        if self.gradient == "trajectory" and signals.alignment is not None:
+            alignment = signals.alignment[rows]
+            known = ~alignment.isnan()
+            represent[known] = min_max((1 + alignment[known]) / 2)
+        return learn, represent
+
+
+def signal_options(selector: object) -> dict[str, str]:
+    """What a selector asks of `sample_signals(batch, **options)`: its `gradient` and `gradient_space`, if not usual."""
+    usual = {"gradient": "first", "gradient_space": "answer"}
+    asked = {name: getattr(selector, name, default) for name, default in usual.items()}
+    return {name: value for name, value in asked.items() if value != usual[name]}
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -63,7 +63,7 @@ class SelectionSession:
         fold_starts: positions in the plan at which a fold starts; empty without folds.
         plan_easiness: mean reward (or solve probability) that each sample of the plan was ordered by; empty without an
             order.
-        gradient: the kind of gradient signal that scoring asks for.
+        asked: options of `sample_signals` that the selector asks for, see `signal_options`.
         scored: True once the whole pool has been scored.
         trained: what was met in training since the last plan, see `nothing_trained`.
         trained_reward: mean reward met in training between the last two plans; None where none was.
@@ -82,7 +82,7 @@ class SelectionSession:
         self.epoch = 0
         self.fold_starts: list[int] = []
         self.plan_easiness: list[float] = []
-        self.gradient: str = "first"
+        self.asked: dict[str, str] = {}
         self.scored = False
         self.trained = nothing_trained()
         self.trained_reward: float | None = None
@@ -177,7 +177,6 @@ class SelectionSession:
         data = getattr(trainer, "datamodule", None)
         if not self.scored:
             self.store.fingerprints = fingerprints_of(module, data, self.store.sample_ids)
-        options = {} if self.gradient == "first" else {"gradient": self.gradient}
         loader: DataLoader[Any] = torch.utils.data.DataLoader(
             self.loader.dataset,
             batch_size=getattr(data, "eval_batch_size", None) or self.loader.batch_size or 1,
@@ -188,7 +187,7 @@ class SelectionSession:
             for batch in _progress(loader, f"Scoring {len(sample_ids):,} samples", trainer):
                 batch = trainer.strategy.batch_to_device(batch)
                 with trainer.precision_plugin.forward_context():
-                    signals: SampleSignals = module.sample_signals(batch, **options)  # type: ignore[operator]
+                    signals: SampleSignals = module.sample_signals(batch, **self.asked)  # type: ignore[operator]
                 self.store.update(signals, epoch=epoch, step=self.step(trainer), source="score")
 
     def easiness(self, sample_ids: Sequence[int]) -> torch.Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 from minirec_pl.errors import InputError
 
 Array: TypeAlias = Tensor | npt.NDArray[Any]
-_PROBABILITY_SLACK = 1e-5  # a float32 softmax can exceed 1 by rounding
+_SLACK = 1e-5  # a float32 softmax or cosine can exceed 1 by rounding
+_LOWEST = {"solve_probability": 0, "solve_share": 0, "alignment": -1}
 
 
 def name_ids(sample_ids: Tensor, limit: int = 5) -> str:
@@ -67,11 +68,12 @@ def _refuse_non_finite(tensor: Tensor, name: str, ids: Tensor, known: Tensor | N
         )
 
 
-def _as_probability(tensor: Tensor, name: str, ids: Tensor) -> Tensor:
-    bad = ((tensor < -_PROBABILITY_SLACK) | (tensor > 1 + _PROBABILITY_SLACK)).cpu()
+def _within(tensor: Tensor, name: str, ids: Tensor) -> Tensor:
+    low = _LOWEST[name]
+    bad = ((tensor < low - _SLACK) | (tensor > 1 + _SLACK)).cpu()
     if bad.any():
-        raise InputError(f"{name} must lie in [0, 1], but does not for sample_id {name_ids(ids[bad])}.")
-    return tensor.double().clamp(0.0, 1.0)
+        raise InputError(f"{name} must lie in [{low}, 1], but does not for sample_id {name_ids(ids[bad])}.")
+    return tensor.double().clamp(low, 1.0)
 
 
 @dataclass
@@ -86,6 +88,7 @@ class SampleSignals:
         gradient: [B, D] float, the gradient signal u.
         embedding: [B, E] float, the embedding e.
         solve_probability: [B] float in [0, 1], the exact probability that one rollout hits the target.
+        alignment: [B] float in [-1, 1], the cosine of the sample's update with the way the parameters have gone.
 
     Raises:
         InputError: If a shape does not fit or a value is NaN or infinite; the message names the sample_ids.
@@ -96,6 +99,7 @@ class SampleSignals:
     gradient: Tensor | None = None
     embedding: Tensor | None = None
     solve_probability: Tensor | None = None
+    alignment: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.sample_id = as_ids(self.sample_id)
@@ -108,10 +112,12 @@ class SampleSignals:
                 raise InputError(f"{name} has no columns; pass None for a signal that was not measured.")
             _refuse_non_finite(tensor, name, self.sample_id)
             setattr(self, name, tensor)
-        if self.solve_probability is not None:
-            solve = _checked(self.solve_probability, "solve_probability", self.sample_id, ndim=1)
-            _refuse_non_finite(solve, "solve_probability", self.sample_id)
-            self.solve_probability = _as_probability(solve, "solve_probability", self.sample_id)
+        for name in ("solve_probability", "alignment"):
+            value = getattr(self, name)
+            if value is not None:
+                tensor = _checked(value, name, self.sample_id, ndim=1)
+                _refuse_non_finite(tensor, name, self.sample_id)
+                setattr(self, name, _within(tensor, name, self.sample_id))
 
     def __len__(self) -> int:
         return len(self.sample_id)
@@ -164,6 +170,7 @@ class Signals:
         gradient_fresh: [N] bool, rows that may form the mean gradient; None means all.
         embedding: [N, E] float; None if never measured.
         embedding_known: [N] bool, rows whose embedding was measured; None means all.
+        alignment: [N] float64 in [-1, 1], see `SampleSignals`, NaN where not measured; None if never measured.
 
     Raises:
         InputError: If a shape does not fit, an id repeats, or a measured value is NaN or infinite.
@@ -180,18 +187,19 @@ class Signals:
     gradient_fresh: Tensor | None = None
     embedding: Tensor | None = None
     embedding_known: Tensor | None = None
+    alignment: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.sample_id = ids = as_ids(self.sample_id)
         if len(repeated := repeated_ids(ids)):
             raise InputError(f"sample_id {name_ids(repeated)} occurs more than once; keep one row each.")
-        for name in ("reward_mean", "reward_std", "solve_probability", "solve_share"):
+        for name in ("reward_mean", "reward_std", "solve_probability", "solve_share", "alignment"):
             value = getattr(self, name)
             if value is None:
                 continue
             tensor = _checked(value, name, ids, ndim=1).to("cpu", torch.float64)
             _refuse_non_finite(tensor, name, ids, known=~tensor.isnan())
-            setattr(self, name, _as_probability(tensor, name, ids) if name.startswith("solve") else tensor)
+            setattr(self, name, _within(tensor, name, ids) if name in _LOWEST else tensor)
         self.n_rollouts = _checked(self.n_rollouts, "n_rollouts", ids, ndim=1).to("cpu", torch.int64)
         for name in ("gradient_known", "gradient_fresh", "embedding_known"):
             value = getattr(self, name)

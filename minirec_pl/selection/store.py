@@ -16,10 +16,10 @@ from minirec_pl.errors import InputError
 from minirec_pl.files import load_tensors, save_tensors
 from minirec_pl.selection.signals import Array, SampleSignals, Signals, as_ids, name_ids, repeated_ids
 
-_SCALARS = {"reward_mean": torch.nan, "reward_std": torch.nan, "solve_share": torch.nan, "solve_probability": torch.nan}
+_SCALARS = dict.fromkeys(("reward_mean", "reward_std", "solve_share", "solve_probability", "alignment"), torch.nan)
 _COUNTS = {"n_rollouts": 0} | {
     f"{signal}_{clock}": -1
-    for signal in ("reward", "solve_probability", "gradient", "embedding")
+    for signal in ("reward", "solve_probability", "alignment", "gradient", "embedding")
     for clock in ("epoch", "step")
 }
 _MATRICES = ("rewards", "gradient", "embedding")
@@ -29,8 +29,8 @@ class SignalStore:
     """Signals by sample_id, each with its own age.
 
     A re-score replaces what was known. A reward met in training replaces it when its group is as large as the last one
-    and else moves mean, standard deviation and solve share by `reward_decay`. Gradients, embeddings and exact solve
-    probabilities are always replaced. Everything is kept on the CPU: means in float64, vectors in float32.
+    and else moves mean, standard deviation and solve share by `reward_decay`. Gradients, alignments, embeddings and
+    exact solve probabilities are always replaced. Everything is kept on the CPU: means in float64, vectors in float32.
 
     Attributes:
         sample_ids: [N] int64, ascending.
@@ -108,9 +108,11 @@ class SignalStore:
         if signals.rewards is not None:
             self._take_rewards(rows, signals.rewards.cpu()[places], 0.0 if source == "score" else reward_decay)
             measured.append("reward")
-        if signals.solve_probability is not None:
-            self._data["solve_probability"][rows] = signals.solve_probability.cpu().double()[places]
-            measured.append("solve_probability")
+        for name in ("solve_probability", "alignment"):
+            new = getattr(signals, name)
+            if new is not None:
+                self._data[name][rows] = new.cpu().double()[places]
+                measured.append(name)
         for name in ("gradient", "embedding"):
             new = getattr(signals, name)
             if new is None:
@@ -186,7 +188,7 @@ class SignalStore:
         """When a signal was measured.
 
         Args:
-            name: "reward", "solve_probability", "gradient" or "embedding", then "_epoch" or "_step".
+            name: "reward", "solve_probability", "gradient", "alignment" or "embedding", then "_epoch" or "_step".
 
         Returns:
             [N] int64 in the order of `sample_ids`, -1 for never.
@@ -223,7 +225,7 @@ class SignalStore:
         return self._signals(measured >= max(oldest, 0))
 
     def _signals(self, fresh: Tensor) -> Signals:
-        data, solve = self._data, self._data["solve_probability"]
+        data, solve, alignment = self._data, self._data["solve_probability"], self._data["alignment"]
         return Signals(
             sample_id=self.sample_ids,
             reward_mean=data["reward_mean"],
@@ -236,6 +238,7 @@ class SignalStore:
             gradient_fresh=fresh if "gradient" in data else None,
             embedding=data.get("embedding"),
             embedding_known=data["embedding_epoch"] >= 0 if "embedding" in data else None,
+            alignment=None if alignment.isnan().all() else alignment,
         )
 
     def _rows(self, sample_ids: Tensor) -> Tensor:

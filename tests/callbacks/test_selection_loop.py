@@ -246,6 +246,45 @@ def test_official_mode_measures_hessian_vector_products(toy_data, tiny_policy, m
     assert set(kinds) == {"hvp"}
 
 
+@pytest.mark.parametrize("space", ["answer", "lora"])
+def test_trajectory_is_known_of_the_samples_scored_again(toy_data, tiny_policy, make_trainer, tmp_path, space):
+    selector = all_pass(gradient="trajectory", gradient_space=space)
+    trainer = make_trainer(callbacks=[MiniRec(0.3, rescore_fraction=0.5, selector=selector)], max_epochs=3)
+    data = toy_data()
+    trainer.fit(module_of(tiny_policy(), scoring_generations=0), data)
+    store = session_of(trainer).store
+    n, ages = len(data.pool_ids), store.clock("alignment_epoch")
+    assert int((ages == 1).sum()) == n - int((ages == 2).sum())
+    assert int((ages == 2).sum()) == round(0.5 * n)
+    assert (store.clock("gradient_epoch") == ages).all()
+    view = store.pool_view(2)
+    assert view.gradient.shape[1] == {"answer": 16, "lora": 512}[space]
+    ledger = SelectionLedger.from_parquet(tmp_path / "run" / "ledger.parquet").rows(view.sample_id.tolist())
+    r = (1 + view.alignment) / 2
+    expected = (r - r.min()) / (r.max() - r.min())
+    np.testing.assert_allclose(ledger["representativeness"], expected, atol=1e-9)
+    assert expected.std() > 0.05
+
+
+@pytest.mark.parametrize("space", ["answer", "lora"])
+def test_a_resumed_run_follows_the_same_trajectory(toy_data, tiny_policy, make_trainer, tmp_path, space):
+    def fit(epochs, ckpt_path=None):
+        torch.manual_seed(3)
+        module = module_of(tiny_policy(), scoring_generations=0)
+        selector = all_pass(gradient="trajectory", gradient_space=space)
+        trainer = make_trainer(callbacks=[MiniRec(0.2, selector=selector)], max_epochs=epochs)
+        trainer.fit(module, toy_data(), ckpt_path=ckpt_path)
+        return trainer, module
+
+    whole, expected = fit(4)
+    stopped, _ = fit(2)
+    stopped.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, module = fit(4, tmp_path / "half.ckpt")
+    assert session_of(resumed).store.digest() == session_of(whole).store.digest()
+    weights = expected.policy.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in module.policy.state_dict().items())
+
+
 def test_pass_at_group_takes_the_group_size_of_the_module_and_leaves_the_selector_alone(
     toy_data, tiny_policy, make_trainer
 ):

@@ -220,6 +220,33 @@ def test_degenerate_pool_still_gives_k_distinct_picks(changes, mode):
     assert ledger.table[["learnability", "representativeness", "value"]].notna().all(axis=None)
 
 
+def test_trajectory_goes_by_the_alignment_where_it_is_known():
+    random = np.random.default_rng(8)
+    alignment = random.uniform(-1, 1, 60)
+    alignment[40:] = np.nan
+    signals = random_pool(alignment=alignment)
+    known, ids = np.arange(60) < 40, signals.sample_id.tolist()
+    first = MiniRecSelector().select(signals, 5).rows(ids)["representativeness"].to_numpy()
+    got = MiniRecSelector(gradient="trajectory").select(signals, 5).rows(ids)["representativeness"].to_numpy()
+    np.testing.assert_allclose(got[known], min_max((1 + alignment[known]) / 2))
+    np.testing.assert_array_equal(got[~known], first[~known])
+    assert not np.allclose(got[known], first[known])
+
+
+def test_trajectory_before_training_has_moved_is_the_first_order_signal():
+    signals = random_pool()
+    expected = MiniRecSelector().select(signals, 20)
+    assert MiniRecSelector(gradient="trajectory").select(signals, 20).table.equals(expected.table)
+    nowhere = random_pool(alignment=np.full(60, np.nan))
+    assert MiniRecSelector(gradient="trajectory").select(nowhere, 20).table.equals(expected.table)
+
+
+def test_other_gradients_do_not_look_at_the_alignment():
+    aligned = random_pool(alignment=np.linspace(-1, 1, 60))
+    for selector in (MiniRecSelector(), MiniRecSelector("official")):
+        assert selector.select(aligned, 9).table.equals(selector.select(random_pool(), 9).table)
+
+
 def test_single_sample():
     one = random_pool().take(torch.tensor([3]))
     ledger = MiniRecSelector("official").select(one, 1)
@@ -281,6 +308,12 @@ def test_redundant_samples_equal_a_loop(mode):
         ({"difficulty": "max"}, "difficulty must be one of"),
         ({"on_short": "fail"}, "on_short must be one of"),
         ({"gradient": "second"}, "gradient must be one of"),
+        ({"gradient_space": "head"}, "gradient_space must be one of answer, lora"),
+        ({"gradient_space": "lora", "gradient": "hvp"}, "gradient_space='lora' has no Hessian-vector products"),
+        (
+            {"gradient_space": "lora", "mode": "official"},
+            "which mode='official' takes by default: set gradient to first",
+        ),
         ({"calibrate": "mean"}, "calibrate must be one of"),
         ({"calibrate": "quantile", "sigma": 0.1}, "leave sigma out"),
         ({"alpha": -1.0}, "alpha"),

@@ -35,6 +35,9 @@ def test_non_finite_value_names_field_and_sample(field, bad):
         ({"solve_probability": torch.zeros(2, 1)}, r"solve_probability must have the shape \[2\]"),
         ({"solve_probability": torch.tensor([0.5, 1.5])}, r"solve_probability must lie in \[0, 1\].*sample_id 2"),
         ({"solve_probability": torch.tensor([math.nan, 0.5])}, r"solve_probability is NaN.*sample_id 1"),
+        ({"alignment": torch.zeros(2, 1)}, r"alignment must have the shape \[2\]"),
+        ({"alignment": torch.tensor([-1.5, 0.5])}, r"alignment must lie in \[-1, 1\].*sample_id 1"),
+        ({"alignment": torch.tensor([0.5, math.nan])}, r"alignment is NaN.*sample_id 2"),
         ({"embedding": torch.zeros(2, 0)}, r"embedding has no columns"),
     ],
 )
@@ -54,6 +57,9 @@ def test_probability_beyond_one_by_rounding_is_clamped():
     signals = SampleSignals([1, 2], solve_probability=torch.tensor([1.0000001, -1e-9]))
     assert signals.solve_probability is not None
     assert signals.solve_probability.tolist() == [1.0, 0.0]
+    alignment = SampleSignals([1, 2], alignment=torch.tensor([-1.0000001, 1.000001])).alignment
+    assert alignment is not None
+    assert alignment.tolist() == [-1.0, 1.0]
 
 
 def test_many_bad_ids_are_counted_not_listed():
@@ -118,6 +124,14 @@ def test_nan_embedding_is_bad_only_where_it_is_said_to_be_known():
 def test_repeated_id_is_refused():
     with pytest.raises(InputError, match="sample_id 4 occurs more than once"):
         pool(sample_id=[4, 8, 4])
+
+
+def test_alignment_is_nan_where_not_measured():
+    alignment = pool(alignment=np.array([-0.5, np.nan, 1.0])).alignment
+    assert alignment is not None
+    assert alignment.nan_to_num(9).tolist() == [-0.5, 9, 1.0]
+    with pytest.raises(InputError, match=r"alignment must lie in \[-1, 1\].*sample_id 4"):
+        pool(alignment=np.array([-1.5, np.nan, 1.0]))
 
 
 def test_infinite_reward_is_refused_though_nan_means_unknown():

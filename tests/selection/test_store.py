@@ -100,6 +100,19 @@ def test_each_signal_has_its_own_age():
     assert ages == {"reward_epoch": 4, "reward_step": 9, "embedding_epoch": 1, "gradient_step": -1}
 
 
+def test_alignment_is_replaced_and_has_an_age_of_its_own():
+    store = scored([10, 20], epoch=1, step=5, gradient=torch.ones(2, 2))
+    assert store.read([10]).alignment is None
+    scored([10, 30], store=store, epoch=2, step=8, alignment=torch.tensor([0.5, -0.25]))
+    scored([30], store=store, epoch=3, step=9, alignment=torch.tensor([0.125]))
+    view = store.read([10, 20, 30])
+    assert view.alignment is not None
+    assert view.alignment.nan_to_num(9).tolist() == [0.5, 9, 0.125]
+    assert store.clock("alignment_epoch").tolist() == [2, -1, 3, -1]
+    assert store.clock("alignment_step").tolist() == [8, -1, 9, -1]
+    assert store.clock("gradient_epoch").tolist() == [1, 1, -1, -1]
+
+
 def test_of_a_sample_that_appears_twice_the_later_row_counts():
     view = scored([10, 20, 10], rewards=torch.tensor([[0.0], [0.5], [1.0]])).read([10, 20])
     assert view.reward_mean.tolist() == [1.0, 0.5]
@@ -185,6 +198,7 @@ def full():
         gradient=torch.ones(2, 3),
         embedding=torch.ones(2, 2),
         solve_probability=torch.tensor([0.1, 0.9]),
+        alignment=torch.tensor([0.5, -1.0]),
     )
 
 
