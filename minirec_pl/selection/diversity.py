@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 
 from minirec_pl.errors import InputError
+from minirec_pl.selection.lazy_greedy import LazyGreedy, distance_of, slack_of
 from minirec_pl.selection.signals import Array, as_ids
-
-_CANDIDATES = 1024  # rows followed pick by pick
-_PICKS = 128  # picks after which the other rows catch up, in one matrix product
-_ROWS = 16_384  # rows of that product at a time
-_TIE = {torch.float64: 1e-12, torch.float32: 1e-6}  # values this close, relative to the largest score, are tied
+from minirec_pl.selection.unit_rows import PICKS, Floats, Ints, UnitRows, as_matrix, full_precision
 
 
 class Selection(NamedTuple):
@@ -29,125 +29,143 @@ class Selection(NamedTuple):
     novelty: Tensor
 
 
-def _unit_rows(embeddings: Array) -> Tensor:
-    rows = torch.as_tensor(embeddings).detach()
-    if rows.ndim != 2:
-        raise InputError(f"embeddings must have the shape [N, D], not {list(rows.shape)}.")
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    finite = torch.isfinite(rows).all(dim=1)
-    if not finite.all():
-        raise InputError(f"the embedding in row {int((~finite).nonzero()[0])} is NaN or infinite.")
-    if not rows.numel():
-        return rows
-    largest = rows.abs().amax(dim=1, keepdim=True)
-    rows = rows / largest.where(largest > 0, torch.ones_like(largest))  # so that no square over- or underflows
-    unit: Tensor = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(0.5)
-    return unit
+class NearestPick(NamedTuple):
+    """The nearest pick of each row.
 
+    Attributes:
+        position: [N] int64, its place in the picks, 0..k-1.
+        distance: [N] float64 in [0, 2], the distance 1 - cos to it.
+    """
 
-def _first_near_max(values: Tensor, tie: float) -> int:
-    return int((values >= values.max() - tie).byte().argmax())
+    position: Tensor
+    distance: Tensor
 
 
 def maxmin_select(
-    embeddings: Array, scores: Array, k: int, *, initial: Array | Sequence[int] | None = None
+    embeddings: Array,
+    scores: Array,
+    k: int,
+    *,
+    initial: Array | Sequence[int] | None = None,
+    pool: int | None = None,
+    progress: bool = False,
 ) -> Selection:
-    """Exact greedy selection of rows that score high and are unlike each other.
+    """Greedy selection of rows that score high and are unlike each other.
 
     Each step takes the row of the largest V(x | S) = d(x | S) score(x) with d(x | S) = min over s in S of
-    (1 - cos(e_x, e_s)) (MiniRec, arXiv 2602.04278); the first is argmax(score). Ties go to the smaller row. The first k
-    picks of a larger selection are the selection of size k. A zero embedding has the cosine 0, so the distance 1, to
-    every row.
+    (1 - cos(e_x, e_s)) (MiniRec, arXiv 2602.04278); the first is argmax(score). The first k picks of a larger selection
+    are the selection of size k. A zero embedding has the cosine 0, so the distance 1, to every row.
 
-    Distances only shrink while S grows, so an old value bounds the present one: between matrix products only the rows
-    with the largest bounds are followed, until one of the others could win.
+    Ties go to the smaller row. Distances that differ by less than rounding does, 1e-6 in float32 and 1e-12 in float64,
+    are tied; so a pick is worth the highest value of its step less at most 1e-6 (1e-12) of its score.
+
+    The embeddings are read in blocks and never copied whole, so they may be a `numpy.memmap` larger than memory; beside
+    them some numbers a row are held. Distances only shrink while S grows, so an old value bounds the present one,
+    and most rows are compared with few of the picks (`LazyGreedy`).
+
+    With `pool` the selection is approximate: only the rows of the `pool` highest scores (ties to the smaller row) may
+    be picked, and no other row is read. The values of the picks then sum to less; `benchmarks/results/selection.md`
+    has the loss, under 1 % with the tenth of the highest scores where the scores differ widely, 4 % where they are all
+    the same. If the last pick is worth at least twice the highest score left out, nothing is lost.
 
     Args:
-        embeddings: [N, D] float; computed in float64 if given in it, else in float32.
-        scores: [N] float, not negative.
+        embeddings: [N, D] of any real dtype, on any device; computed in float64 if given in it, else in float32.
+        scores: [N], not negative.
         k: Number of picks.
         initial: Rows that are in S already; they are not picked.
+        pool: Number of rows that may be picked, at least k; None means all.
+        progress: Whether to show a progress bar on stderr.
 
     Returns:
         Row positions in the order of picking, and the novelty of each when it was picked.
 
     Raises:
-        InputError: If a value is NaN, infinite or (scores) negative, a shape does not fit, or fewer than k rows
-            are left.
+        InputError: If a value is NaN, infinite or (scores) negative, a shape or dtype does not fit, fewer than k rows
+            are left, or the pool is smaller than k.
 
     Example:
         >>> maxmin_select(torch.eye(3)[[0, 0, 1]], torch.tensor([1.0, 0.9, 0.1]), 2).indices.tolist()
         [0, 2]
     """
-    unit = _unit_rows(embeddings)
-    n = len(unit)
-    score = torch.as_tensor(scores).detach().to(unit.device, torch.float64)
+    matrix = as_matrix(embeddings)
+    n = len(matrix)
+    score = _checked_scores(scores, n)
+    chosen = as_ids([] if initial is None else initial).numpy()
+    if len(np.unique(chosen)) < len(chosen) or ((chosen < 0) | (chosen >= n)).any():
+        raise InputError(f"initial must hold distinct rows in 0..{n - 1}.")
+    if not 1 <= k <= n - len(chosen):
+        raise InputError(f"k must lie in 1..{n - len(chosen)}, the number of rows to pick from, not {k}.")
+    used = None if pool is None else _highest(score, chosen, pool, k)
+    if used is not None:
+        score, chosen = score[used], np.searchsorted(used, chosen)
+
+    with full_precision(matrix.device), Progress(console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task("Selecting", total=k)
+        greedy = LazyGreedy(UnitRows(matrix, used), score, chosen)
+        while len(greedy.picks) < k:
+            greedy.round(k)
+            bar.update(task, completed=len(greedy.picks))
+    picks = np.array(greedy.picks, dtype=np.int64)
+    return Selection(
+        torch.from_numpy(picks if used is None else used[picks]), torch.tensor(greedy.novelty, dtype=torch.float64)
+    )
+
+
+def nearest_pick(embeddings: Array, picks: Array | Sequence[int]) -> NearestPick:
+    """For every row the nearest of the picked rows: what makes it redundant.
+
+    The distance is 1 - cos, so that of `maxmin_select` and of the same precision; ties go to the earlier pick. The
+    embeddings are read in blocks and never copied whole.
+
+    Args:
+        embeddings: [N, D] of any real dtype, on any device.
+        picks: [k] int64 rows, at least one.
+
+    Returns:
+        Place among the picks and distance, for each of the N rows, the picks themselves included.
+
+    Raises:
+        InputError: If a value is NaN or infinite, a shape or dtype does not fit, or `picks` is empty or out of range.
+
+    Example:
+        >>> nearest_pick(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0]]), [0, 1]).position.tolist()
+        [0, 1, 1]
+    """
+    matrix = as_matrix(embeddings)
+    n = len(matrix)
+    rows = as_ids(picks).numpy()
+    if not len(rows) or ((rows < 0) | (rows >= n)).any():
+        raise InputError(f"picks must hold at least one row, each in 0..{n - 1}.")
+    position, distance = np.zeros(n, dtype=np.int64), np.full(n, np.inf)
+    with full_precision(matrix.device):
+        unit = UnitRows(matrix)
+        slack = slack_of(unit)
+        for block in unit.blocks():
+            here = unit.take(block)
+            for start in range(0, len(rows), PICKS):
+                cosine = here @ unit.take(rows[start : start + PICKS]).T
+                near = cosine.amax(dim=1, keepdim=True)
+                first = (cosine >= near - slack).byte().argmax(dim=1).cpu().numpy()
+                gap = distance_of(near[:, 0], slack)
+                closer = gap < distance[block] - slack
+                distance[block[closer]], position[block[closer]] = gap[closer], start + first[closer]
+    return NearestPick(torch.from_numpy(position), torch.from_numpy(distance))
+
+
+def _checked_scores(scores: Array, n: int) -> Floats:
+    score: Floats = torch.as_tensor(scores).detach().to("cpu", torch.float64).numpy()
     if score.shape != (n,):
         raise InputError(f"scores must have the shape [{n}], one per embedding, not {list(score.shape)}.")
-    if not torch.isfinite(score).all() or (score < 0).any():
-        bad = ~(torch.isfinite(score) & (score >= 0))
-        raise InputError(f"the score in row {int(bad.nonzero()[0])} is NaN, infinite or negative.")
-    pending = [] if initial is None else as_ids(initial).tolist()
-    if len(set(pending)) < len(pending) or not all(0 <= row < n for row in pending):
-        raise InputError(f"initial must hold distinct rows in 0..{n - 1}.")
-    if not 1 <= k <= n - len(pending):
-        raise InputError(f"k must lie in 1..{n - len(pending)}, the number of rows to pick from, not {k}.")
-
-    picks: list[int] = []
-    novelty: list[float] = []
-    largest = float(score.max())
-    tie = _TIE[unit.dtype] * largest
-    closed = torch.zeros(n, dtype=torch.bool, device=unit.device)
-    closed[pending] = True
-    distance = torch.full((n,), torch.inf, dtype=torch.float64, device=unit.device)
-    if not pending:
-        first = _first_near_max(score, _TIE[torch.float64] * largest)
-        picks, novelty, pending = [first], [1.0], [first]
-        closed[first] = True
-
-    while len(picks) < k:
-        _approach(distance, unit, pending)
-        value = (distance * score).masked_fill(closed, -torch.inf)
-        bounds, rows = value.topk(min(_CANDIDATES + 1, n))
-        rival = float(bounds[_CANDIDATES]) if n > _CANDIDATES else -torch.inf
-        rows = rows[:_CANDIDATES].sort().values
-        near = unit[rows]
-        near_distance, near_score, near_closed = distance[rows], score[rows], closed[rows]
-        pending = []
-        while len(picks) < k and len(pending) < _PICKS:
-            near_value = (near_distance * near_score).masked_fill_(near_closed, -torch.inf)
-            if rival < float(near_value.max()) - tie:
-                place = _first_near_max(near_value, tie)
-                pick, gap = int(rows[place]), float(near_distance[place])
-                near_closed[place] = True
-            elif not pending:  # all values are exact here: look at every row, because a rival may tie
-                pick = _first_near_max(value, tie)
-                gap = float(distance[pick])
-                near_closed[rows == pick] = True
-            else:
-                break
-            closed[pick] = True
-            picks.append(pick)
-            novelty.append(gap)
-            pending.append(pick)
-            torch.minimum(near_distance, (1 - (near @ unit[pick]).double()).clamp_min_(0), out=near_distance)
-    return Selection(torch.tensor(picks, dtype=torch.int64), torch.tensor(novelty, dtype=torch.float64))
+    bad = ~(np.isfinite(score) & (score >= 0))
+    if bad.any():
+        raise InputError(f"the score in row {int(bad.argmax())} is NaN, infinite or negative.")
+    return score
 
 
-def _approach(distance: Tensor, unit: Tensor, picks: list[int]) -> None:
-    chosen = unit[picks].T.contiguous()
-    for start in range(0, len(unit), _ROWS):
-        rows = slice(start, start + _ROWS)
-        nearest = (unit[rows] @ chosen).amax(dim=1)
-        torch.minimum(distance[rows], (1 - nearest.double()).clamp_min_(0), out=distance[rows])
-
-
-def nearest_pick(embeddings: Array, picks: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest of the picked rows for every row: position in `picks` [N] and distance [N]."""
-    unit = _unit_rows(embeddings)
-    best = torch.full((len(unit),), torch.inf, dtype=torch.float64)
-    at = torch.zeros(len(unit), dtype=torch.int64)
-    for s in range(0, len(unit), _ROWS):
-        d = (1 - (unit[s : s + _ROWS] @ unit[picks].T).double()).clamp_min(0)
-        best[s : s + _ROWS], at[s : s + _ROWS] = d.min(dim=1)
-    return at, best
+def _highest(score: Floats, chosen: Ints, pool: int, k: int) -> Ints:
+    """The rows of the `pool` highest scores that are not in `chosen`, and those in it, ascending."""
+    if pool < k:
+        raise InputError(f"pool must be at least k = {k}, not {pool}.")
+    ranked = np.argsort(-score, kind="stable")
+    ranked = ranked[~np.isin(ranked, chosen)]
+    return np.sort(np.concatenate([ranked[:pool], chosen]))

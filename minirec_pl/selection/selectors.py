@@ -15,9 +15,11 @@ from minirec_pl.selection import ledger as reasons
 from minirec_pl.selection.diversity import Selection, maxmin_select, nearest_pick
 from minirec_pl.selection.learnability import group_difficulty, learnability, min_max, quantile_calibration
 from minirec_pl.selection.ledger import SelectionLedger
-from minirec_pl.selection.picks import blank_table, check_budget
+from minirec_pl.selection.picks import ascending, blank_table
 from minirec_pl.selection.representativeness import representativeness
 from minirec_pl.selection.signals import Signals
+
+_LARGE = 100_000  # samples from which on the selection shows its progress
 
 
 class Selector(Protocol):
@@ -152,8 +154,7 @@ class MiniRecSelector:
         Warns:
             UserWarning: If fewer than k samples are picked.
         """
-        check_budget(k, len(signals))
-        signals = signals.take(signals.sample_id.argsort())
+        signals = ascending(signals, k)
         difficulty = self._difficulty(signals)
         scored = ~difficulty.isnan()
         if not scored.any():
@@ -183,7 +184,7 @@ class MiniRecSelector:
         table.loc[(scored & ~passes & (difficulty > high)).numpy(), "reason"] = reasons.TOO_EASY
         table.loc[(~scored).numpy(), "reason"] = reasons.NEVER_SCORED
 
-        embedding = signals.embedding[rows]
+        embedding = _at(signals.embedding, rows)
         n_pass = int(passes.sum())
         if not n_pass and self.on_short == "shrink":
             raise InputError(
@@ -193,10 +194,11 @@ class MiniRecSelector:
         inside = passes[rows].nonzero()[:, 0]
         picked = torch.empty(0, dtype=torch.int64)
         if n_pass:
-            first = maxmin_select(embedding[inside], score[inside], min(k, n_pass))
+            passing, progress = _at(embedding, inside), n_pass > _LARGE
+            first = maxmin_select(passing, score[inside], min(k, n_pass), progress=progress)
             picked = inside[first.indices]
             _enter(table, rows[picked], first.novelty, score[picked], reasons.SELECTED, start=1)
-            _name_redundant(table, rows[inside], embedding[inside], score[inside], first)
+            _name_redundant(table, rows[inside], passing, score[inside], first)
         missing = k - len(picked)
         if missing and self.on_short == "fill" and len(rows) > n_pass:
             more = maxmin_select(embedding, score, min(missing, len(rows) - n_pass), initial=picked)
@@ -227,12 +229,17 @@ class MiniRecSelector:
         if signals.gradient is None:
             return learn, torch.full_like(learn, 0.5)
         fresh = None if signals.gradient_fresh is None else signals.gradient_fresh[rows]
-        represent = representativeness(signals.gradient[rows], fresh=fresh)
+        represent = representativeness(_at(signals.gradient, rows), fresh=fresh)
         if self.gradient == "trajectory" and signals.alignment is not None:
             alignment = signals.alignment[rows]
             known = ~alignment.isnan()
             represent[known] = min_max((1 + alignment[known]) / 2)
         return learn, represent
+
+
+def _at(matrix: Tensor, rows: Tensor) -> Tensor:
+    """The rows at these ascending positions; the matrix itself, perhaps a mapped file, if that is all of them."""
+    return matrix if len(rows) == len(matrix) else matrix[rows]
 
 
 def signal_options(selector: object) -> dict[str, str]:

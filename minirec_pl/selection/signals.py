@@ -15,6 +15,7 @@ from minirec_pl.errors import InputError
 
 Array: TypeAlias = Tensor | npt.NDArray[Any]
 _SLACK = 1e-5  # a float32 softmax or cosine can exceed 1 by rounding
+_ROWS = 65_536  # rows looked at in one go, so that a mapped file is not held in memory
 _LOWEST = {"solve_probability": 0, "solve_share": 0, "alignment": -1}
 
 
@@ -59,7 +60,10 @@ def _checked(value: Array, name: str, ids: Tensor, ndim: int) -> Tensor:
 
 
 def _refuse_non_finite(tensor: Tensor, name: str, ids: Tensor, known: Tensor | None = None) -> None:
-    bad = ~torch.isfinite(tensor).reshape(len(ids), -1).all(dim=1).cpu()
+    if not len(ids):
+        return
+    parts = torch.split(tensor.reshape(len(ids), -1), _ROWS)
+    bad = torch.cat([~torch.isfinite(part).all(dim=1).cpu() for part in parts])
     if known is not None:
         bad &= known
     if bad.any():

@@ -1,0 +1,182 @@
+"""The lazy greedy loop behind `maxmin_select`."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from minirec_pl.selection.unit_rows import PICKS, Floats, Ints, UnitRows
+
+_CANDIDATES = 2**20  # numbers in the block of candidates: 4 MiB of float32
+_FEWEST, _MOST = 512, 4096  # candidates
+_COLUMNS = 128  # candidates likely to be picked next, in one product
+_SLACK = {torch.float64: 1e-12, torch.float32: 1e-6}  # distances this close are equal: rounding of the products
+
+
+def slack_of(unit: UnitRows) -> float:
+    """How far rounding may move a distance between two of these rows."""
+    return _SLACK[unit.dtype]
+
+
+class LazyGreedy:
+    """Greedy selection by V(x | S) = d(x | S) score(x), comparing a row with a pick only where that can matter.
+
+    d(x | S) shrinks as S grows, so the value of a row taken some picks ago bounds its present one. Each row keeps the
+    number of picks that it has been compared with, and catches up when its bound is among the highest. A round brings
+    the highest few hundred up to date, and picks among them while the best beats the bound of every other row.
+
+    Rows whose value is the highest up to `slack_of` times their score are tied, and the smallest of them is picked.
+
+    Attributes:
+        picks: Positions in the order of picking.
+        novelty: Distance of each pick to the nearest earlier one when it was picked; 1 for a first pick.
+    """
+
+    def __init__(self, unit: UnitRows, score: Floats, chosen: Ints) -> None:
+        """Starts with a set S.
+
+        Args:
+            unit: N rows.
+            score: [N], finite, not negative.
+            chosen: [m] positions in S already; if there are none the row of the highest score becomes the first pick.
+        """
+        self.picks: list[int] = []
+        self.novelty: list[float] = []
+        self._unit = unit
+        self._score = score
+        self._slack = slack_of(unit)
+        self._margin = self._slack * score
+        self._set = chosen
+        self._seen = np.zeros(len(score), dtype=np.int32)
+        self._distance = np.full(len(score), 2.0)
+        self._bound = 2.0 * score
+        self._width = min(max(_CANDIDATES // max(unit.columns, 1), _FEWEST), _MOST)
+        if not len(self._set):
+            first = int((score >= score.max() * (1 - 1e-12)).argmax())
+            self.picks, self.novelty = [first], [1.0]
+            self._set = np.array([first])
+        self._bound[self._set] = -np.inf
+
+    def round(self, k: int) -> None:
+        """Picks at least one more row, and as many as can be told without looking at other rows, up to k in all.
+
+        Args:
+            k: More than `picks` has now and not more than there are rows.
+        """
+        if self._bound.max() == 0.0:  # nothing is worth anything, now or later
+            self._pick_tied(0.0, k)
+            return
+        rows = self._candidates()
+        best = float(self._bound[rows].max())
+        others = self._bound + self._margin
+        others[rows] = -np.inf
+        rival = float(others.max())
+        if rival < best:
+            self._pick_among(rows, k, rival=rival)
+        else:
+            self._pick_tied(best, k)
+
+    def _candidates(self) -> Ints:
+        """Rows with exact values that are above the bound of every row that is not exact, ascending."""
+        n, width, done = len(self._score), self._width, len(self._set)
+        size = width
+        bounds = torch.from_numpy(self._bound)
+        while True:
+            top, places = bounds.topk(min(size + 1, n))
+            rest = float(top[size]) if size < n else -np.inf
+            rows = places[:size].numpy()
+            rows = rows[self._bound[rows] > -np.inf]
+            stale = self._seen[rows] < done
+            exact = self._bound[rows[~stale]]  # descending
+            self._catch_up(rows[stale], floor=exact[width - 1] if len(exact) >= width else -np.inf)
+            rows = rows[self._seen[rows] == done]
+            value = self._bound[rows]
+            above = rows[value > rest]
+            if 4 * len(above) >= width or size >= n:
+                break
+            if len(rows) and value.max() >= rest >= value.max() * (1 - self._slack):
+                above = rows
+                break
+            size *= 2
+        if len(above) > width:
+            value = self._bound[above]
+            above = above[np.argpartition(value, len(above) - width)[len(above) - width :]]
+        return np.sort(above)
+
+    def _pick_tied(self, best: float, k: int) -> None:
+        """Picks the smallest of the many rows whose value is `best`, the highest there is, up to the slack."""
+        rows = np.flatnonzero(self._bound + self._margin >= best)
+        found: list[Ints] = []
+        for start in range(0, len(rows), self._width):
+            part = rows[start : start + self._width]
+            self._catch_up(part)
+            found.append(part[self._bound[part] + self._margin[part] >= best])
+            if sum(map(len, found)) >= self._width:
+                break
+        self._pick_among(np.concatenate(found), k, level=best)
+
+    def _catch_up(self, rows: Ints, floor: float = -np.inf) -> None:
+        """Compares rows with the picks they have not seen; those that fall below `floor` on the way are left there."""
+        done = len(self._set)
+        rows = np.sort(rows)
+        rows = rows[np.argsort(self._seen[rows], kind="stable")]
+        step = self._unit.block_rows()
+        for block in (rows[at : at + step] for at in range(0, len(rows), step)):
+            start = int(self._seen[block[0]])
+            unit = self._unit.take(block) if start < done else None
+            while unit is not None and len(block) and start < done:
+                stop = min(start + PICKS, done)
+                behind = block[: int(np.searchsorted(self._seen[block], stop))]
+                near = (unit[: len(behind)] @ self._unit.take(self._set[start:stop]).T).amax(dim=1)
+                self._distance[behind] = np.minimum(self._distance[behind], distance_of(near, self._slack))
+                self._bound[behind] = self._distance[behind] * self._score[behind]
+                self._seen[behind] = stop
+                alive = np.flatnonzero(self._bound[block] > floor)
+                if 2 * len(alive) < len(block):
+                    block, unit = block[alive], unit.index_select(0, torch.from_numpy(alive).to(unit.device))
+                start = stop
+
+    def _pick_among(self, rows: Ints, k: int, *, rival: float = -np.inf, level: float | None = None) -> None:
+        """Picks among exact rows, ascending, while no other row can win.
+
+        Args:
+            rows: The candidates.
+            k: Picks in all.
+            rival: Highest bound of the other rows, slack included; picking goes on while the best is above it.
+            level: If given, picking goes on while a candidate has this value up to the slack, which is the highest of
+                all; other rows that have it come later than the candidates.
+        """
+        unit = self._unit.take(rows)
+        distance, score, margin = self._distance[rows], self._score[rows], self._margin[rows]
+        value, closed = distance * score, np.zeros(len(rows))
+        column: dict[int, Floats] = {}
+        chosen: list[int] = []
+        while len(self.picks) < k:
+            best = value.max() if level is None else level
+            tied = value + margin >= best
+            place = int(tied.argmax())
+            if best <= rival or not tied[place]:
+                break
+            if place not in column:
+                likely = np.flatnonzero(value > -np.inf)
+                if len(likely) > _COLUMNS:
+                    likely = likely[np.argpartition(value[likely], -_COLUMNS)[-_COLUMNS:]]
+                likely = np.array(sorted({place, *likely.tolist()} - column.keys()))
+                near = unit.index_select(0, torch.from_numpy(likely).to(unit.device)) @ unit.T
+                column.update(zip(likely.tolist(), distance_of(near, self._slack), strict=True))
+            self.picks.append(int(rows[place]))
+            self.novelty.append(float(distance[place]))
+            chosen.append(place)
+            closed[place] = -np.inf
+            np.minimum(distance, column[place], out=distance)
+            np.multiply(distance, score, out=value)
+            value += closed
+        self._set = np.concatenate([self._set, rows[chosen]])
+        self._distance[rows], self._bound[rows], self._seen[rows] = distance, value, len(self._set)
+
+
+def distance_of(cosine: torch.Tensor, slack: float) -> Floats:
+    """1 - cosine in float64 on the CPU, 0 where rounding cannot tell it from 0."""
+    distance: Floats = 1.0 - cosine.cpu().numpy().astype(np.float64)
+    distance[distance < slack] = 0.0
+    return distance
