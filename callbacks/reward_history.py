@@ -36,8 +36,9 @@ class RewardHistory(SessionCallback):
         """Stores the rewards of the batch."""
         signals = outputs.get("signals") if isinstance(outputs, Mapping) else None
         if isinstance(signals, SampleSignals):
-            store = session_of(trainer).store
-            store.update(signals, epoch=trainer.current_epoch, step=trainer.global_step, source="train")
+            session = session_of(trainer)
+            signals = session.with_ids(signals, session.batch_ids(batch_idx))
+            session.store.update(signals, epoch=trainer.current_epoch, step=trainer.global_step, source="train")
             if signals.rewards is not None:
                 groups = signals.rewards
                 self._rewards += groups.mean(dim=1).tolist()

@@ -8,6 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from minirec_pl.head_probe import HeadProbe
+
+__all__ = ["GradientKind", "HeadProbe", "head_signal"]
+
 GradientKind = Literal["first", "hvp"]
 
 
