@@ -9,6 +9,7 @@ from minirec_pl.callbacks.easy_to_hard_curriculum import EasyToHardCurriculum
 from minirec_pl.callbacks.rescore_samples import RescoreSamples
 from minirec_pl.callbacks.reward_history import RewardHistory
 from minirec_pl.callbacks.select_samples import SelectSamples
+from minirec_pl.probes import HeadProbe
 from minirec_pl.selection.selectors import Selector
 from minirec_pl.selection.session_callback import SessionCallback
 
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 class MiniRec(SessionCallback):
     """Trains on a small part of the pool, chosen anew as the policy learns, from easy to hard (arXiv 2602.04278).
 
-    The same as the callbacks `RewardHistory()`, `RescoreSamples(rescore_fraction)`, `SelectSamples(budget, selector)`
-    and `curriculum` together. Nothing is scored for a selector that needs no signals, unless the curriculum does.
+    The same as the callbacks `RewardHistory()`, `RescoreSamples(rescore_fraction, probe)`,
+    `SelectSamples(budget, selector)` and `curriculum` together. Nothing is scored for
+    a selector that needs no signals, unless the curriculum does.
 
     Args:
         budget: a fraction of the pool in (0, 1] as a float, or a number of samples as an int.
@@ -30,6 +32,7 @@ class MiniRec(SessionCallback):
         selector: how to pick; None takes `MiniRecSelector()`.
         curriculum: how to order what was picked; None takes `EasyToHardCurriculum()`, "shuffled" shuffles every epoch.
             The others are `HardToEasyCurriculum`, `MovingTargetCurriculum` and `GaussianCurriculum`.
+        probe: how a module without `sample_signals(batch)` is scored, for instance `HeadProbe("classifier")`.
 
     Raises:
         InputError: as the single callbacks do.
@@ -47,12 +50,13 @@ class MiniRec(SessionCallback):
         rescore_fraction: float = 0.1,
         selector: Selector | None = None,
         curriculum: Curriculum | Literal["shuffled"] | None = None,
+        probe: HeadProbe | None = None,
     ) -> None:
         super().__init__()
         select = SelectSamples(budget, selector, warmup_epochs=warmup_epochs, every_n_epochs=every_n_epochs)
         self.selector = select.selector
         self._history = RewardHistory()
-        rescore = RescoreSamples(rescore_fraction)
+        rescore = RescoreSamples(rescore_fraction, probe)
         self.parts: list[SessionCallback] = [self._history, select]
         if select.selector.needs or curriculum != "shuffled":
             self.parts.append(rescore)

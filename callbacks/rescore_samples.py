@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from minirec_pl.errors import InputError
+from minirec_pl.probes import HeadProbe
 from minirec_pl.selection.session import SelectionSession, session_of
 from minirec_pl.selection.session_callback import SessionCallback
 
@@ -13,27 +14,31 @@ if TYPE_CHECKING:
 
 
 class RescoreSamples(SessionCallback):
-    """Asks the module for rewards, gradient signals and embeddings (`sample_signals(batch)`), in one pass.
+    """Takes rewards, gradient signals and embeddings of samples from the module, in one pass.
 
     Before the first epoch every sample of the pool is scored; after each later epoch the stalest `rescore_fraction`.
 
     Args:
         rescore_fraction: part of the pool that is scored again after an epoch, from 0 (never) to 1 (all of it).
+        probe: how; None asks the module's `sample_signals(batch)`, any other module takes a `HeadProbe`.
 
     Raises:
         InputError: if the fraction is outside [0, 1].
     """
 
-    def __init__(self, rescore_fraction: float = 0.1) -> None:
+    def __init__(self, rescore_fraction: float = 0.1, probe: HeadProbe | None = None) -> None:
         super().__init__()
         if not 0.0 <= rescore_fraction <= 1.0:
             raise InputError(f"rescore_fraction is {rescore_fraction}: it is a part of the pool, from 0 to 1")
         self.rescore_fraction = rescore_fraction
+        self.probe = probe
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Registers for the phase `rescore`."""
         if stage == "fit":
-            session_of(trainer).register("rescore", self._rescore, trainer)
+            session = session_of(trainer)
+            session.register("rescore", self._rescore, trainer)
+            session.probe = self.probe
 
     def _rescore(self, session: SelectionSession, trainer: Trainer, module: LightningModule, epoch: int) -> None:
         store = session.store

@@ -32,6 +32,7 @@ class RewardHistory(SessionCallback):
         signals = outputs.get("signals") if isinstance(outputs, Mapping) else None
         if isinstance(signals, SampleSignals):
             session = session_of(trainer)
+            signals = session.with_ids(signals, session.batch_ids(batch_idx))
             session.store.update(signals, epoch=trainer.current_epoch, step=trainer.global_step, source="train")
             if signals.rewards is not None:
                 groups = signals.rewards

@@ -12,9 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minirec_pl.errors import InputError
 from minirec_pl.gradients import GradientKind, GradientSpace, HeadStep, head_alignment, head_signal
+from minirec_pl.head_probe import HeadProbe
 from minirec_pl.per_sample import PROJECTED_SIZE, gradient_alignment, per_sample_gradients, project_gradients
 from minirec_pl.policy import GenerativePolicy
 from minirec_pl.policy.rollout import CompletionStates, evaluation_mode
+
+__all__ = ["HeadProbe", "TargetSignals", "Trajectory", "target_signals", "target_steps"]
 
 _TOKENS = 1024  # tokens through a backward pass at a time
 _VALUES = 2**26  # values of per-sample gradients at a time

@@ -7,7 +7,8 @@ from tiny_config import TINY
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
-sys.path.insert(0, str(Path(__file__).parent / "data"))
+for folder in ("data", "callbacks"):
+    sys.path.insert(0, str(Path(__file__).parent / folder))
 
 
 @pytest.fixture(scope="session", autouse=True)

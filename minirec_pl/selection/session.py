@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from minirec_pl.cost import Cost
-from minirec_pl.data.install import check_train_sampler, discard_train_loader, reload_every_epoch, request_train_loader
+from minirec_pl.data.foreign import ForeignLoader
+from minirec_pl.data.install import TrainLoader
 from minirec_pl.errors import InputError
 from minirec_pl.policy.rollout import evaluation_mode
+from minirec_pl.random_state import isolated_random_state
 from minirec_pl.selection.curriculum import shuffled_curriculum
 from minirec_pl.selection.fingerprints import fingerprints_of
 from minirec_pl.selection.ledger import SelectionLedger
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from minirec_pl.data.sampler import CurriculumSampler
 
 Step: TypeAlias = "Callable[[SelectionSession, Trainer, LightningModule, int], None]"
+Probe: TypeAlias = "Callable[..., SampleSignals]"
 Phase = Literal["record", "rescore", "select", "order"]
 PHASES: tuple[Phase, ...] = ("record", "rescore", "select", "order")
 CHECKPOINT_KEY = "minirec_pl.SelectionSession"
@@ -64,6 +67,7 @@ class SelectionSession:
         plan_easiness: mean reward (or solve probability) that each sample of the plan was ordered by; empty without an
             order.
         asked: options of `sample_signals` that the selector asks for, see `signal_options`.
+        probe: how a module is scored; None asks its `sample_signals`.
         scored: True once the whole pool has been scored.
         trained: what was met in training since the last plan, see `nothing_trained`.
         trained_reward: mean reward met in training between the last two plans; None where none was.
@@ -72,7 +76,6 @@ class SelectionSession:
 
     store: SignalStore
     sampler: CurriculumSampler
-    loader: DataLoader[Any]
 
     def __init__(self) -> None:
         self.ledger: SelectionLedger | None = None
@@ -83,6 +86,7 @@ class SelectionSession:
         self.fold_starts: list[int] = []
         self.plan_easiness: list[float] = []
         self.asked: dict[str, str] = {}
+        self.probe: Probe | None = None
         self.scored = False
         self.trained = nothing_trained()
         self.trained_reward: float | None = None
@@ -112,7 +116,6 @@ class SelectionSession:
             )
         self._steps[phase] = step
         self._prepared = False
-        reload_every_epoch(trainer)
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
         """Called in `on_fit_start`: finds loader and sampler, takes up a checkpoint, plans the first epoch."""
@@ -120,7 +123,8 @@ class SelectionSession:
             return
         self._prepared = True
         self.cost = getattr(module, "cost", self.cost)
-        self.loader, self.sampler = request_train_loader(trainer)
+        self._train = TrainLoader(trainer)
+        self.sampler = self._train.sampler
         self.store = SignalStore(self.sampler.sample_ids)
         self.ledger = self.selected = self.plan = None
         self.plan_epoch, self.scored, self.fold_starts, self.plan_easiness = -1, False, [], []
@@ -134,7 +138,6 @@ class SelectionSession:
             self._run(trainer, module, epoch)
         else:
             self.sampler.set_plan(self.plan)
-        discard_train_loader(trainer)
 
     def advance(self, trainer: Trainer, module: LightningModule) -> None:
         """Called in `on_train_epoch_end`: plans the next epoch, once, if there is one."""
@@ -147,7 +150,7 @@ class SelectionSession:
     def check(self, trainer: Trainer) -> None:
         """Called in `on_train_epoch_start`: the Trainer must draw from the session's sampler."""
         self.epoch = trainer.current_epoch
-        check_train_sampler(trainer, self.sampler)
+        self._train.check(trainer)
 
     def _run(self, trainer: Trainer, module: LightningModule, epoch: int) -> None:
         self.plan = None
@@ -155,10 +158,11 @@ class SelectionSession:
         for phase in PHASES:
             if phase in self._steps:
                 self._steps[phase](self, trainer, module, epoch)
-        if self.plan is None and self.selected is not None:
+        if self.plan is None and self.selected is not None and len(self.selected) < len(self.store):
             self.plan = shuffled_curriculum(self.selected, seed=f"{self.sampler.seed}-{epoch}")
         self.plan_epoch = epoch
         self.sampler.set_plan(self.plan)
+        self._train.renew(trainer, epoch)
 
     def score(self, trainer: Trainer, module: LightningModule, sample_ids: Sequence[int], epoch: int) -> None:
         """Measures rewards, gradient signals and embeddings of samples in one pass and stores them.
@@ -166,29 +170,65 @@ class SelectionSession:
         Neither the module's mode nor any random number generator of the run is disturbed.
 
         Raises:
-            InputError: if the module has no `sample_signals(batch)`.
+            InputError: if there is no probe and the module has no `sample_signals(batch)`.
         """
-        if not callable(getattr(module, "sample_signals", None)):
+        if self.probe is None and not callable(getattr(module, "sample_signals", None)):
             raise InputError(
                 f"{type(module).__name__} cannot be scored: define `sample_signals(batch) -> SampleSignals` "
-                "on it, or train "
-                "on a fixed choice with SelectSamples(ledger=...)"
+                "on it, give MiniRec or RescoreSamples probe=HeadProbe(...), or train on a fixed choice with "
+                "SelectSamples(ledger=...)"
             )
         data = getattr(trainer, "datamodule", None)
         if not self.scored:
             self.store.fingerprints = fingerprints_of(module, data, self.store.sample_ids)
-        loader: DataLoader[Any] = torch.utils.data.DataLoader(
-            self.loader.dataset,
-            batch_size=getattr(data, "eval_batch_size", None) or self.loader.batch_size or 1,
-            sampler=sorted(sample_ids),
-            collate_fn=self.loader.collate_fn,
-        )
-        with self.cost.timed("scoring"), isolate_rng(), evaluation_mode(module):
-            for batch in _progress(loader, f"Scoring {len(sample_ids):,} samples", trainer):
+        loader, ids = self._scoring_loader(data, sorted(sample_ids))
+        with self.cost.timed("scoring"), isolated_random_state(), evaluation_mode(module):
+            for batch, batch_ids in zip(_progress(loader, len(sample_ids), trainer), ids, strict=True):
                 batch = trainer.strategy.batch_to_device(batch)
                 with trainer.precision_plugin.forward_context():
-                    signals: SampleSignals = module.sample_signals(batch, **self.asked)  # type: ignore[operator]
+                    if self.probe is not None:
+                        signals = self.probe(module, batch, batch_ids, **self.asked)
+                    else:
+                        signals = self.with_ids(module.sample_signals(batch, **self.asked), batch_ids)  # type: ignore[operator]
                 self.store.update(signals, epoch=epoch, step=self.step(trainer), source="score")
+
+    def _scoring_loader(self, data: Any, ids: list[int]) -> tuple[DataLoader[Any], list[torch.Tensor]]:
+        """Batches of these samples, and the ids in each."""
+        loader = self._train.loader
+        size = getattr(data, "eval_batch_size", None) or loader.batch_size or 1
+        options: dict[str, Any] = {}
+        rows = ids
+        if isinstance(loader, ForeignLoader):
+            rows = loader.foreign_sampler.rows(ids)
+            options = {"num_workers": loader.num_workers, "worker_init_fn": loader.worker_init_fn}
+            options |= {"multiprocessing_context": loader.multiprocessing_context, "timeout": loader.timeout}
+        made = torch.utils.data.DataLoader(
+            loader.dataset, batch_size=size, sampler=rows, collate_fn=loader.collate_fn, **options
+        )
+        return made, [torch.tensor(ids[start : start + size]) for start in range(0, len(ids), size)]
+
+    def batch_ids(self, batch_idx: int) -> torch.Tensor | None:
+        """The sample_ids of a training batch of a foreign loader, by the order they were drawn in; else None."""
+        loader = self._train.loader
+        if not isinstance(loader, ForeignLoader):
+            return None
+        size = loader.batch_size or 1
+        return torch.tensor(loader.foreign_sampler.drawn[batch_idx * size : (batch_idx + 1) * size])
+
+    def with_ids(self, signals: SampleSignals, ids: torch.Tensor | None) -> SampleSignals:
+        """Signals under the ids of the samples they are of, where the loader is foreign and its batches tell none.
+
+        Raises:
+            InputError: if there is not a row for each.
+        """
+        if ids is None or not isinstance(self._train.loader, ForeignLoader):
+            return signals
+        if len(signals) != len(ids):
+            raise InputError(
+                f"a batch of {len(ids)} samples gave signals of {len(signals)}: return a row for each sample, in the "
+                "order of the batch"
+            )
+        return replace(signals, sample_id=ids)
 
     def easiness(self, sample_ids: Sequence[int]) -> torch.Tensor:
         """Mean reward of samples; their exact solve probability unless rollouts were drawn for the whole pool.
@@ -260,9 +300,10 @@ class SelectionSession:
         return int(state["next_epoch"])
 
 
-def _progress(loader: DataLoader[Any], description: str, trainer: Trainer) -> Any:
+def _progress(loader: DataLoader[Any], count: int, trainer: Trainer) -> Any:
     from rich.console import Console
     from rich.progress import track
 
     shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    description = f"Scoring {count:,} samples"
     return track(loader, description, total=len(loader), console=Console(stderr=True), disable=not shown)

@@ -37,7 +37,8 @@ class Watch(Callback):
         self.ids.append([])
         self.rewards.append([])
         self.plans.append(session.plan)
-        self.easiness.append(dict(zip(session.plan, session.easiness(session.plan).tolist(), strict=True)))
+        plan = session.plan or []
+        self.easiness.append(dict(zip(plan, session.easiness(plan).tolist(), strict=True)) if plan else {})
         self.targets.append(session.target_difficulty)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

@@ -1,0 +1,44 @@
+"""The random numbers of a run: torch's (every device), NumPy's and Python's."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+
+def random_state() -> dict[str, Any]:
+    """Where all global generators stand, in tensors and primitives, as a checkpoint may hold them."""
+    name, keys, position, has_gauss, gauss = cast(tuple[Any, ...], np.random.get_state())
+    version, words, spare = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+        "python": [version, list(words), spare],
+    }
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Puts all global generators where `random_state` found them; those of CUDA if there are as many devices."""
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, words, spare = state["python"]
+    random.setstate((version, tuple(words), spare))
+
+
+@contextmanager
+def isolated_random_state() -> Iterator[None]:
+    """Whatever is drawn inside changes no global generator, also after an exception."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        restore_random_state(state)

@@ -1,0 +1,242 @@
+"""One callback in projects that know nothing of us: whatever the loader, batches stay what they were."""
+
+import pytest
+import torch
+from foreign import Classifier, Data, N, Points, loader_of, x_and_y
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Subset, WeightedRandomSampler
+
+from minirec_pl import InputError
+from minirec_pl.callbacks import EasyToHardCurriculum, MiniRec, RescoreSamples, RewardHistory
+from minirec_pl.data.foreign import ForeignLoader, rebuild
+from minirec_pl.probes import HeadProbe
+from minirec_pl.selection import MiniRecSelector, RandomSelector, SampleSignals
+from minirec_pl.selection.session import session_of
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:selection"),
+    pytest.mark.filterwarnings("ignore:picked"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+]
+
+
+def probe():
+    return HeadProbe("classifier", forward=lambda m, b: m(x_and_y(b)[0]), target=lambda b: x_and_y(b)[1])
+
+
+def minirec(budget=0.5, **options):
+    selector = MiniRecSelector(gate=(-1.0, 2.0))
+    return MiniRec(budget, **{"rescore_fraction": 1.0, "selector": selector, "probe": probe(), **options})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["tuple", "tensor", "dict", "dataclass"])
+def test_training_step_gets_the_selected_rows_of_any_dataset(make_trainer, kind, workers):
+    module = Classifier()
+    trainer = make_trainer(callbacks=[minirec(curriculum=EasyToHardCurriculum(n_folds=1))])
+    trainer.fit(module, loader_of(kind, num_workers=workers, shuffle=True))
+    session = session_of(trainer)
+    assert module.rows(1) == session.plan
+    assert sorted(module.rows(1)) == sorted(session.ledger.selected())
+    assert [len(batch) for batch in module.seen[1]] == [8, 8, 8, 6]
+    stored = session.store.read(module.rows(1))
+    assert stored.embedding.shape == (30, 8)
+    assert stored.reward_mean.tolist() == sorted(stored.reward_mean.tolist(), reverse=True)
+    assert bool((session.store.clock("gradient_epoch") == 1).all())
+
+
+@pytest.mark.parametrize("source", ["module", "datamodule", "fit"])
+def test_loader_of_module_datamodule_or_fit_is_asked_for_once(make_trainer, source):
+    def make():
+        return loader_of(shuffle=True)
+
+    module, data = Classifier(loader=make), Data(make)
+    given = {"module": {}, "datamodule": {"datamodule": data}, "fit": {"train_dataloaders": make()}}[source]
+    trainer = make_trainer(callbacks=[minirec(0.25)], max_epochs=3)
+    trainer.fit(module, **given)
+    assert [len(module.rows(epoch)) for epoch in range(3)] == [15] * 3
+    assert (module.calls, data.calls) == {"module": (1, 0), "datamodule": (0, 1), "fit": (0, 0)}[source]
+
+
+def test_every_public_argument_is_kept():
+    def seed(worker):
+        torch.manual_seed(worker)
+
+    def collate(rows):
+        return rows
+
+    generator = torch.Generator()
+    given = {
+        "batch_size": 7,
+        "num_workers": 2,
+        "collate_fn": collate,
+        "pin_memory": True,
+        "drop_last": True,
+        "timeout": 9,
+        "worker_init_fn": seed,
+        "multiprocessing_context": "fork",
+        "generator": generator,
+        "prefetch_factor": 5,
+        "persistent_workers": True,
+        "in_order": False,
+    }
+    user = DataLoader(Points(), shuffle=True, **given)
+    ours = rebuild(user)
+    given["multiprocessing_context"] = user.multiprocessing_context
+    assert {name: getattr(ours, name) for name in given} == given
+    assert ours.dataset is user.dataset
+    assert len(ours) == len(user)
+    import inspect
+
+    covered = {*given, "dataset", "shuffle", "sampler", "batch_sampler", "pin_memory_device"}
+    assert set(inspect.signature(DataLoader.__init__).parameters) - {"self"} == covered
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "workers", "drop_last"),
+    [("minirec", 0, False), ("minirec", 0, True), ("minirec", 2, False), ("rescore", 0, False), ("rescore", 2, True)],
+)
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("own_generator", [False, True])
+def test_without_a_plan_batches_are_those_of_the_users_loader(
+    make_trainer, callbacks, workers, drop_last, shuffle, own_generator
+):
+    """Also with augmentations that draw random numbers in workers or in the main process, and dropout."""
+
+    def run(made):
+        generator = torch.Generator().manual_seed(3) if own_generator else None
+        module = Classifier(dropout=0.4)
+        loader = loader_of(noise=True, num_workers=workers, shuffle=shuffle, generator=generator, drop_last=drop_last)
+        make_trainer(callbacks=made, accumulate_grad_batches=3, max_epochs=2).fit(module, loader)
+        return module.batches, torch.stack(module.path)
+
+    made = {"rescore": lambda: RescoreSamples(0.5, probe()), "minirec": lambda: minirec(1.0, curriculum="shuffled")}
+    batches, path = run([made[callbacks]()])
+    plain_batches, plain_path = run([])
+    assert batches == plain_batches
+    assert torch.equal(path, plain_path)
+
+
+def test_sample_ids_of_the_dataset_are_used_where_it_has_them(make_trainer):
+    class Keyed(Points):
+        sample_ids = tuple(1000 - 7 * row for row in range(N))
+
+    module = Classifier()
+    trainer = make_trainer(callbacks=[minirec()], max_epochs=1)
+    trainer.fit(module, DataLoader(Keyed(), batch_size=8))
+    assert session_of(trainer).plan == [1000 - 7 * row for row in module.rows(0)]
+    Keyed.sample_ids = (1,) * N
+    with pytest.raises(InputError, match=r"Keyed\.sample_ids must hold 60 different integers"):
+        make_trainer(callbacks=[minirec()]).fit(Classifier(), DataLoader(Keyed(), batch_size=8))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rewards_met_in_training_go_to_the_samples_of_the_batch(make_trainer, workers):
+    class Rewarding(Classifier):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            rewards = (batch[0][:, :1] * 1000).expand(-1, 2)
+            return {"loss": loss, "signals": SampleSignals(torch.arange(len(rewards)), rewards=rewards)}
+
+    trainer = make_trainer(callbacks=[RewardHistory()], max_epochs=1)
+    trainer.fit(Rewarding(), loader_of(num_workers=workers, shuffle=True))
+    stored = session_of(trainer).store.read(range(N)).reward_mean
+    torch.testing.assert_close(stored, torch.arange(N).double(), rtol=1e-5, atol=1e-4)
+
+
+def test_a_module_with_sample_signals_needs_no_ids_in_its_batches(make_trainer):
+    class Own(Classifier):
+        def sample_signals(self, batch):
+            x = batch[0]
+            return SampleSignals(torch.zeros(len(x)).long(), rewards=x[:, :1] * 10, gradient=x, embedding=x)
+
+    trainer = make_trainer(callbacks=[minirec(probe=None)], max_epochs=1)
+    trainer.fit(Own(), loader_of())
+    rewards = session_of(trainer).store.read(range(N)).reward_mean
+    torch.testing.assert_close(rewards, torch.arange(N).double() / 100)
+
+
+def test_reload_asks_the_users_source_again_and_keeps_the_samples(make_trainer):
+    sizes = iter([N, N, N, N, 70])
+    module = Classifier(loader=lambda: loader_of(n=next(sizes), shuffle=True))
+    trainer = make_trainer(callbacks=[minirec(20)], max_epochs=6, reload_dataloaders_every_n_epochs=2)
+    trainer.fit(module)
+    assert module.calls == 3
+    assert [len(module.rows(epoch)) for epoch in range(6)] == [20] * 6
+    trainer.fit_loop.max_epochs = 9
+    with pytest.raises(InputError, match=r"the reloaded training dataset has other samples \(70, before 60\)"):
+        trainer.fit(module)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from zip(Points().x, Points().y, strict=True)
+
+
+class Odd(DataLoader):
+    def __iter__(self):
+        yield from [[1], [2]]
+
+
+@pytest.mark.parametrize(
+    ("loader", "words"),
+    [
+        (DataLoader(Stream(), batch_size=8), "cannot pick samples of Stream.*give a map-style dataset"),
+        (
+            DataLoader(Points(), batch_sampler=BatchSampler(RandomSampler(Points()), 8, False)),
+            r"a batch_sampler of its own: give it batch_size=",
+        ),
+        (DataLoader(Points(), batch_size=None), "has batch_size=None: give it batch_size="),
+        ({"a": loader_of(), "b": loader_of()}, "several training loaders: join the datasets"),
+        ([loader_of(), loader_of()], "several training loaders"),
+        (CombinedLoader([loader_of()]), "got a CombinedLoader: join"),
+        ([[1, 2], [3, 4]], "several training loaders"),
+        (loader_of(sampler=WeightedRandomSampler([1.0] * N, N)), "a WeightedRandomSampler of its own: use shuffle="),
+        (loader_of(sampler=RandomSampler(Points(), replacement=True)), "a RandomSampler of its own"),
+        (loader_of(sampler=RandomSampler(Points(), num_samples=9)), "draws 9 samples an epoch"),
+        (Odd(Points(), batch_size=8), "Odd makes batches in its own way"),
+    ],
+)
+def test_loaders_that_cannot_be_rebuilt_are_refused_with_the_way_out(make_trainer, loader, words):
+    with pytest.raises(InputError, match=words) as error:
+        make_trainer(callbacks=[minirec()]).fit(Classifier(), loader)
+    assert "\n" not in str(error.value)
+
+
+def test_a_subset_is_a_pool(make_trainer):
+    module = Classifier()
+    make_trainer(callbacks=[minirec(1.0)], max_epochs=1).fit(module, DataLoader(Subset(Points(), range(5, 20)), 4))
+    assert sorted(module.rows(0)) == list(range(5, 20))
+
+
+def test_a_module_without_signals_is_told_of_the_probe(make_trainer):
+    with pytest.raises(InputError, match=r"Classifier cannot be scored: .*probe=HeadProbe"):
+        make_trainer(callbacks=[minirec(probe=None)]).fit(Classifier(), loader_of())
+
+
+def test_random_selection_needs_no_probe(make_trainer):
+    module = Classifier()
+    callback = MiniRec(12, selector=RandomSelector(redraw=True), curriculum="shuffled")
+    make_trainer(callbacks=[callback]).fit(module, loader_of())
+    assert [len(module.rows(epoch)) for epoch in range(2)] == [12, 12]
+    assert set(module.rows(0)) != set(module.rows(1))
+
+
+def test_what_install_touches_of_lightning_is_there(make_trainer):
+    """In the installed Lightning, as in 2.5, the lowest supported release."""
+    trainer = make_trainer()
+    assert {"_data_source", "_combined_loader", "_data_fetcher"} <= set(vars(trainer.fit_loop))
+    assert {"instance", "name"} <= set(vars(trainer.fit_loop._data_source))
+    assert callable(trainer.fit_loop._data_source.dataloader)
+    assert callable(trainer.fit_loop.setup_data)
+    module = Classifier()
+    trainer.fit(module, loader_of())
+    loader = loader_of()
+    trainer.fit_loop._data_source.instance = loader
+    assert trainer.fit_loop._data_source.dataloader() is loader
+    trainer.fit_loop._combined_loader = None
+    assert trainer.train_dataloader is None
+    trainer.fit_loop.setup_data()
+    assert trainer.train_dataloader is loader
+    assert not isinstance(loader, ForeignLoader)
