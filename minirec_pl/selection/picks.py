@@ -147,7 +147,7 @@ def ledger_of(
         table.loc[rows.numpy(), "reason"] = reason
     if len(picks) < k:
         lost = ", ".join(f"{int(rows.sum())} {reason}" for reason, rows in dropped.items() if rows.any())
-        short = f"of {len(signals)} samples {lost}; score more samples with more rollouts, or lower the budget."
+        short = f"of {len(signals)} samples {lost}; score more samples, with more rollouts each."
         if not len(picks):
             raise InputError(f"no sample can be picked: {short}")
         warnings.warn(f"picked {len(picks)} samples instead of {k}: {short}", stacklevel=3)
