@@ -22,7 +22,7 @@ from minirec_pl.errors import InputError
 GradientKind = Literal["first", "hvp", "trajectory"]
 GradientSpace = Literal["answer", "lora"]
 
-_OWN_VECTORS = 2**21  # values of item vectors at a time, which stay in a processor's cache between the four products
+_OWN_VECTORS = 5 * 2**19  # values of item vectors at a time: few enough to stay in a cache between the four products
 _LOGITS = 2**24  # logits at a time where all rows share their vectors
 
 
@@ -37,6 +37,7 @@ class HeadStep(NamedTuple):
             the probability 0 and no signal.
         bias: float [V], added to the dot products; None for none.
         temperature: divides the logits.
+        cosine: whether the head compares the unit state, h / |h|, with the vectors, which are unit vectors then.
     """
 
     hidden: Tensor
@@ -45,21 +46,30 @@ class HeadStep(NamedTuple):
     allowed: Tensor | None = None
     bias: Tensor | None = None
     temperature: float = 1.0
+    cosine: bool = False
 
 
 def head_gradient(
-    hidden: Tensor, item_vectors: Tensor, target: Tensor, *, temperature: float = 1.0, allowed: Tensor | None = None
+    hidden: Tensor,
+    item_vectors: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    allowed: Tensor | None = None,
+    cosine: bool = False,
 ) -> Tensor:
     """First-order gradient of each sample at the state that its softmax head reads.
 
     g = dl/dh of l = -p / stop_gradient(p), p the softmax probability of the target: g = -d log p / dh.
 
     Args:
-        hidden: float [B, D]. For a head on cosines give unit states and unit vectors: g is then at the unit state.
+        hidden: float [B, D].
         item_vectors: float [V, D] shared by all samples (a catalogue), or [B, M, D] (target and negatives of each).
         target: int64 [B], the target's position among the vectors.
         temperature: divides the dot products.
         allowed: bool [B, V] or [B, M], the vectors in the softmax; None for all. A target outside has the signal 0.
+        cosine: whether the head compares h / |h| with the vectors, which must be unit vectors then. The signal is at h
+            all the same; a state of zeros has the signal 0.
 
     Returns:
         [B, D], float64 for float64 states and float32 otherwise, detached.
@@ -67,11 +77,17 @@ def head_gradient(
     Raises:
         InputError: if shapes do not fit or a target is not a position among the vectors.
     """
-    return -_terms(HeadStep(hidden, item_vectors, target, allowed, None, temperature), second=False)[1]
+    return _signal([HeadStep(hidden, item_vectors, target, allowed, None, temperature, cosine)], "gradient")[0]
 
 
 def head_hvp(
-    hidden: Tensor, item_vectors: Tensor, target: Tensor, *, temperature: float = 1.0, allowed: Tensor | None = None
+    hidden: Tensor,
+    item_vectors: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    allowed: Tensor | None = None,
+    cosine: bool = False,
 ) -> Tensor:
     """Hessian-vector product of each sample at the state that its softmax head reads, as MiniRec's authors publish it.
 
@@ -79,11 +95,13 @@ def head_hvp(
     a = d log p / dh it is 2 (|a|^2 a - C a), four products with the item vectors (see the module's head).
 
     Args:
-        hidden: float [B, D]. For a head on cosines give unit states and unit vectors: u is then at the unit state.
+        hidden: float [B, D].
         item_vectors: float [V, D] shared by all samples (a catalogue), or [B, M, D] (target and negatives of each).
         target: int64 [B], the target's position among the vectors.
         temperature: divides the dot products.
         allowed: bool [B, V] or [B, M], the vectors in the softmax; None for all. A target outside has the signal 0.
+        cosine: whether the head compares h / |h| with the vectors, which must be unit vectors then. The signal is at h
+            all the same; a state of zeros has the signal 0.
 
     Returns:
         [B, D], float64 for float64 states and float32 otherwise, detached.
@@ -95,7 +113,7 @@ def head_hvp(
         >>> head_hvp(torch.tensor([[1.0, 0.0]]), torch.eye(2), torch.tensor([0])).shape
         torch.Size([1, 2])
     """
-    return head_signal([HeadStep(hidden, item_vectors, target, allowed, None, temperature)], "hvp")[0]
+    return _signal([HeadStep(hidden, item_vectors, target, allowed, None, temperature, cosine)], "hvp")[0]
 
 
 def head_signal(steps: Sequence[HeadStep], kind: Literal["first", "hvp"]) -> tuple[Tensor, Tensor]:
@@ -116,70 +134,34 @@ def head_signal(steps: Sequence[HeadStep], kind: Literal["first", "hvp"]) -> tup
     Raises:
         InputError: if shapes do not fit or a target is not a position among the vectors.
     """
-    terms = [_terms(step, second=kind == "hvp") for step in steps]
-    logp = torch.stack([logp for logp, _, _ in terms]).sum(dim=0)
-    slope = torch.stack([slope for _, slope, _ in terms])
-    if kind == "first":
-        return -logp.exp()[:, None] * slope.sum(dim=0), logp
-    bend = torch.stack([bend for _, _, bend in terms]).sum(dim=0)
-    signal = 2 * (slope.square().sum(dim=(0, 2))[:, None] * slope.sum(dim=0) - bend)
-    return signal.masked_fill(logp.isneginf()[:, None], 0.0), logp
+    return _signal(steps, kind)
 
 
-def head_alignment(steps: Sequence[HeadStep], rows: Sequence[Tensor], displacement: Tensor) -> Tensor:
-    """Agreement of each sample's update of the head with the way the head has gone.
+class StepSoftmax(NamedTuple):
+    """A step in float32 or float64.
 
-    a_i = cos(-dl_i/dW, W_now - W_start), l_i = -log p_i, over the rows of W that any step can choose. The gradient is
-    a sum of outer products, dl_i/dW = sum_t (p_t - y_t) h_t^T / tau, which is never built: its product with the
-    displacement takes one matrix product a step, its norm a Gram matrix over the steps.
-
-    Args:
-        steps: of the same samples, with shared vectors.
-        rows: for each step int64 [V], the rows of W that its vectors are.
-        displacement: float [vocabulary, D], W_now - W_start.
-
-    Returns:
-        float [B] in [-1, 1]; 0 where the gradient or the displacement is 0.
-
-    Raises:
-        InputError: if shapes do not fit or a target is not a position among the vectors.
+    Attributes:
+        hidden: [B, D], for cosines the unit states.
+        radius: [B, 1], for cosines the lengths of the states, else 1.
+        vectors: as in the step.
+        logits: [B, M].
+        p: [B, M].
+        residual: [B, M], y - p; 0 without a possible target.
+        logp: [B].
     """
-    used = torch.unique(torch.cat(list(rows)))
-    residuals, states, products, logps = [], [], [], []
-    with _exact(displacement.device):
-        for step, row in zip(steps, rows, strict=True):
-            _check(step)
-            soft = _softmax(step)
-            moved = soft.hidden @ displacement.index_select(0, row).to(soft.hidden.dtype).T
-            products.append((soft.residual * moved).sum(dim=1) / step.temperature)
-            wide = moved.new_zeros(len(moved), len(used))
-            residuals.append(wide.index_add_(1, torch.searchsorted(used, row), soft.residual))
-            states.append(soft.hidden / step.temperature)
-            logps.append(soft.logp)
-        q, h = torch.stack(residuals, dim=1), torch.stack(states, dim=1)
-        norm = (q @ q.mT * (h @ h.mT)).sum(dim=(1, 2)).clamp_min(0).sqrt()
-        length = torch.linalg.vector_norm(displacement[used].to(norm.dtype))
-        cosine = safe_cosine(torch.stack(products).sum(dim=0), norm * length)
-        return cosine.masked_fill(torch.stack(logps).sum(dim=0).isneginf(), 0.0)
-
-
-def safe_cosine(product: Tensor, norm: Tensor) -> Tensor:
-    """Product / norm in [-1, 1]; 0 where the norm is 0."""
-    return torch.where(norm > 0, product / norm.where(norm > 0, torch.ones_like(norm)), 0.0).clamp(-1, 1)
-
-
-class _Softmax(NamedTuple):
-    """float32 or float64: hidden [B, D], vectors, p [B, M], y - p [B, M] (0 without a target) and log p [B]."""
 
     hidden: Tensor
+    radius: Tensor
     vectors: Tensor
+    logits: Tensor
     p: Tensor
     residual: Tensor
     logp: Tensor
 
 
 @contextmanager
-def _exact(device: torch.device) -> Iterator[None]:
+def exact(device: torch.device) -> Iterator[None]:
+    """Without a graph and without autocast."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 
@@ -188,23 +170,29 @@ def _dtype(step: HeadStep) -> torch.dtype:
     return torch.float64 if step.hidden.dtype == torch.float64 else torch.float32
 
 
-def _softmax(step: HeadStep) -> _Softmax:
+def step_softmax(step: HeadStep) -> StepSoftmax:
+    """The softmax of one step, all rows at once."""
     dtype = _dtype(step)
     hidden, vectors = step.hidden.to(dtype), step.vectors.to(dtype)
+    there, target = step.target >= 0, step.target.clamp(min=0)[:, None]
+    possible, radius = there, hidden.new_ones(len(hidden), 1)
+    if step.cosine:
+        radius = torch.linalg.vector_norm(hidden, dim=1, keepdim=True)
+        possible = there & (radius[:, 0] > 0)
+        radius = radius.where(radius > 0, torch.ones_like(radius))
+        hidden = hidden / radius
     logits = _dots(hidden, vectors)
     if step.bias is not None:
         logits = logits + step.bias.to(dtype)
     logits = logits / step.temperature
-    there, target = step.target >= 0, step.target.clamp(min=0)[:, None]
-    possible = there
     if step.allowed is not None:
         logits = logits.masked_fill(~step.allowed, torch.finfo(dtype).min)
-        possible = there & step.allowed.gather(1, target)[:, 0]
+        possible = possible & step.allowed.gather(1, target)[:, 0]
     logps = logits.log_softmax(dim=1)
     p = logps.exp()
     residual = (-p).scatter_add(1, target, torch.ones_like(target, dtype=dtype)) * possible[:, None]
     logp = logps.gather(1, target)[:, 0].masked_fill(~possible, -torch.inf).masked_fill(~there, 0.0)
-    return _Softmax(hidden, vectors, p, residual, logp)
+    return StepSoftmax(hidden, radius, vectors, logits, p, residual, logp)
 
 
 def _dots(directions: Tensor, vectors: Tensor) -> Tensor:
@@ -217,36 +205,94 @@ def _sums(weights: Tensor, vectors: Tensor) -> Tensor:
     return weights @ vectors if vectors.ndim == 2 else torch.bmm(weights[:, None], vectors)[:, 0]
 
 
-def _terms(step: HeadStep, second: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Log p [B], a [B, D] and, if `second`, C a [B, D] (else empty), rows in portions that bound the memory."""
-    _check(step)
-    shared = step.vectors.ndim == 2
-    portion = max(1, _LOGITS // len(step.vectors) if shared else _OWN_VECTORS // step.vectors[0].numel())
-    every = step.vectors.to(_dtype(step)) if shared else step.vectors
+def _signal(steps: Sequence[HeadStep], kind: Literal["gradient", "first", "hvp"]) -> tuple[Tensor, Tensor]:
+    """(signal [B, D], log p [B]), rows in portions that bound the memory; `gradient` is dl/dh, `first` without p."""
+    for step in steps:
+        check_step(step)
+    portion = min(
+        _LOGITS // len(step.vectors) if step.vectors.ndim == 2 else _OWN_VECTORS // step.vectors[0].numel()
+        for step in steps
+    )
     parts = []
-    with _exact(step.hidden.device):
-        for start in range(0, len(step.hidden), portion):
-            some = slice(start, start + portion)
-            soft = _softmax(
-                step._replace(
-                    hidden=step.hidden[some],
-                    vectors=every if shared else every[some],
-                    target=step.target[some],
-                    allowed=None if step.allowed is None else step.allowed[some],
-                )
-            )
-            slope = _sums(soft.residual, soft.vectors) / step.temperature
-            bend = slope[:, :0]
-            if second:
-                turn = _dots(slope, soft.vectors) / step.temperature
-                turn = soft.p * (turn - (soft.p * turn).sum(dim=1, keepdim=True))
-                bend = _sums(turn, soft.vectors) / step.temperature
-            parts.append((soft.logp, slope, bend))
-    logp, slope, bend = (torch.cat(part) for part in zip(*parts, strict=True))
-    return logp, slope, bend
+    with exact(steps[0].hidden.device):
+        steps = [
+            step._replace(vectors=step.vectors.to(_dtype(step))) if step.vectors.ndim == 2 else step for step in steps
+        ]
+        for start in range(0, len(steps[0].hidden), max(1, portion)):
+            rows = slice(start, start + max(1, portion))
+            softs = [step_softmax(_part(step, rows)) for step in steps]
+            logp = torch.stack([soft.logp for soft in softs]).sum(dim=0)
+            if kind == "hvp":
+                weights = _second_order(softs, steps, possible=~logp.isneginf()[:, None])
+            else:
+                scale = -logp.exp()[:, None] if kind == "first" else -1.0
+                weights = [
+                    _first_order(scale * soft.residual, soft, step) for soft, step in zip(softs, steps, strict=True)
+                ]
+            total = torch.zeros_like(softs[0].hidden)
+            for soft, step, (across, along) in zip(softs, steps, weights, strict=True):
+                total += _sums(across / step.temperature, soft.vectors)
+                if step.cosine:
+                    total += along * soft.hidden
+            parts.append((total, logp))
+    signal, logp = (torch.cat(part) for part in zip(*parts, strict=True))
+    return signal, logp
 
 
-def _check(step: HeadStep) -> None:
+def _first_order(weights: Tensor, soft: StepSoftmax, step: HeadStep) -> tuple[Tensor, Tensor]:
+    """Weights of the vectors (times tau) and of the unit state in sum_m weights_m w_m / tau, taken to the state itself.
+
+    The derivative of h / |h| is (I - n n^T) / |h|, n the unit state.
+    """
+    if not step.cosine:
+        return weights, soft.radius
+    return weights / soft.radius, -(weights * soft.logits).sum(dim=1, keepdim=True) / soft.radius
+
+
+def _second_order(
+    softs: Sequence[StepSoftmax], steps: Sequence[HeadStep], possible: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Weights of the vectors (times tau) and of the unit state in 2 (|a|^2 a - C a); |a|^2 counts all steps.
+
+    On cosines, with a_n at the unit state n, b = n . a_n and r the length of the state, a = (a_n - b n) / r and
+    u = 2 ((|a|^2 - b / r^2) a - (I - n n^T) C a / r^2 - |a_t|^2 n / r), |a_t|^2 of the step alone.
+    """
+    terms, length = [], torch.zeros_like(possible, dtype=softs[0].p.dtype)
+    for soft, step in zip(softs, steps, strict=True):
+        across, along = _first_order(soft.residual, soft, step)
+        slope = _sums(across / step.temperature, soft.vectors)
+        if step.cosine:
+            slope += along * soft.hidden
+        turn = _dots(slope, soft.vectors) / step.temperature
+        square = (soft.residual * turn).sum(dim=1, keepdim=True) / soft.radius
+        bend = soft.p * (turn - (soft.p * turn).sum(dim=1, keepdim=True)) / soft.radius
+        length += square
+        terms.append((square, bend))
+    weights = []
+    for soft, step, (square, bend) in zip(softs, steps, terms, strict=True):
+        grown = length
+        if step.cosine:
+            grown = length - (soft.residual * soft.logits).sum(dim=1, keepdim=True) / soft.radius**2
+        across, along = _first_order(grown * soft.residual - bend, soft, step)
+        weights.append((2 * possible * across, 2 * possible * (along - square / soft.radius)))
+    return weights
+
+
+def _part(step: HeadStep, rows: slice) -> HeadStep:
+    return step._replace(
+        hidden=step.hidden[rows],
+        vectors=step.vectors if step.vectors.ndim == 2 else step.vectors[rows],
+        target=step.target[rows],
+        allowed=None if step.allowed is None else step.allowed[rows],
+    )
+
+
+def check_step(step: HeadStep) -> None:
+    """Refuses a step whose shapes do not fit.
+
+    Raises:
+        InputError: naming the shapes.
+    """
     hidden, vectors, target, allowed = step.hidden, step.vectors, step.target, step.allowed
     own = vectors.ndim == 3 and len(vectors) == len(hidden)
     if hidden.ndim != 2 or not len(hidden) or not (own or vectors.ndim == 2) or vectors.shape[-1] != hidden.shape[-1]:

@@ -17,10 +17,11 @@ from minirec_pl.gradients import GradientKind, GradientSpace
 from minirec_pl.grpo import LossType, PolicyLoss, ScaleRewards, group_advantages, policy_loss
 from minirec_pl.policy import GenerativePolicy
 from minirec_pl.policy.rollout import evaluation_mode
-from minirec_pl.probes import Trajectory, target_signals
+from minirec_pl.probes import target_signals
 from minirec_pl.recommender import EVALUATION_K, RecModule
 from minirec_pl.rewards import RewardFunction, combine_rewards, hit
 from minirec_pl.selection.signals import SampleSignals
+from minirec_pl.trajectory import Trajectory
 
 
 class WarmStartModule(RecModule):

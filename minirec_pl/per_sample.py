@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from minirec_pl.errors import InputError
-from minirec_pl.gradients import safe_cosine
 
 PROJECTED_SIZE = 512
 _BLOCKS = 2**8  # blocks of a projection at a time
@@ -47,23 +46,6 @@ def per_sample_gradients(
             value = function(leaves, *row)
             single.append(torch.autograd.grad(value, list(leaves.values()), materialize_grads=True))
     return {name: torch.stack(parts) for name, parts in zip(leaves, zip(*single, strict=True), strict=True)}
-
-
-def gradient_alignment(gradients: Mapping[str, Tensor], displacement: Mapping[str, Tensor]) -> Tensor:
-    """cos(g_i, theta_now - theta_start) for per-sample gradients of the same parameters.
-
-    Args:
-        gradients: name to float [B, *shape], pointing the way an update would go.
-        displacement: name to float [*shape], for the same names.
-
-    Returns:
-        float [B] in [-1, 1]; 0 where either is 0.
-    """
-    pairs = [(gradients[name].flatten(1), moved.flatten()) for name, moved in displacement.items()]
-    product = torch.stack([gradient @ moved for gradient, moved in pairs]).sum(dim=0)
-    norm = torch.stack([gradient.square().sum(dim=1) for gradient, _ in pairs]).sum(dim=0).sqrt()
-    length = torch.stack([moved.square().sum() for _, moved in pairs]).sum().sqrt()
-    return safe_cosine(product, norm * length)
 
 
 def project(vectors: Tensor, size: int = PROJECTED_SIZE, *, seed: int = 0, stream: int = 0) -> Tensor:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minirec_pl.errors import InputError
-from minirec_pl.gradients import GradientKind, GradientSpace, HeadStep, head_alignment, head_signal
+from minirec_pl.gradients import GradientKind, GradientSpace, HeadStep, head_signal
 from minirec_pl.head_probe import HeadProbe
-from minirec_pl.per_sample import PROJECTED_SIZE, gradient_alignment, per_sample_gradients, project_gradients
+from minirec_pl.per_sample import PROJECTED_SIZE, per_sample_gradients, project_gradients
 from minirec_pl.policy import GenerativePolicy
 from minirec_pl.policy.rollout import CompletionStates, evaluation_mode
+from minirec_pl.trajectory import Trajectory, gradient_alignment, head_alignment
 
 __all__ = ["HeadProbe", "TargetSignals", "Trajectory", "target_signals", "target_steps"]
 
@@ -37,27 +38,6 @@ class TargetSignals(NamedTuple):
     logp: Tensor
     alignment: Tensor | None
     tokens: int
-
-
-class Trajectory:
-    """Where training has gone: how far parameters are from where they were when first looked at.
-
-    Attributes:
-        start: the parameters at that time, by name, for a checkpoint; empty before.
-    """
-
-    def __init__(self) -> None:
-        self.start: dict[str, Tensor] = {}
-
-    def displacement(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """Parameters now minus parameters at the first call; None as long as none of them has moved."""
-        with torch.inference_mode(False), torch.no_grad():
-            moved = {}
-            for name, now in parameters.items():
-                start = self.start.get(name)
-                self.start[name] = now.detach().clone() if start is None else start.to(now.device)
-                moved[name] = now.detach() - self.start[name]
-            return moved if any(bool(difference.any()) for difference in moved.values()) else None
 
 
 def target_signals(

@@ -2,22 +2,20 @@
 
 import pytest
 import torch
+from head_steps import drawn, several_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minirec_pl import InputError, gradients
-from minirec_pl.gradients import HeadStep, head_alignment, head_gradient, head_hvp, head_signal
+from minirec_pl.gradients import HeadStep, head_gradient, head_hvp, head_signal
 
 
-def drawn(seed, *shape):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def published(state, vectors, target, temperature=1.0, allowed=None):
+def published(state, vectors, target, temperature, allowed, cosine):
     """(g, d(g.g)/dh) of l = -p / stop_gradient(p) for one sample, as the authors' code takes them."""
     h = state.clone().requires_grad_()
-    kept = [m for m in range(len(vectors)) if allowed is None or allowed[m]]
-    p = (vectors[kept] @ h / temperature).softmax(dim=0)[kept.index(target)]
+    kept = [m for m in range(len(vectors)) if allowed[m]]
+    compared = torch.nn.functional.normalize(h, dim=0) if cosine else h
+    p = (vectors[kept] @ compared / temperature).softmax(dim=0)[kept.index(target)]
     loss = -p / p.detach()
     (first,) = torch.autograd.grad(loss, h, create_graph=True)
     (product,) = torch.autograd.grad((first * first).sum(), h)
@@ -30,21 +28,25 @@ def published(state, vectors, target, temperature=1.0, allowed=None):
     st.integers(1, 9),
     st.integers(1, 7),
     st.booleans(),
+    st.booleans(),
     st.sampled_from([0.05, 0.7, 1.0, 3.0]),
     st.integers(0, 10**6),
 )
-def test_equals_double_backward_sample_by_sample(n, choices, width, shared, temperature, seed):
+def test_equals_double_backward_sample_by_sample(n, choices, width, shared, cosine, temperature, seed):
     hidden, vectors = drawn(seed, n, width), drawn(seed + 1, *([] if shared else [n]), choices, width)
+    vectors = torch.nn.functional.normalize(vectors, dim=-1) if cosine else vectors
     target = torch.randint(choices, (n,), generator=torch.Generator().manual_seed(seed))
     allowed = drawn(seed + 2, n, choices) > -0.5
     allowed[torch.arange(n), target] = True
-    got = [
-        call(hidden, vectors, target, temperature=temperature, allowed=allowed) for call in (head_gradient, head_hvp)
-    ]
+    options = {"temperature": temperature, "allowed": allowed, "cosine": cosine}
+    got = [call(hidden, vectors, target, **options) for call in (head_gradient, head_hvp)]
     for b in range(n):
         own = vectors if shared else vectors[b]
-        for ours, truth in zip(got, published(hidden[b], own, int(target[b]), temperature, allowed[b]), strict=True):
-            torch.testing.assert_close(ours[b], truth, rtol=1e-9, atol=1e-9 * (1 + float(truth.abs().max())))
+        expected = published(hidden[b], own, int(target[b]), temperature, allowed[b], cosine)
+        length = float(hidden[b].norm()) if cosine else 1.0
+        for order, ours, truth in zip((1, 3), got, expected, strict=True):  # in powers of 1 / (tau |h|)
+            scale = 1 / (temperature * length) ** order
+            torch.testing.assert_close(ours[b], truth, rtol=1e-9, atol=1e-12 * scale)
 
 
 def test_hvp_equals_finite_differences():
@@ -77,47 +79,19 @@ def test_hvp_is_twice_the_hessian_times_the_gradient():
     torch.testing.assert_close(head_hvp(hidden[None], vectors, torch.tensor([3]))[0], 2 * hessian @ gradient)
 
 
+@pytest.mark.parametrize("cosine", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
-def test_portions_and_float32_give_the_same(monkeypatch, shared):
+def test_portions_and_float32_give_the_same(monkeypatch, shared, cosine):
     hidden, vectors = drawn(0, 11, 8), drawn(1, *([] if shared else [11]), 13, 8)
     target = torch.arange(11)
-    whole = head_hvp(hidden, vectors, target, temperature=0.5)
+    options = {"temperature": 0.5, "cosine": cosine}
+    whole = head_hvp(hidden, vectors, target, **options)
     monkeypatch.setattr(gradients, "_OWN_VECTORS", 2 * 13 * 8)
     monkeypatch.setattr(gradients, "_LOGITS", 3 * 13)
-    torch.testing.assert_close(head_hvp(hidden, vectors, target, temperature=0.5), whole, rtol=1e-12, atol=1e-12)
-    single = head_hvp(hidden.float(), vectors.float(), target, temperature=0.5)
+    torch.testing.assert_close(head_hvp(hidden, vectors, target, **options), whole, rtol=1e-12, atol=1e-12)
+    single = head_hvp(hidden.float(), vectors.float(), target, **options)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), whole, rtol=1e-4, atol=1e-4)
-
-
-def several_steps():
-    """Steps with biases, ids of unequal length and rows of W that several steps share; and log p by its definition."""
-    n, width, temperature = 4, 5, 0.7
-    weight, bias = drawn(0, 9, width), drawn(1, 9)
-    rows = [torch.tensor([1, 4, 7]), torch.tensor([4, 2, 4, 8]), torch.tensor([3, 7])]
-    targets = [[0, 2, 1, 1], [1, 3, -1, 0], [1, -1, -1, 0]]
-    allowed = [drawn(2 + t, n, len(row)) > 0 for t, row in enumerate(rows)]
-    allowed[1][:, 2] &= ~allowed[1][:, 0]  # a token leads to one child of a node at most
-    for mask, target in zip(allowed, targets, strict=True):
-        for b, place in enumerate(target):
-            mask[b, place] |= place >= 0
-    allowed[1][3] = torch.tensor([True, True, False, True])
-    states = [drawn(20 + t, n, width) for t in range(3)]
-    steps = [
-        HeadStep(states[t], weight[rows[t]], torch.tensor(targets[t]), allowed[t], bias[rows[t]], temperature)
-        for t in range(3)
-    ]
-
-    def logp(b, states, weight):
-        total = torch.zeros((), dtype=torch.float64)
-        for t in range(3):
-            if targets[t][b] >= 0:
-                kept = [m for m in range(len(rows[t])) if allowed[t][b, m]]
-                logits = (weight[rows[t][kept]] @ states[t][b] + bias[rows[t][kept]]) / temperature
-                total = total + logits.log_softmax(dim=0)[kept.index(targets[t][b])]
-        return total
-
-    return steps, rows, weight, states, logp
 
 
 def test_signals_of_targets_of_several_tokens():
@@ -138,30 +112,6 @@ def test_signals_of_targets_of_several_tokens():
         torch.testing.assert_close(product[b], sum(g[b] for g in truth))
 
 
-def test_alignment_equals_the_cosine_of_the_heads_own_gradient():
-    steps, rows, weight, states, logp = several_steps()
-    displacement = drawn(50, 9, 5)
-    got = head_alignment(steps, rows, displacement)
-    reached = torch.cat(rows).unique()
-    for b in range(4):
-        leaf = weight.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(logp(b, states, leaf), leaf)
-        truth = torch.nn.functional.cosine_similarity(
-            gradient[reached].flatten(), displacement[reached].flatten(), dim=0
-        )
-        torch.testing.assert_close(got[b], truth)
-    assert got.abs().max() > 0.05
-    torch.testing.assert_close(head_alignment(steps, rows, -7 * displacement), -got)
-    assert (head_alignment(steps, rows, torch.zeros_like(displacement)) == 0).all()
-
-
-def test_alignment_is_one_after_a_step_along_the_samples_own_gradient():
-    steps, rows, weight, states, logp = several_steps()
-    leaf = weight.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(logp(2, states, leaf), leaf)
-    assert float(head_alignment(steps, rows, 1e-3 * gradient)[2]) == pytest.approx(1, abs=1e-9)
-
-
 def test_a_target_that_is_not_allowed_has_no_signal_and_disturbs_no_other():
     hidden, vectors, target = drawn(0, 2, 4), drawn(1, 5, 4), torch.tensor([1, 3])
     allowed = torch.ones(2, 5, dtype=torch.bool)
@@ -172,8 +122,16 @@ def test_a_target_that_is_not_allowed_has_no_signal_and_disturbs_no_other():
         assert logp[0] == -torch.inf
         assert (signal[0] == 0).all()
         torch.testing.assert_close(signal[1:], head_signal([HeadStep(hidden[1:], vectors, target[1:])], kind)[0])
-    assert head_alignment([step], [torch.arange(5)], drawn(2, 5, 4))[0] == 0
     assert (head_gradient(hidden, vectors, target, allowed=allowed)[0] == 0).all()
+
+
+def test_a_state_of_zeros_has_no_cosine_and_no_signal():
+    hidden, vectors = drawn(0, 2, 4), torch.nn.functional.normalize(drawn(1, 5, 4), dim=1)
+    hidden[0] = 0
+    for call in (head_gradient, head_hvp):
+        signal = call(hidden, vectors, torch.tensor([1, 3]), cosine=True)
+        assert (signal[0] == 0).all()
+        torch.testing.assert_close(signal[1:], call(hidden[1:], vectors, torch.tensor([3]), cosine=True))
 
 
 def test_certain_targets_and_lone_choices_have_no_signal():

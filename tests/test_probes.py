@@ -10,7 +10,8 @@ from plain_policy import PlainPolicy, batch_of, many_token_policy, one_token_pol
 from minirec_pl import InputError, probes
 from minirec_pl.per_sample import project_gradients
 from minirec_pl.policy.rollout import evaluation_mode
-from minirec_pl.probes import Trajectory, target_signals
+from minirec_pl.probes import target_signals
+from minirec_pl.trajectory import Trajectory
 
 HISTORIES, SEEN = [[3], [0, 5, 2, 7], [], [11, 1], [4]], [[3], [0, 5, 2, 7, 9], [], [1, 11], [4, 10]]
 TARGETS = [0, 8, 6, 4, 10]  # the last one is among the seen items

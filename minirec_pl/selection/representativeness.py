@@ -9,7 +9,7 @@ from minirec_pl.errors import InputError
 from minirec_pl.selection.learnability import min_max
 from minirec_pl.selection.signals import Array
 
-_ROWS = 65_536  # rows turned to float64 at a time
+_ROWS = 16_384  # rows turned to float64 at a time
 
 
 def representativeness(gradients: Array, *, fresh: Array | None = None, normalize: bool = True) -> Tensor:

@@ -15,7 +15,7 @@ from minirec_pl.selection import ledger as reasons
 from minirec_pl.selection.diversity import Selection, maxmin_select, nearest_pick
 from minirec_pl.selection.learnability import group_difficulty, learnability, min_max, quantile_calibration
 from minirec_pl.selection.ledger import SelectionLedger
-from minirec_pl.selection.picks import ascending, blank_table
+from minirec_pl.selection.picks import ascending, blank_table, solve_chance
 from minirec_pl.selection.representativeness import representativeness
 from minirec_pl.selection.signals import Signals
 
@@ -216,10 +216,7 @@ class MiniRecSelector:
     def _difficulty(self, signals: Signals) -> Tensor:
         if self.difficulty == "mean":
             return signals.reward_mean
-        p = torch.full_like(signals.reward_mean, torch.nan) if signals.solve_share is None else signals.solve_share
-        if signals.solve_probability is not None:
-            p = signals.solve_probability.where(~signals.solve_probability.isnan(), p)
-        return group_difficulty(p, self.num_generations or 8)
+        return group_difficulty(solve_chance(signals, self), self.num_generations or 8)
 
     def _terms(self, signals: Signals, difficulty: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         mu, sigma = self.mu, self.sigma
