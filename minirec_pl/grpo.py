@@ -229,8 +229,8 @@ def policy_loss(
     Raises:
         InputError: If shapes differ, an option is out of range or unknown, or a needed one is missing.
     """
+    check_objective(loss_type, importance_sampling_level, epsilon, epsilon_high, delta, beta)
     high = epsilon if epsilon_high is None else epsilon_high
-    _check_options(loss_type, importance_sampling_level, epsilon, high, delta, beta)
     if beta > 0 and ref_logps is None:
         raise InputError(f"beta is {beta} but there is no reference policy; give ref_logps or set beta to 0.")
     _check_shapes(logps, old_logps=old_logps, mask=mask, ref_logps=ref_logps)
@@ -283,6 +283,24 @@ def policy_loss(
     return PolicyLoss(loss, clip_low, clip_high, kl)
 
 
+def check_objective(
+    loss_type: str, level: str, epsilon: float, epsilon_high: float | None, delta: float | None, beta: float
+) -> None:
+    """Refuses options of `policy_loss` that are out of range.
+
+    Raises:
+        InputError: naming the option.
+    """
+    _check_choice("loss_type", loss_type, LossType)
+    _check_choice("importance_sampling_level", level, ImportanceSamplingLevel)
+    high = epsilon if epsilon_high is None else epsilon_high
+    for name, value in (("epsilon", epsilon), ("epsilon_high", high), ("beta", beta)):
+        if not (math.isfinite(value) and value >= 0):
+            raise InputError(f"{name} is {value}; it must be a number of at least 0.")
+    if delta is not None and not delta > 1 + high:
+        raise InputError(f"delta is {delta}; it bounds the ratio above the clip range, so give more than {1 + high}.")
+
+
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
@@ -290,16 +308,6 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 def _check_choice(name: str, value: str, literal: object) -> None:
     if value not in get_args(literal):
         raise InputError(f"{name} is {value!r}; choose one of {', '.join(get_args(literal))}.")
-
-
-def _check_options(loss_type: str, level: str, epsilon: float, high: float, delta: float | None, beta: float) -> None:
-    _check_choice("loss_type", loss_type, LossType)
-    _check_choice("importance_sampling_level", level, ImportanceSamplingLevel)
-    for name, value in (("epsilon", epsilon), ("epsilon_high", high), ("beta", beta)):
-        if not (math.isfinite(value) and value >= 0):
-            raise InputError(f"{name} is {value}; it must be a number of at least 0.")
-    if delta is not None and not delta > 1 + high:
-        raise InputError(f"delta is {delta}; it bounds the ratio above the clip range, so give more than {1 + high}.")
 
 
 def _check_shapes(logps: Tensor, **others: Tensor | None) -> None:
