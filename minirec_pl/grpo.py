@@ -1,7 +1,8 @@
 """Group Relative Policy Optimization as pure tensor functions.
 
 Names, defaults and normalisations are those of TRL's GRPOTrainer. B prompts, G rollouts each, L completion tokens.
-Papers: GRPO (arXiv 2402.03300), Dr. GRPO (arXiv 2503.20783), DAPO (arXiv 2503.14476), BNPO (arXiv 2506.02864).
+Papers: GRPO (arXiv 2402.03300), Dr. GRPO (arXiv 2503.20783), DAPO (arXiv 2503.14476), BNPO (arXiv 2506.02864), GSPO
+(arXiv 2507.18071), RLOO (arXiv 2402.14740), two-sided clipping (INTELLECT-2, arXiv 2505.07291).
 """
 
 import math
@@ -15,6 +16,8 @@ from minirec_pl.errors import InputError
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
 ScaleRewards = Literal["group", "batch", "none"]
+Baseline = Literal["mean", "leave_one_out"]
+ImportanceSamplingLevel = Literal["token", "sequence"]
 
 # exp(20) is far outside every clip range; without a bound, exp overflows and 0 * inf makes the loss NaN.
 _MAX_LOG_RATIO = 20.0
@@ -25,9 +28,11 @@ class PolicyLoss(NamedTuple):
 
     Attributes:
         loss: The objective to minimise.
-        clip_low: Share of the active tokens with A < 0 and a ratio below 1 - epsilon.
-        clip_high: Share of the active tokens with A > 0 and a ratio above 1 + epsilon_high.
-        kl: Mean k3 estimate of KL(policy || reference) per active token, or None without a reference.
+        clip_low: Share of the active tokens (of the completions with active tokens for `sequence`) with A < 0 and a
+            ratio below 1 - epsilon.
+        clip_high: The same with A > 0 and a ratio above 1 + epsilon_high.
+        kl: Mean estimate of KL(policy || reference) per active token as it stands in the loss, or None without a
+            reference.
     """
 
     loss: Tensor
@@ -36,22 +41,35 @@ class PolicyLoss(NamedTuple):
     kl: Tensor | None
 
 
-def group_advantages(rewards: Tensor, *, scale_rewards: ScaleRewards = "group", eps: float = 1e-4) -> Tensor:
-    """Advantages relative to the group: A_bg = (r_bg - mean_g r_bg) / (s_b + eps).
+def group_advantages(
+    rewards: Tensor,
+    *,
+    scale_rewards: ScaleRewards = "group",
+    baseline: Baseline = "mean",
+    applies: Tensor | None = None,
+    eps: float = 1e-4,
+) -> Tensor:
+    """Advantages relative to the group: A_bg = (r_bg - m_bg) / (s_b + eps).
 
-    s_b is the sample standard deviation (divisor n - 1) of the group for `group` (GRPO) and of all B * G rewards for
-    `batch`; `none` divides by 1 (Dr. GRPO). A group whose rewards are all equal gets exactly 0.
+    m_bg is the mean of the group for `mean` (GRPO) and the mean of the other G - 1 rewards for `leave_one_out` (RLOO),
+    which is G / (G - 1) times as large an advantage. s_b is the sample standard deviation (divisor n - 1) of the group
+    for `group` (GRPO) and of all B * G rewards for `batch`; `none` divides by 1 (Dr. GRPO). A group whose rewards are
+    all equal gets exactly 0. Only `leave_one_out` with `none` is an unbiased estimate of the policy gradient: a mean or
+    deviation that contains the completion's own reward depends on its action.
 
     Args:
         rewards: [B, G] finite; integers are taken as float32.
         scale_rewards: What divides the centred rewards. `batch` sees only the rewards given: gather them under DDP.
+        baseline: What is subtracted.
+        applies: [B, G] bool, false where no reward applies to a completion: it is left out of mean and deviation and
+            its advantage is 0. None: everywhere.
         eps: Added to the standard deviation.
 
     Returns:
         [B, G], float32 or the wider dtype of `rewards`.
 
     Raises:
-        InputError: If the shape is not [B, G >= 2], a reward is not finite or `scale_rewards` is unknown.
+        InputError: If the shape is not [B, G >= 2], a reward that applies is not finite or an option is unknown.
 
     Example:
         >>> group_advantages(torch.tensor([[1.0, 0.0], [0.1, 0.1]]), scale_rewards="none")
@@ -59,20 +77,51 @@ def group_advantages(rewards: Tensor, *, scale_rewards: ScaleRewards = "group", 
                 [ 0.0000,  0.0000]])
     """
     _check_choice("scale_rewards", scale_rewards, ScaleRewards)
+    _check_choice("baseline", baseline, Baseline)
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise InputError(
             f"rewards have shape {tuple(rewards.shape)}; give [B, G] with num_generations (G) of at least 2."
         )
-    if not bool(rewards.isfinite().all()):
-        rows = (~rewards.isfinite()).any(dim=1).nonzero().flatten().tolist()
+    known = torch.ones_like(rewards, dtype=torch.bool) if applies is None else applies
+    wrong = (known & ~rewards.isfinite()).any(dim=1)
+    if bool(wrong.any()):
+        rows = wrong.nonzero().flatten().tolist()
         raise InputError(f"rewards of groups {rows[:5]} are NaN or infinite; mend the reward function.")
     rewards = rewards.to(_at_least_float32(rewards.dtype))
-    constant = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
-    centred = (rewards - rewards.mean(dim=1, keepdim=True)).masked_fill(constant, 0.0)
+    mean, std = rewards.mean(dim=1, keepdim=True), rewards.std(dim=1, keepdim=True)
+    for row in (~known).any(dim=1).nonzero().flatten().tolist():
+        group = rewards[row][known[row]]
+        mean[row], std[row] = group.mean(), group.std() if len(group) > 1 else 0.0
+    flat = flat_groups(rewards, known)
+    centred = (rewards - mean).masked_fill(flat[:, None] | ~known, 0.0)
+    if baseline == "leave_one_out":
+        others = (known.sum(dim=1, keepdim=True) - 1).clamp(min=1)
+        centred = centred * ((others + 1) / others)
     if scale_rewards == "none":
         return centred
-    std = rewards.std(dim=1, keepdim=True) if scale_rewards == "group" else rewards.std()
+    if scale_rewards == "batch":
+        std = rewards[known].std() if int(known.sum()) > 1 else torch.zeros_like(std)
     return centred / (std + eps)
+
+
+def flat_groups(rewards: Tensor, applies: Tensor | None = None) -> Tensor:
+    """Which groups have no reward variance, and so no advantage to learn from.
+
+    Args:
+        rewards: [B, G].
+        applies: [B, G] bool, which rewards count; None: all.
+
+    Returns:
+        [B] bool, also true where fewer than two rewards count.
+
+    Example:
+        >>> flat_groups(torch.tensor([[0.1, 0.1], [0.0, 1.0]]))
+        tensor([ True, False])
+    """
+    if applies is None:
+        return rewards.amax(dim=1) == rewards.amin(dim=1)
+    highest = rewards.masked_fill(~applies, -math.inf).amax(dim=1)
+    return highest <= rewards.masked_fill(~applies, math.inf).amin(dim=1)
 
 
 def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -93,12 +142,14 @@ def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return torch.expm1(difference) - difference
 
 
-def eos_mask(tokens: Tensor, eos_token_ids: int | Sequence[int]) -> Tensor:
+def eos_mask(tokens: Tensor, eos_token_ids: int | Sequence[int], *, mask_truncated_completions: bool = False) -> Tensor:
     """True up to and including the first end-of-sequence token, so that padding that shares its id is told apart.
 
     Args:
         tokens: [..., L] int64 sampled token ids, without the prompt.
         eos_token_ids: Every id that ends a completion (`generation_config.eos_token_id`); none keeps all tokens.
+        mask_truncated_completions: Mask every token of a completion that has no end (DAPO, arXiv 2503.14476), so that
+            being cut off at the longest length is not punished.
 
     Returns:
         [..., L] bool.
@@ -111,6 +162,8 @@ def eos_mask(tokens: Tensor, eos_token_ids: int | Sequence[int]) -> Tensor:
     ids = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids)
     is_eos = torch.isin(tokens, torch.tensor(ids, dtype=tokens.dtype, device=tokens.device))
     ended_before = is_eos.cumsum(dim=-1) - is_eos.long()
+    if mask_truncated_completions:
+        return (ended_before == 0) & is_eos.any(dim=-1, keepdim=True)
     return ended_before == 0
 
 
@@ -122,30 +175,34 @@ def policy_loss(
     *,
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
+    delta: float | None = None,
     beta: float = 0.0,
+    use_bias_correction_kl: bool = True,
     ref_logps: Tensor | None = None,
     loss_type: LossType = "dapo",
+    importance_sampling_level: ImportanceSamplingLevel = "token",
     max_completion_length: int | None = None,
     num_items: int | float | Tensor | None = None,
 ) -> PolicyLoss:
     """Clipped GRPO objective over the active tokens.
 
-    With rho = exp(logps - old_logps), the loss of a token is
+    With rho = exp(logps - old_logps) per token, or for `sequence` (GSPO) the one ratio of a completion y,
+    rho = exp(mean over its active tokens of logps - old_logps) = (pi(y) / pi_old(y))^(1/|y|), the loss of a token is
 
-        l = -min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) + beta k3(logps, ref_logps)
+        l = -min(min(rho, delta) A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) + beta rho k3(logps, ref_logps)
 
     and `loss_type` says how tokens are averaged:
 
-    * `grpo`: mean over the B * G completions of the mean over their active tokens (arXiv 2402.03300). A completion
-      without active tokens counts as 0.
-    * `bnpo`: sum / active tokens of this call. Local: micro-batches of unequal length do not add up to the whole batch.
-    * `dr_grpo`: sum / (B * G * max_completion_length) (arXiv 2503.20783).
-    * `dapo`: sum / num_items (arXiv 2503.14476), the active tokens of the whole optimizer step.
+    * `grpo`: mean over the completions of the mean over their active tokens (arXiv 2402.03300). A completion without
+      active tokens counts as 0. Divides by `num_items` completions.
+    * `dr_grpo`: sum / (completions * max_completion_length) (arXiv 2503.20783), `num_items` completions.
+    * `dapo`: sum / active tokens (arXiv 2503.14476), `num_items` of them.
+    * `bnpo`: sum / active tokens of this call (arXiv 2506.02864). Local: micro-batches of unequal length do not add up
+      to the whole batch.
 
-    grpo, bnpo and dr_grpo are averages: over n micro-batches (or ranks) with as many completions each, divide by n, as
-    Lightning's accumulation and DDP do. dapo with `num_items` adds up to the whole batch by itself: give the total
-    divided by whatever the trainer divides by (accumulated micro-batches, ranks). What stands at masked positions, NaN
-    included, touches neither the value nor the gradient.
+    With `num_items` of the whole optimizer step, micro-batches and ranks of any size add up to the whole batch: give
+    the total divided by whatever the trainer divides by (accumulated micro-batches, ranks). What stands at masked
+    positions, NaN included, touches neither the value nor the gradient.
 
     Args:
         logps: [B, G, L] (or [..., L]) log-probabilities of the sampled tokens under the policy, in nats, with gradient.
@@ -154,11 +211,17 @@ def policy_loss(
         mask: Same shape as `logps`, true where a token counts, see `eos_mask`.
         epsilon: Lower clip width, at least 0.
         epsilon_high: Upper clip width, `epsilon` if None (DAPO's clip-higher: 0.28).
+        delta: Upper bound of the ratio where A < 0, which plain clipping leaves open (arXiv 2505.07291); above
+            1 + epsilon_high, None for no bound.
         beta: Weight of the KL term; 0 leaves it out of the loss (it is still reported if `ref_logps` is given).
+        use_bias_correction_kl: Multiply k3 by rho (DeepSeek-V3.2, arXiv 2512.02556): its gradient is then that of
+            KL(policy || reference), which that of k3 alone is not, even where rho is 1.
         ref_logps: Same shape as `logps`, under the reference policy. Needed if beta is not 0.
         loss_type: How tokens are averaged.
+        importance_sampling_level: One ratio per token, or one per completion.
         max_completion_length: Tokens; needed for `dr_grpo`.
-        num_items: Active tokens of the whole optimizer step for `dapo`; those of this call if None.
+        num_items: What the whole optimizer step averages over: active tokens for `dapo`, completions for `grpo` and
+            `dr_grpo`; those of this call if None. Not used by `bnpo`.
 
     Returns:
         A `PolicyLoss`; the loss is 0 with zero gradient if no token is active.
@@ -166,11 +229,8 @@ def policy_loss(
     Raises:
         InputError: If shapes differ, an option is out of range or unknown, or a needed one is missing.
     """
-    _check_choice("loss_type", loss_type, LossType)
+    check_objective(loss_type, importance_sampling_level, epsilon, epsilon_high, delta, beta)
     high = epsilon if epsilon_high is None else epsilon_high
-    for name, value in (("epsilon", epsilon), ("epsilon_high", high), ("beta", beta)):
-        if not (math.isfinite(value) and value >= 0):
-            raise InputError(f"{name} is {value}; it must be a number of at least 0.")
     if beta > 0 and ref_logps is None:
         raise InputError(f"beta is {beta} but there is no reference policy; give ref_logps or set beta to 0.")
     _check_shapes(logps, old_logps=old_logps, mask=mask, ref_logps=ref_logps)
@@ -180,37 +240,65 @@ def policy_loss(
         )
 
     active = mask.bool()
+    n_tokens, lengths = active.sum().clamp(min=1), active.sum(dim=-1).clamp(min=1)
     dtype = _at_least_float32(logps.dtype)
     policy = logps.to(dtype).masked_fill(~active, 0.0)
     log_ratio = policy - old_logps.detach().to(dtype).masked_fill(~active, 0.0)
+    counted = active
+    if importance_sampling_level == "sequence":
+        log_ratio = (log_ratio.sum(dim=-1) / lengths).unsqueeze(-1)
+        counted = active.any(dim=-1, keepdim=True)
     ratio = log_ratio.clamp(max=_MAX_LOG_RATIO).exp()
     advantage = advantages.detach().to(dtype).unsqueeze(-1)
-    token_loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + high) * advantage)
+    bounded = ratio if delta is None else ratio.clamp(max=delta)
+    token_loss = -torch.minimum(bounded * advantage, ratio.clamp(1 - epsilon, 1 + high) * advantage)
 
-    n_active = active.sum().clamp(min=1)
     kl: Tensor | None = None
     if ref_logps is not None:
         token_kl = kl_k3(policy, ref_logps.detach().to(dtype).masked_fill(~active, 0.0))
-        kl = token_kl.detach().sum() / n_active
+        if use_bias_correction_kl:
+            token_kl = (token_kl * ratio).masked_fill(~active, 0.0)
+        kl = token_kl.detach().sum() / n_tokens
         if beta > 0:
             token_loss = token_loss + beta * token_kl
-    token_loss = token_loss.masked_fill(~active, 0.0)
+    token_loss = token_loss.expand_as(policy).masked_fill(~active, 0.0)
 
+    items = n_tokens if loss_type in ("dapo", "bnpo") else torch.tensor(advantages.numel(), device=logps.device)
+    if num_items is not None and loss_type != "bnpo":
+        items = torch.as_tensor(num_items, dtype=dtype, device=logps.device)
+    items = items.masked_fill(items == 0, 1)
     if loss_type == "grpo":
-        loss = (token_loss.sum(dim=-1) / active.sum(dim=-1).clamp(min=1)).mean()
+        loss = (token_loss.sum(dim=-1) / lengths).sum() / items
     elif loss_type == "dr_grpo":
         if max_completion_length is None or max_completion_length < 1:
             raise InputError("loss_type dr_grpo divides by max_completion_length; set it to at least 1.")
-        loss = token_loss.sum() / (advantages.numel() * max_completion_length)
-    elif loss_type == "bnpo" or num_items is None:
-        loss = token_loss.sum() / n_active
+        loss = token_loss.sum() / (items * max_completion_length)
     else:
-        total = torch.as_tensor(num_items, dtype=dtype, device=logps.device)
-        loss = token_loss.sum() / total.masked_fill(total == 0, 1)
+        loss = token_loss.sum() / items
 
-    low_clipped = active & (ratio.detach() < 1 - epsilon) & (advantage < 0)
-    high_clipped = active & (ratio.detach() > 1 + high) & (advantage > 0)
-    return PolicyLoss(loss, low_clipped.sum() / n_active, high_clipped.sum() / n_active, kl)
+    outside = ratio.detach()
+    n_counted = counted.sum().clamp(min=1)
+    clip_low = (counted & (outside < 1 - epsilon) & (advantage < 0)).sum() / n_counted
+    clip_high = (counted & (outside > 1 + high) & (advantage > 0)).sum() / n_counted
+    return PolicyLoss(loss, clip_low, clip_high, kl)
+
+
+def check_objective(
+    loss_type: str, level: str, epsilon: float, epsilon_high: float | None, delta: float | None, beta: float
+) -> None:
+    """Refuses options of `policy_loss` that are out of range.
+
+    Raises:
+        InputError: naming the option.
+    """
+    _check_choice("loss_type", loss_type, LossType)
+    _check_choice("importance_sampling_level", level, ImportanceSamplingLevel)
+    high = epsilon if epsilon_high is None else epsilon_high
+    for name, value in (("epsilon", epsilon), ("epsilon_high", high), ("beta", beta)):
+        if not (math.isfinite(value) and value >= 0):
+            raise InputError(f"{name} is {value}; it must be a number of at least 0.")
+    if delta is not None and not delta > 1 + high:
+        raise InputError(f"delta is {delta}; it bounds the ratio above the clip range, so give more than {1 + high}.")
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

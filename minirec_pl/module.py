@@ -1,10 +1,9 @@
-"""The two training stages as ordinary LightningModules: supervised warm start, then GRPO."""
+"""The RL stage, Group Relative Policy Optimization, as an ordinary LightningModule."""
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,81 +11,65 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from minirec_pl.collect import RolloutCollector
+from minirec_pl.data.sampler import GENERATION, GenerationSchedule
 from minirec_pl.errors import InputError
+from minirec_pl.generation import Generation, figures_of, signals_of
 from minirec_pl.gradients import GradientKind, GradientSpace
-from minirec_pl.grpo import LossType, PolicyLoss, ScaleRewards, group_advantages, policy_loss
+from minirec_pl.grpo import Baseline, ImportanceSamplingLevel, LossType, ScaleRewards
+from minirec_pl.objective import Objective, WastedGroups
+from minirec_pl.options import check_sampling, check_schedule, check_selectors, check_wasted_groups
 from minirec_pl.policy import GenerativePolicy
 from minirec_pl.policy.rollout import evaluation_mode
 from minirec_pl.probes import target_signals
 from minirec_pl.recommender import EVALUATION_K, RecModule
-from minirec_pl.rewards import RewardFunction, combine_rewards, hit
+from minirec_pl.reference import adapters_off, check_sync, frozen_copy, is_fresh_lora, mix_into
+from minirec_pl.reward_calls import RewardFunction, combine_rewards, item_columns
+from minirec_pl.rewards import hit
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.trajectory import Trajectory
+from minirec_pl.warm_start import WarmStartModule
 
-
-class WarmStartModule(RecModule):
-    """Supervised next-item training, every position of a sequence at once: the proxy policy that GRPO starts from.
-
-    Takes the batches of `RecDataModule(train_on="warm")`. Logs `train/loss`, the mean negative log-likelihood in nats.
-
-    Args:
-        policy: the recommender to train.
-        dropout: probability of dropping a value of the input embeddings and of the last hidden states, in training
-            only; for ids of one token.
-        optimizer: see `RecModule`.
-        lr_scheduler: see `RecModule`.
-        predict_k: see `RecModule`.
-
-    Raises:
-        InputError: if `dropout` is outside [0, 1).
-    """
-
-    training_phase = "warm_start"
-
-    def __init__(
-        self,
-        policy: GenerativePolicy,
-        dropout: float = 0.0,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        predict_k: int = EVALUATION_K,
-    ) -> None:
-        super().__init__(policy, optimizer, lr_scheduler, predict_k)
-        if not 0.0 <= dropout < 1.0:
-            raise InputError(f"dropout is {dropout}: it is a probability, from 0 to below 1")
-        self.dropout = dropout
-
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of the next item at every position that has one."""
-        if "sequence" not in batch:
-            raise InputError("WarmStartModule trains on sequences: set data.train_on to `warm`")
-        loss = self.policy.sequence_nll(batch, self.dropout)
-        tokens = self.policy.sequence_tokens(batch)
-        self.cost.add(self.training_phase, forward=tokens, backward=tokens)
-        self.log("train/loss", loss, on_step=True, on_epoch=False, batch_size=len(batch["target"]))
-        return loss
+__all__ = ["GRPORecModule", "WarmStartModule"]
 
 
 class GRPORecModule(RecModule):
     """Group Relative Policy Optimization of a generative recommender (arXiv 2402.03300), option names as in TRL.
 
-    Each step samples `num_generations` items per prompt, rewards them, and takes one step on the clipped objective with
-    group-relative advantages. A step updates once per rollout batch, so the ratio is 1 when the gradient is taken.
+    `num_generations` items are sampled per prompt and rewarded, for all the batches of an optimizer step at once, so
+    that what its loss is averaged over is known before the first backward pass. With one update per rollout (the
+    default) the ratio is 1 when the gradient is taken. Groups that the loss does not depend on are not trained on.
 
     Args:
         policy: the recommender, usually a warm start.
-        rewards: reward functions, TRL's contract (see `minirec_pl.rewards`); in YAML by dotted path.
+        rewards: reward functions, TRL's contract (see `minirec_pl.reward_calls`); in YAML by dotted path.
         reward_weights: one weight per reward; None weighs each with 1.
         num_generations: G, rollouts per prompt, at least 2.
         temperature: divides the logits in sampling and in every other pass.
         top_k: sample among the k most likely tokens; None for all.
         top_p: sample among the smallest set of tokens with this mass; None for all.
+        distinct_rollouts: draw the items of a group without replacement; not with top_k or top_p, nor with a selector
+            in mode `official`. A mean reward then says little (that of a hit is at most 1 / G), so that the exact solve
+            probability stands for it in selection.
         epsilon: lower clip width of the probability ratio.
         epsilon_high: upper clip width; None takes `epsilon`.
+        delta: upper bound of the ratio where the advantage is negative; None for none.
         beta: weight of the KL term against the policy at the start; 0 keeps no reference copy.
-        loss_type: how token losses are averaged, see `minirec_pl.grpo.policy_loss`; `dapo` over the tokens of the
-            batch, which is exact under accumulation where all ids have one length.
+        use_bias_correction_kl: multiply the KL estimate by the ratio, so that its gradient is that of the divergence.
+        loss_type: how token losses are averaged, see `minirec_pl.grpo.policy_loss`.
+        importance_sampling_level: `token`, or `sequence` for one ratio per completion (GSPO).
         scale_rewards: what divides the centred rewards, see `minirec_pl.grpo.group_advantages`.
+        baseline: what is subtracted from a reward: the `mean` of the group, or of the others, `leave_one_out`.
+        num_iterations: how often each rollout is trained on.
+        steps_per_generation: training batches that rollouts are made for at once, a multiple of the Trainer's
+            accumulate_grad_batches; None takes that.
+        wasted_groups: what becomes of groups without reward variance: `keep` counts them in the average;
+            `dynamic_sampling` drops them and draws for more prompts (DAPO); `preference_pairs` turns those in which
+            nothing found the target into target-over-sampled pairs, see `minirec_pl.preference`.
+        oversample: with `dynamic_sampling`, how many prompts the loader delivers for one that is trained on.
+        sync_ref_model: move the reference after the policy (TR-DPO, arXiv 2404.09656).
+        ref_model_sync_steps: optimizer steps from one sync to the next.
+        ref_model_mixup_alpha: share of the policy in the new reference; the rest is the old one.
         scoring_generations: rollouts per sample when samples are scored. The exact solve probability comes with the
             same forward pass and needs none, so 0 is allowed; at least 2 otherwise.
         optimizer: see `RecModule`.
@@ -108,72 +91,96 @@ class GRPORecModule(RecModule):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        distinct_rollouts: bool = False,
         epsilon: float = 0.2,
         epsilon_high: float | None = None,
+        delta: float | None = None,
         beta: float = 0.0,
+        use_bias_correction_kl: bool = True,
         loss_type: LossType = "dapo",
+        importance_sampling_level: ImportanceSamplingLevel = "token",
         scale_rewards: ScaleRewards = "group",
+        baseline: Baseline = "mean",
+        num_iterations: int = 1,
+        steps_per_generation: int | None = None,
+        wasted_groups: WastedGroups = "keep",
+        oversample: float = 2.0,
+        sync_ref_model: bool = False,
+        ref_model_sync_steps: int = 512,
+        ref_model_mixup_alpha: float = 0.6,
         scoring_generations: int = 4,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         predict_k: int = EVALUATION_K,
     ) -> None:
         super().__init__(policy, optimizer, lr_scheduler, predict_k)
-        if num_generations < 2:
-            raise InputError(
-                f"num_generations is {num_generations}: GRPO compares the rollouts of one prompt, so it "
-                "must be at least 2"
-            )
-        if scoring_generations == 1 or scoring_generations < 0:
-            raise InputError(
-                f"scoring_generations is {scoring_generations}: give 0 (exact probabilities only) or at least 2"
-            )
-        if not 0 < temperature < math.inf:
-            raise InputError(f"temperature is {temperature}: it divides the logits, so it must be above 0")
-        if top_k is not None and top_k < 1:
-            raise InputError(f"top_k is {top_k}: give at least 1, or null for all tokens")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise InputError(f"top_p is {top_p}: it is a probability above 0 and at most 1, or null for all tokens")
+        self.objective = Objective(
+            loss_type=loss_type,
+            epsilon=epsilon,
+            epsilon_high=epsilon_high,
+            delta=delta,
+            beta=beta,
+            use_bias_correction_kl=use_bias_correction_kl,
+            importance_sampling_level=importance_sampling_level,
+            scale_rewards=scale_rewards,
+            baseline=baseline,
+        )
+        check_sampling(num_generations, scoring_generations, temperature, top_k, top_p)
+        check_schedule(num_iterations, steps_per_generation)
+        check_wasted_groups(wasted_groups, oversample, distinct_rollouts, top_k, top_p)
+        check_sync(beta, sync_ref_model, ref_model_sync_steps, ref_model_mixup_alpha)
         if reward_weights is not None and len(reward_weights) != len(rewards):
             raise InputError(
                 f"reward_weights has {len(reward_weights)} numbers for {len(rewards)} rewards: give one each"
             )
-        one = torch.ones(1, 2, 1)
-        group_advantages(one[..., 0], scale_rewards=scale_rewards)
-        options: dict[str, Any] = {
-            "epsilon": epsilon,
-            "epsilon_high": epsilon_high,
-            "beta": beta,
-            "loss_type": loss_type,
-        }
-        policy_loss(one, one, one[..., 0], one.bool(), ref_logps=one, max_completion_length=1, **options)
         self.rewards = list(rewards)
         self.reward_weights = reward_weights
         self.num_generations = num_generations
         self.temperature = temperature
         self.top_k = top_k
         self.top_p = top_p
-        self.epsilon = epsilon
-        self.epsilon_high = epsilon_high
-        self.beta = beta
-        self.loss_type: LossType = loss_type
-        self.scale_rewards: ScaleRewards = scale_rewards
+        self.distinct_rollouts = distinct_rollouts
+        self.num_iterations = num_iterations
+        self.steps_per_generation = steps_per_generation
+        self.wasted_groups = wasted_groups
+        self.oversample = oversample if wasted_groups == "dynamic_sampling" else None
+        self.sync_ref_model = sync_ref_model
+        self.ref_model_sync_steps = ref_model_sync_steps
+        self.ref_model_mixup_alpha = ref_model_mixup_alpha
         self.scoring_generations = scoring_generations
         self.rollout_seed = torch.initial_seed()
         self.rollout_step = 0
         self.reference: GenerativePolicy | None = None
         self.trajectory = Trajectory()
+        self.generation: Generation | None = None
+        self._adapter_is_new = False
+
+    @property
+    def generation_schedule(self) -> GenerationSchedule:
+        """How the training loader serves the batches: see `minirec_pl.data.sampler.ResumableLoader`."""
+        steps = self.steps_per_generation or self.trainer.accumulate_grad_batches
+        return GenerationSchedule(steps, self.num_iterations, self.oversample or 1.0)
+
+    def setup(self, stage: str) -> None:
+        """Checks what depends on the Trainer."""
+        if stage == "fit":
+            check_schedule(self.num_iterations, self.steps_per_generation, self.trainer.accumulate_grad_batches)
+            if self.distinct_rollouts:
+                check_selectors(self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
-        """Binds the policy and, with `beta` above 0, keeps a frozen copy of it as the reference."""
+        """Binds the policy; with `beta` above 0 keeps a frozen copy, unless a new adapter can be switched off."""
         super().configure_model()
-        if self.beta > 0 and self.reference is None:
-            self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval()
+        if self.objective.beta > 0 and self.reference is None and not self._adapter_is_new:
+            self._adapter_is_new = is_fresh_lora(self.policy) and not self.sync_ref_model
+            self.reference = None if self._adapter_is_new else frozen_copy(self.policy)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the cost, the seed of the rollouts and, if it is followed, where the trajectory started."""
+        """Keeps the cost, the seed of the rollouts, those still to be trained on, and the trajectory's start."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["rollout_seed"], checkpoint["rollout_step"] = self.rollout_seed, self.rollout_step
+        if self.generation is not None and self.generation.left:
+            checkpoint["generation"] = self.generation.state_dict()
         if self.trajectory.start:
             checkpoint["trajectory_start"] = dict(self.trajectory.start)
 
@@ -183,105 +190,127 @@ class GRPORecModule(RecModule):
         self.rollout_seed = checkpoint.get("rollout_seed", self.rollout_seed)
         self.rollout_step = checkpoint.get("rollout_step", self.rollout_step)
         self.trajectory.start = dict(checkpoint.get("trajectory_start", self.trajectory.start))
+        state = checkpoint.get("generation")
+        self.generation = None if state is None else Generation.from_state(state)
+
+    def on_train_start(self) -> None:
+        """Brings rollouts of a checkpoint to where the policy is by now."""
+        super().on_train_start()
+        if self.generation is not None:
+            self.generation.to(self.device)
 
     @property
     def _sampling(self) -> dict[str, Any]:
         return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
 
     def _generator(self) -> torch.Generator:
-        """Random numbers of a training batch, which depend on (seed, rank, rollout batches so far) alone."""
+        """Random numbers of a generation, which depend on (seed, rank, generations so far) alone."""
         words = np.random.SeedSequence([self.rollout_seed, self.global_rank, self.rollout_step]).generate_state(
             1, np.uint64
         )
         return torch.Generator(device=self.device).manual_seed(int(words[0]) & (2**63 - 1))
 
     def _scoring_numbers(self, sample_ids: Tensor) -> Tensor:
-        """Uniform numbers [B, G, L] that depend on (seed, rollout batches so far, sample_id) alone."""
+        """Uniform numbers [B, G, L] that depend on (seed, generations so far, sample_id) alone."""
         size = (self.scoring_generations, self.policy.id_length)
         words = (self.rollout_seed, self.rollout_step)
         rows = [np.random.default_rng([*words, sample_id]).random(size) for sample_id in sample_ids.tolist()]
         return torch.from_numpy(np.stack(rows)).to(self.device)
 
-    def _reward(self, batch: Mapping[str, Tensor], items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        group = items.shape[1]
-        columns = {
-            "prompts": lambda: self._prompt_texts(batch, group),
-            "target": lambda: self.item_ids[batch["target"].cpu().numpy().repeat(group)].tolist(),
-            "sample_id": lambda: batch["sample_id"].cpu().numpy().repeat(group).tolist(),
-        }
+    def _reward(self, batch: Mapping[str, Tensor], items: Tensor, logps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rewards [B, G] of items, NaN where none applies, and the single ones by name."""
+        columns = item_columns(batch, items, logps, self.item_ids)
         completions = self.item_ids[items.flatten().cpu().numpy()].tolist()
         total, by_name = combine_rewards(self.rewards, self.reward_weights, completions, columns)
-        return total.view_as(items).to(items.device), by_name
+        return total.view_as(items).to(items.device), {
+            name: given.view_as(items).to(items.device) for name, given in by_name.items()
+        }
 
-    def _prompt_texts(self, batch: Mapping[str, Tensor], group: int) -> list[str]:
-        rows = [" ".join(self.item_ids[row[row >= 0].numpy()]) for row in batch["history"].cpu()]
-        return [text for text in rows for _ in range(group)]
+    def _reference_logps(self, batch: Mapping[str, Tensor], items: Tensor) -> Tensor:
+        policy = self.policy if self.reference is None else self.reference
+        with evaluation_mode(policy), adapters_off(policy) if self._adapter_is_new else nullcontext():
+            return policy.completion_logps(batch, items, self.temperature)[0]
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Any]:
-        """One GRPO step.
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
+        """One forward pass of the objective; the first of a generation makes its rollouts.
 
         Returns:
-            `loss`, and `signals`: the rewards [B, G] and solve probabilities [B] met on the way, for callbacks.
+            `loss`; `trained`, the sample_ids [n] that are trained on for the first time; and, with new rollouts,
+            `signals`: their rewards [B, G] and solve probabilities [B], for callbacks.
         """
         if "history" not in batch:
             raise InputError("GRPORecModule trains on single samples: set data.train_on to `pool`")
-        with evaluation_mode(self.policy):
-            prompt, target = self.policy.run_prompt(batch), batch["target"][:, None]
-            size = (len(target), self.num_generations, self.policy.id_length)
-            uniform = torch.rand(size, dtype=torch.float64, generator=self._generator(), device=self.device)
-            items = self.policy.sample(prompt, batch["seen"], uniform, **self._sampling).items
-            states = self.policy.completion_states(prompt, target)
-            solved, _, _ = self.policy.head_logps(states, target, batch["seen"], self.temperature)
-        self.rollout_step += 1
-        rewards, by_name = self._reward(batch, items)
-        advantages = group_advantages(rewards, scale_rewards=self.scale_rewards)
-        logps, mask, entropy = self.policy.completion_logps(batch, items, self.temperature)
-        reference_logps = None
-        if self.reference is not None:
-            with torch.no_grad():
-                reference_logps, _, _ = self.reference.completion_logps(batch, items, self.temperature)
-        objective = policy_loss(
-            logps,
-            logps.detach(),
-            advantages,
-            mask,
-            epsilon=self.epsilon,
-            epsilon_high=self.epsilon_high,
-            beta=self.beta,
-            ref_logps=reference_logps,
-            loss_type=self.loss_type,
-            max_completion_length=self.policy.id_length,
-        )
-        self._book_rollouts(batch, items)
-        self._log_training(rewards, by_name, entropy, mask, objective)
-        signals = SampleSignals(batch["sample_id"], rewards=rewards, solve_probability=solved.sum(dim=(1, 2)).exp())
-        return {"loss": objective.loss, "signals": signals}
-
-    def _book_rollouts(self, batch: Mapping[str, Tensor], items: Tensor) -> None:
-        trained = self.policy.prompt_tokens(batch) + self.policy.fed_tokens(items)
-        passes = 2 if self.reference is None else 3
-        forward = passes * trained + self.policy.fed_tokens(batch["target"])
-        self.cost.add("training", forward=forward, backward=trained, rollouts=items.numel())
-
-    def _log_training(
-        self, rewards: Tensor, by_name: Mapping[str, Tensor], entropy: Tensor, mask: Tensor, objective: PolicyLoss
-    ) -> None:
+        output: dict[str, Any] = {}
+        schedule, alone = self.generation_schedule, {"position": 0, "positions": 1, "batches": [batch]}
+        if GENERATION not in batch and schedule.steps * schedule.iterations > 1:
+            raise InputError(
+                "the training loader serves single batches, but accumulate_grad_batches, steps_per_generation or "
+                "num_iterations is above 1: train with RecDataModule, or on a ResumableLoader with steps and iterations"
+            )
+        place = batch.get(GENERATION, alone)
+        if place["position"] == 0:
+            output["signals"] = self._generate(place["batches"], place["positions"])
+        generation, position = self.generation, place["position"]
+        if generation is None or generation.position != position - 1:
+            raise InputError(
+                "the rollouts of the running generation are missing: resume from a checkpoint of this run, or from one "
+                "of an epoch's end"
+            )
+        generation.position = position
+        accumulate = self.trainer.accumulate_grad_batches
+        rollouts = generation.at(position)
+        shares = generation.totals[position // accumulate] / (accumulate * self.trainer.world_size)
+        update = self.objective.update(self.policy, rollouts, shares, self.temperature)
+        self.cost.add("training", forward=update.tokens, backward=update.tokens)
         values = {
-            "reward": rewards.mean(),
-            "reward_std": rewards.std(dim=1).mean(),
-            "frac_reward_zero_std": (rewards == rewards[:, :1]).all(dim=1).float().mean(),
-            "entropy": entropy.sum() / mask.sum(),
-            "clip_ratio/low_mean": objective.clip_low,
-            "clip_ratio/high_mean": objective.clip_high,
-            "completions/mean_length": mask.sum(dim=-1).float().mean(),
-            **{f"rewards/{name}/mean": given.nanmean() for name, given in by_name.items()},
+            "entropy": update.entropy,
+            "clip_ratio/low_mean": update.clip_low,
+            "clip_ratio/high_mean": update.clip_high,
+            "train/loss": update.loss.detach(),
+            **({} if update.kl is None else {"kl": update.kl}),
         }
-        if objective.kl is not None:
-            values["kl"] = objective.kl
-        size = len(rewards)
+        self.log_dict(values, on_step=True, on_epoch=False, batch_size=len(rollouts))
+        first_time = position < len(generation.batches)
+        return {**output, "loss": update.loss, "trained": rollouts.batch["sample_id"][: None if first_time else 0]}
+
+    def _generate(self, batches: Sequence[Mapping[str, Tensor]], positions: int) -> SampleSignals:
+        accumulate = self.trainer.accumulate_grad_batches
+        check_schedule(self.num_iterations, self.generation_schedule.steps, accumulate)
+        several = self.trainer.world_size > 1
+        collector = RolloutCollector(
+            policy=self.policy,
+            objective=self.objective,
+            reward=self._reward,
+            reference=self._reference_logps if self.objective.beta > 0 else None,
+            num_generations=self.num_generations,
+            sampling=self._sampling,
+            distinct=self.distinct_rollouts,
+            pairs=self.wasted_groups == "preference_pairs",
+            oversample=self.oversample,
+            cost=self.cost,
+            reduce=self._sum_over_ranks if several else None,
+        )
+        self.generation, drawn = collector.collect(batches, positions, accumulate, self._generator())
+        self.rollout_step += 1
+        values, size = figures_of(drawn), sum(map(len, drawn))
+        if self.oversample is not None:
+            values["dynamic_sampling/drawn"] = torch.tensor(float(size))
+            values["dynamic_sampling/trained"] = torch.tensor(float(sum(map(len, self.generation.batches))))
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=size)
-        self.log("train/loss", objective.loss.detach(), on_step=True, on_epoch=False, batch_size=size)
         self.log("train/reward", values["reward"], on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
+        return signals_of(drawn, with_rewards=not self.distinct_rollouts)
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        total = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return total
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Takes the step and, when it is time, moves the reference after the policy."""
+        super().optimizer_step(*args, **kwargs)
+        if self.sync_ref_model and (self.trainer.global_step + 1) % self.ref_model_sync_steps == 0:
+            assert self.reference is not None
+            mix_into(self.reference, self.policy, self.ref_model_mixup_alpha)
 
     def sample_signals(
         self, batch: Mapping[str, Tensor], gradient: GradientKind = "first", gradient_space: GradientSpace = "answer"
@@ -312,9 +341,9 @@ class GRPORecModule(RecModule):
             states = self.policy.completion_states(prompt, target)
             if group > 0:
                 numbers = self._scoring_numbers(batch["sample_id"])
-                items = self.policy.sample(prompt, batch["seen"], numbers, **self._sampling).items
-                rewards, _ = self._reward(batch, items)
-                forward += self.policy.fed_tokens(items)
+                drawn = self.policy.sample(prompt, batch["seen"], numbers, **self._sampling)
+                rewards, _ = self._reward(batch, drawn.items, drawn.logps.sum(dim=-1))
+                forward += self.policy.fed_tokens(drawn.items)
         measured = target_signals(
             self.policy, states, batch, self.temperature, gradient, gradient_space, self.trajectory
         )

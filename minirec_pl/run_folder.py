@@ -92,10 +92,12 @@ class RunFolder(Callback):
     ) -> None:
         """Counts samples; after Ctrl-C stops inside an epoch."""
         ids = batch["sample_id"].tolist() if isinstance(batch, dict) and "sample_id" in batch else []
+        if isinstance(outputs, dict) and "trained" in outputs:
+            ids = outputs["trained"].tolist()
         epoch = trainer.current_epoch
         self._samples[epoch] = self._samples.get(epoch, 0) + len(ids)
         self._distinct.update(ids)
-        if self._stop and not trainer.is_last_batch:
+        if self._stop and not trainer.is_last_batch and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._save_and_stop(trainer)
 
     def stop_between_epochs(self, trainer: Trainer) -> None:

@@ -1,7 +1,6 @@
 """Oracle: loops over unpadded completions in Python floats; gradients by gradcheck and by hand."""
 
 import math
-import statistics
 from dataclasses import dataclass
 
 import pytest
@@ -41,80 +40,162 @@ def random_case(seed: int, lengths: list[int] | None = None) -> Case:
 
 
 def oracle(
-    case: Case, loss_type: str, *, low: float, high: float, beta: float, num_items: int | None = None
+    case: Case,
+    loss_type: str,
+    *,
+    low: float = 0.2,
+    high: float = 0.2,
+    beta: float = 0.0,
+    delta: float = math.inf,
+    level: str = "token",
+    correct: bool = True,
+    num_items: float | None = None,
 ) -> tuple[float, float, float, float]:
     """Loss, clip_low, clip_high and kl by the formulas of the papers, a token at a time."""
     rows: list[list[float]] = []
-    clipped_low = clipped_high = 0
+    clipped_low = clipped_high = counted = 0
     kls: list[float] = []
     for b in range(3):
         for g in range(4):
             advantage = float(case.advantages[b, g])
+            length = int(case.mask[b, g].sum())
+            ratios = [math.exp(case.logps[b, g, t]) / math.exp(case.old_logps[b, g, t]) for t in range(length)]
+            if level == "sequence" and length:
+                ratios = [math.prod(ratios) ** (1 / length)] * length
             row: list[float] = []
-            for t in range(int(case.mask[b, g].sum())):
-                new, old, ref = (float(x[b, g, t]) for x in (case.logps, case.old_logps, case.ref_logps))
-                ratio = math.exp(new) / math.exp(old)
-                surrogate = min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
+            for t, ratio in enumerate(ratios):
+                new, ref = float(case.logps[b, g, t]), float(case.ref_logps[b, g, t])
+                surrogate = min(min(ratio, delta) * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
                 kl = math.exp(ref) / math.exp(new) - math.log(math.exp(ref) / math.exp(new)) - 1
+                kl *= ratio if correct else 1.0
                 row.append(-surrogate + beta * kl)
                 kls.append(kl)
+            for ratio in ratios if level == "token" else ratios[:1]:
+                counted += 1
                 clipped_low += ratio < 1 - low and advantage < 0
                 clipped_high += ratio > 1 + high and advantage > 0
             rows.append(row)
     tokens = sum(map(len, rows))
     total = math.fsum(map(math.fsum, rows))
+    completions = num_items or len(rows)
     loss = {
-        "grpo": math.fsum(math.fsum(row) / len(row) for row in rows if row) / len(rows),
+        "grpo": math.fsum(math.fsum(row) / len(row) for row in rows if row) / completions,
         "bnpo": total / tokens,
-        "dr_grpo": total / (len(rows) * MAX_LENGTH),
+        "dr_grpo": total / (completions * MAX_LENGTH),
         "dapo": total / (num_items or tokens),
     }[loss_type]
-    return loss, clipped_low / tokens, clipped_high / tokens, math.fsum(kls) / tokens
+    return loss, clipped_low / counted, clipped_high / counted, math.fsum(kls) / tokens
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(("epsilon_high", "beta"), [(None, 0.0), (0.28, 0.0), (None, 0.4)])
-def test_loss_equals_the_unpadded_loop(loss_type: LossType, seed: int, epsilon_high: float | None, beta: float) -> None:
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize(
+    ("epsilon_high", "beta", "correct", "delta"),
+    [
+        (None, 0.0, True, None),
+        (0.28, 0.0, True, None),
+        (None, 0.4, False, None),
+        (None, 0.4, True, None),
+        (0.3, 0.1, True, 1.5),
+    ],
+)
+def test_loss_equals_the_unpadded_loop(
+    loss_type: LossType,
+    seed: int,
+    level: str,
+    epsilon_high: float | None,
+    beta: float,
+    correct: bool,
+    delta: float | None,
+) -> None:
     case = random_case(seed)
+    narrow = 1.0 if level == "token" else 0.1  # ratios of whole completions vary less
+    low, high = 0.2 * narrow, None if epsilon_high is None else epsilon_high * narrow
     got = policy_loss(
         case.logps,
         case.old_logps,
         case.advantages,
         case.mask,
-        epsilon_high=epsilon_high,
+        epsilon=low,
+        epsilon_high=high,
+        delta=delta,
         beta=beta,
+        use_bias_correction_kl=correct,
         ref_logps=case.ref_logps,
         loss_type=loss_type,
+        importance_sampling_level=level,  # type: ignore[arg-type]
         max_completion_length=MAX_LENGTH,
     )
     assert got.kl is not None
-    loss, low, high, kl = oracle(case, loss_type, low=0.2, high=epsilon_high or 0.2, beta=beta)
+    widths = {"low": low, "high": high or low, "delta": delta or math.inf}
+    loss, clip_low, clip_high, kl = oracle(case, loss_type, beta=beta, correct=correct, level=level, **widths)
     assert float(got.loss) == pytest.approx(loss, abs=1e-12)
-    assert float(got.clip_low) == pytest.approx(low, abs=1e-6)
-    assert float(got.clip_high) == pytest.approx(high, abs=1e-6)
+    assert float(got.clip_low) == pytest.approx(clip_low, abs=1e-6)
+    assert float(got.clip_high) == pytest.approx(clip_high, abs=1e-6)
     assert float(got.kl) == pytest.approx(kl, abs=1e-12)
-    assert low > 0
-    assert high > 0
+    assert clip_low > 0
+    assert clip_high > 0 or (level == "sequence" and seed == 0)
+
+
+def test_delta_bounds_what_plain_clipping_leaves_open() -> None:
+    """With A < 0 the loss grows with the ratio without end; delta stops it, and stops the gradient there."""
+    logps = torch.tensor([[[2.0], [0.5]]], requires_grad=True)
+    advantages = torch.tensor([[-1.0, -1.0]])
+    for delta, losses, dead in (
+        (None, (math.exp(2), math.exp(0.5)), [False, False]),
+        (4.0, (4.0, 1.64872), [True, False]),
+    ):
+        loss = policy_loss(logps, torch.zeros(1, 2, 1), advantages, torch.ones(1, 2, 1), delta=delta).loss
+        assert float(loss.detach()) == pytest.approx(sum(losses) / 2, rel=1e-5)
+        (grad,) = torch.autograd.grad(loss, logps)
+        assert (grad.flatten() == 0).tolist() == dead
+    above = policy_loss(logps, torch.zeros(1, 2, 1), -advantages, torch.ones(1, 2, 1), delta=4.0).loss
+    assert float(above.detach()) == pytest.approx(-1.2)
+
+
+def test_sequence_level_ratio_is_the_geometric_mean_and_knows_no_padding() -> None:
+    logps = torch.tensor([[[math.log(0.5), math.log(0.8), 7.0], [math.log(0.3), 7.0, 7.0]]], dtype=torch.float64)
+    old = torch.tensor([[[math.log(0.4), math.log(0.9), -3.0], [math.log(0.3), -3.0, -3.0]]], dtype=torch.float64)
+    mask = torch.tensor([[[1, 1, 0], [1, 0, 0]]])
+    logps.requires_grad_()
+    got = policy_loss(
+        logps, old, torch.tensor([[1.0, -1.0]]), mask, loss_type="grpo", importance_sampling_level="sequence"
+    )
+    ratio = math.sqrt(0.5 * 0.8 / (0.4 * 0.9))
+    assert float(got.loss.detach()) == pytest.approx(-(ratio - 1) / 2, abs=1e-12)
+    (grad,) = torch.autograd.grad(got.loss, logps)
+    assert grad[0, 0].tolist() == pytest.approx([-ratio / 4, -ratio / 4, 0.0])
+    assert grad[0, 1].tolist() == pytest.approx([0.5, 0.0, 0.0])
 
 
 def test_defaults_are_those_of_trl() -> None:
     case = random_case(1)
     got = policy_loss(case.logps, case.old_logps, case.advantages, case.mask)
-    assert float(got.loss) == pytest.approx(oracle(case, "dapo", low=0.2, high=0.2, beta=0.0)[0], abs=1e-12)
+    assert float(got.loss) == pytest.approx(oracle(case, "dapo")[0], abs=1e-12)
     assert got.kl is None
 
 
-def test_dapo_divides_by_the_given_total() -> None:
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_the_given_total_divides_except_for_bnpo(loss_type: LossType) -> None:
     case = random_case(2)
-    expected = oracle(case, "dapo", low=0.2, high=0.2, beta=0.0, num_items=77)[0]
+    expected = oracle(case, loss_type, num_items=77)[0]
     for total in (77, 77.0, torch.tensor(77)):
-        got = policy_loss(case.logps, case.old_logps, case.advantages, case.mask, num_items=total)
+        got = policy_loss(
+            case.logps,
+            case.old_logps,
+            case.advantages,
+            case.mask,
+            loss_type=loss_type,
+            max_completion_length=MAX_LENGTH,
+            num_items=total,
+        )
         assert float(got.loss) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_gradient_is_that_of_the_loss(loss_type: LossType) -> None:
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_gradient_is_that_of_the_loss(loss_type: LossType, level: str) -> None:
     case = random_case(3)
 
     def loss(logps: Tensor) -> Tensor:
@@ -124,8 +205,10 @@ def test_gradient_is_that_of_the_loss(loss_type: LossType) -> None:
             case.advantages,
             case.mask,
             beta=0.1,
+            delta=1.4,
             ref_logps=case.ref_logps,
             loss_type=loss_type,
+            importance_sampling_level=level,  # type: ignore[arg-type]
             max_completion_length=MAX_LENGTH,
         ).loss
 
@@ -185,14 +268,25 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_is_not_zero() -> None:
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
-def test_micro_batches_give_the_gradient_of_the_whole(loss_type: LossType) -> None:
+@pytest.mark.parametrize("cuts", [[1, 1, 1], [2, 1]])
+def test_micro_batches_of_any_size_give_the_gradient_of_the_whole(loss_type: LossType, cuts: list[int]) -> None:
     case = random_case(7)
     options = {"loss_type": loss_type, "beta": 0.1, "max_completion_length": MAX_LENGTH}
-    if loss_type == "dapo":
-        options["num_items"] = float(case.mask.sum()) / 3  # what three accumulated micro-batches are averaged by
-    _, whole = gradient(case, **{**options, "num_items": None})
-    parts = [gradient(case, slice(b, b + 1), **options)[1] / 3 for b in range(3)]
+    _, whole = gradient(case, **options)
+    total = float(case.mask.sum()) if loss_type == "dapo" else 12.0
+    options["num_items"] = total / len(cuts)  # what the accumulated micro-batches are averaged by
+    parts, start = [], 0
+    for cut in cuts:
+        parts.append(gradient(case, slice(start, start + cut), **options)[1] / len(cuts))
+        start += cut
     assert torch.allclose(torch.cat(parts), whole, atol=1e-14)
+
+
+def test_micro_batches_of_bnpo_do_not_add_up() -> None:
+    case = random_case(7)
+    _, whole = gradient(case, loss_type="bnpo")
+    parts = [gradient(case, slice(b, b + 1), loss_type="bnpo")[1] / 3 for b in range(3)]
+    assert not torch.allclose(torch.cat(parts), whole, atol=1e-3)
 
 
 def test_a_step_raises_the_good_completions_and_lowers_the_bad() -> None:
@@ -248,6 +342,11 @@ def test_wrong_options_are_named() -> None:
         policy_loss(*tensors, epsilon=-0.1)
     with pytest.raises(InputError, match="epsilon_high is nan"):
         policy_loss(*tensors, epsilon_high=math.nan)
+    with pytest.raises(InputError, match="importance_sampling_level is 'word'; choose one of token, sequence"):
+        policy_loss(*tensors, importance_sampling_level="word")  # type: ignore[arg-type]
+    for delta in (1.2, 0.5, math.nan):
+        with pytest.raises(InputError, match=f"delta is {delta}; .* give more than 1.2"):
+            policy_loss(*tensors, delta=delta)
     with pytest.raises(InputError, match="beta is -1"):
         policy_loss(*tensors, beta=-1.0)
     with pytest.raises(InputError, match="no reference policy"):
@@ -260,45 +359,6 @@ def test_wrong_options_are_named() -> None:
         policy_loss(case.logps, case.old_logps, case.advantages[:, :1], case.mask)
 
 
-@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
-def test_advantages_equal_the_statistics_module(scale_rewards: str) -> None:
-    rewards = torch.rand(5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    got = group_advantages(rewards, scale_rewards=scale_rewards)  # type: ignore[arg-type]
-    for row, group in zip(got.tolist(), rewards.tolist(), strict=True):
-        scale = {
-            "group": statistics.stdev(group) + 1e-4,
-            "batch": statistics.stdev(rewards.flatten().tolist()) + 1e-4,
-            "none": 1.0,
-        }[scale_rewards]
-        assert row == pytest.approx([(reward - statistics.fmean(group)) / scale for reward in group], abs=1e-12)
-
-
-@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_identical_rewards_give_exactly_zero(scale_rewards: str, dtype: torch.dtype) -> None:
-    rewards = torch.tensor([[0.1] * 7, [1 / 3] * 7, [1e30] * 7, [0.0] * 6 + [1.0]], dtype=dtype)
-    got = group_advantages(rewards, scale_rewards=scale_rewards)  # type: ignore[arg-type]
-    assert torch.equal(got[:3], torch.zeros(3, 7, dtype=got.dtype))
-    assert got.isfinite().all()
-
-
-def test_hits_may_be_integers() -> None:
-    got = group_advantages(torch.tensor([[1, 0, 0, 0]]))
-    assert got.dtype == torch.float32
-    assert got[0].tolist() == pytest.approx([0.75 / 0.5001, *[-0.25 / 0.5001] * 3])
-
-
-def test_wrong_rewards_are_named() -> None:
-    with pytest.raises(InputError, match="num_generations"):
-        group_advantages(torch.ones(4, 1))
-    with pytest.raises(InputError, match="give \\[B, G\\]"):
-        group_advantages(torch.ones(4))
-    with pytest.raises(InputError, match="groups \\[1\\] are NaN"):
-        group_advantages(torch.tensor([[0.0, 1.0], [math.nan, 0.0]]))
-    with pytest.raises(InputError, match="scale_rewards is 'all'"):
-        group_advantages(torch.ones(2, 2), scale_rewards="all")  # type: ignore[arg-type]
-
-
 def test_k3_has_the_divergence_as_its_mean() -> None:
     policy, reference = torch.randn(2, 50, dtype=torch.float64).log_softmax(-1)
     expected = torch.nn.functional.kl_div(reference, policy, log_target=True, reduction="sum")
@@ -306,6 +366,33 @@ def test_k3_has_the_divergence_as_its_mean() -> None:
     assert float((policy.exp() * k3).sum()) == pytest.approx(float(expected), abs=1e-12)
     assert (k3 >= 0).all()
     assert torch.equal(kl_k3(policy, policy), torch.zeros_like(policy))
+
+
+def test_the_corrected_gradient_is_that_of_the_divergence() -> None:
+    """On-policy, summed over the vocabulary by probability; k3 alone has the gradient of another divergence."""
+    logits = torch.randn(20, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    reference = torch.randn(20, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).log_softmax(-1)
+
+    def gradient_of(correct: bool) -> Tensor:
+        logps = logits.log_softmax(-1)
+        token = {"logps": logps[:, None], "old_logps": logps.detach()[:, None], "mask": torch.ones(20, 1)}
+        total = torch.zeros((), dtype=torch.float64)
+        for i, p in enumerate(logps.detach().exp()):
+            one = {name: value[i : i + 1] for name, value in token.items()}
+            loss = policy_loss(
+                **one,
+                advantages=torch.zeros(1, dtype=torch.float64),
+                beta=1.0,
+                ref_logps=reference[i : i + 1, None],
+                use_bias_correction_kl=correct,
+            ).loss
+            total = total + p * loss
+        return torch.autograd.grad(total, logits)[0]
+
+    logps = logits.log_softmax(-1)
+    (truth,) = torch.autograd.grad((logps.exp() * (logps - reference)).sum(), logits)
+    assert torch.allclose(gradient_of(True), truth, atol=1e-12)
+    assert not torch.allclose(gradient_of(False), truth, atol=1e-2)
 
 
 @pytest.mark.parametrize("eos", [[2], [2, 7], [], [99]])
@@ -319,3 +406,13 @@ def test_eos_mask_equals_a_loop(eos: list[int]) -> None:
 
 def test_eos_mask_keeps_one_eos_where_padding_is_eos() -> None:
     assert eos_mask(torch.tensor([4, 2, 2, 2]), 2).tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("eos", [[2], [2, 7], []])
+def test_a_completion_without_an_end_is_masked_whole(eos: list[int]) -> None:
+    tokens = torch.randint(9, (4, 5, 8), generator=torch.Generator().manual_seed(0))
+    got = eos_mask(tokens, eos, mask_truncated_completions=True)
+    for row, mask in zip(tokens.reshape(-1, 8).tolist(), got.reshape(-1, 8).tolist(), strict=True):
+        ends = [place for place, token in enumerate(row) if token in eos]
+        assert mask == ([True] * (ends[0] + 1) + [False] * (7 - ends[0]) if ends else [False] * 8)
+    assert bool(got.any()) == bool(eos)

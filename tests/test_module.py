@@ -1,6 +1,7 @@
 """Warm start and GRPO through a real Trainer."""
 
 import copy
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -183,9 +184,11 @@ def test_the_reference_stays_where_the_policy_started(tiny_policy, toy_data, mak
     assert module.cost.tokens_forward["training"] == 3 * prompts
 
 
-def test_the_kl_term_pulls_back_to_the_reference(tiny_policy, toy_data, make_trainer):
+@pytest.mark.parametrize("correct", [True, False])
+def test_the_kl_term_pulls_back_to_the_reference(tiny_policy, toy_data, make_trainer, correct):
     policy = tiny_policy()
-    module = GRPORecModule(policy, [popular], num_generations=2, optimizer=sgd, beta=2.0)
+    options = {"beta": 2.0, "use_bias_correction_kl": correct}
+    module = GRPORecModule(policy, [popular], num_generations=2, optimizer=sgd, **options)
     module.configure_model()
     with torch.no_grad():
         for parameter in module.reference.parameters():
@@ -200,7 +203,8 @@ def test_the_kl_term_pulls_back_to_the_reference(tiny_policy, toy_data, make_tra
         history, seen = ([i for i in values if i >= 0] for values in row)
         logp = plain.item_logp(history, seen, index[item])
         difference = fixed.item_logp(history, seen, index[item]).detach() - logp
-        (2.0 * (difference.exp() - difference - 1) / 6).backward()
+        ratio = (logp - logp.detach()).exp() if correct else 1.0
+        (2.0 * ratio * (difference.exp() - difference - 1) / 6).backward()
     for ours, truth in zip(watch.gradients[0], plain.model.parameters(), strict=True):
         torch.testing.assert_close(ours.double(), truth.grad, rtol=2e-3, atol=2e-5)
 
@@ -447,15 +451,23 @@ def test_tokens_equal_a_count_by_hand(policy, toy_data, make_trainer):
     def fed(items):
         return sum(length[item] - 1 for item in items)
 
-    def prompts(batch):
+    def prompts(batch, kept=None):
         rows = [tuple(i for i in row if i >= 0) for row in batch["history"].tolist()]
+        rows = rows if kept is None else [rows[b] for b in kept]
         return sum(1 + sum(length[i] for i in row) for n, row in enumerate(rows) if n == 0 or row != rows[n - 1])
 
-    forward = backward = 0
+    forward = backward = flat_groups = 0
     for batch, call in zip(watch.batches, reward.calls, strict=True):
-        trained = prompts(batch) + fed(index[item] for item in call["completions"])
-        forward += 2 * trained + fed(batch["target"].tolist())
+        groups = [call["completions"][b * 3 : b * 3 + 3] for b in range(6)]
+        mixed = [b for b in range(6) if len(set(popular(groups[b]))) > 1]
+        groups = [[index[item] for item in group] for group in groups]
+        every, taught = list(chain(*groups)), list(chain(*(groups[b] for b in mixed)))
+        flat_groups += 6 - len(mixed)
+        rolled_out = prompts(batch) + fed(every) + fed(batch["target"].tolist())
+        trained = prompts(batch, mixed) + fed(taught)
+        forward += rolled_out + trained + fed(every) - fed(taught)  # the entropy of what is not trained on
         backward += trained
+    assert flat_groups > 0
     cost = module.cost
     assert (cost.tokens_forward["training"], cost.tokens_backward["training"]) == (forward, backward)
     assert cost.rollouts["training"] == 2 * 6 * 3

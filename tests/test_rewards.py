@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from minirec_pl.errors import InputError
-from minirec_pl.rewards import call_reward, combine_rewards, hit, reward_name
+from minirec_pl.reward_calls import call_reward, combine_rewards, reward_name
+from minirec_pl.rewards import hit
 
 COMPLETIONS = ["a", "b", "a", "c"]
 TARGET = ["a", "a", "a", "c"]
@@ -57,10 +58,11 @@ def test_weighted_sum_leaves_out_what_does_not_apply() -> None:
     assert by_name["bonus"][2:].tolist() == [0.5, 0.5]
 
 
-def test_a_completion_no_reward_applies_to_gets_zero_and_a_warning() -> None:
-    with pytest.warns(UserWarning, match="No reward of broken applies"):
+def test_a_completion_no_reward_applies_to_is_left_out_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match="No reward of broken applies to some completions; they are left out"):
         total, _ = combine_rewards([returning([None, 1.0, 1.0, 1.0])], None, COMPLETIONS, columns())
-    assert total.tolist() == [0.0, 1.0, 1.0, 1.0]
+    assert total.isnan().tolist() == [True, False, False, False]
+    assert total[1:].tolist() == [1.0, 1.0, 1.0]
 
 
 def test_only_the_columns_asked_for_are_made_and_only_once() -> None:

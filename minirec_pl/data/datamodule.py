@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from minirec_pl.data.atomic import read_atomic
 from minirec_pl.data.batches import Batch, SampleDataset, identity
 from minirec_pl.data.columns import Columns
-from minirec_pl.data.sampler import CurriculumSampler, OrderedSampler, ResumableLoader, world
+from minirec_pl.data.sampler import CurriculumSampler, GenerationSchedule, OrderedSampler, ResumableLoader, world
 from minirec_pl.data.samples import Catalogue, IntArray, SampleTable, TimeSplit, digest, split_by_time
 from minirec_pl.data.warm import WarmChunkSampler, WarmDataset
 from minirec_pl.errors import InputError
@@ -180,16 +180,20 @@ class RecDataModule(LightningDataModule):
                 )
 
     def train_dataloader(self) -> ResumableLoader:
-        """Batches of the pool (see SampleDataset) or of the warm start (see WarmDataset), resumable inside an epoch."""
+        """Batches of the pool (see SampleDataset) or of the warm start (see WarmDataset), resumable inside an epoch.
+
+        A module with a ``generation_schedule`` gets the batches of the pool as that says.
+        """
         sampler = self.train_sampler
+        schedule = GenerationSchedule()
         dataset: Dataset[Batch]
         if isinstance(sampler, WarmChunkSampler):
             dataset, batch_size = WarmDataset(self.table, sampler.n_chunks), self.warm_batch_size
         else:
-            dataset, batch_size = (
-                SampleDataset(self.table, self.history_window, self.pool_ids, "the pool"),
-                self.batch_size,
-            )
+            dataset = SampleDataset(self.table, self.history_window, self.pool_ids, "the pool")
+            module = None if self.trainer is None else self.trainer.lightning_module
+            schedule = getattr(module, "generation_schedule", schedule)
+            batch_size = round(self.batch_size * schedule.oversample)
         # An own generator keeps the loader from drawing on torch's global one, and so from changing dropout.
         loader = ResumableLoader(
             dataset,
@@ -199,6 +203,7 @@ class RecDataModule(LightningDataModule):
             num_workers=self.num_workers,
             generator=torch.Generator().manual_seed(self.seed),
         )
+        loader.steps, loader.iterations = schedule.steps, schedule.iterations
         if self.trainer is not None and self.trainer.state.status == TrainerStatus.RUNNING:
             # Lightning builds the iterator of a resumed run before it calls set_epoch, and workers read ahead at once.
             progress: Any = self.trainer.fit_loop.epoch_progress.current

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence, Sized
 from itertools import islice
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from minirec_pl.errors import InputError
 
 T = TypeVar("T")
 Ragged = Literal["repeat", "drop", "keep"]
+GENERATION = "generation"
 
 
 def world() -> tuple[int, int]:
@@ -200,6 +201,20 @@ class CurriculumSampler(ShardedSampler[int]):
         self.set_epoch(int(state["epoch"]))
 
 
+class GenerationSchedule(NamedTuple):
+    """How a training loader serves a module that makes rollouts for several batches at once.
+
+    Attributes:
+        steps: Batches that rollouts are made for together.
+        iterations: How often each of them is trained on.
+        oversample: Samples a batch holds, as a multiple of those that are trained on.
+    """
+
+    steps: int = 1
+    iterations: int = 1
+    oversample: float = 1.0
+
+
 class _Skipping:
     """The (batch) sampler of a loader, without the entries that the loader wants skipped at the time of ``iter``."""
 
@@ -208,7 +223,7 @@ class _Skipping:
         self.entries: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
 
     def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self.entries), self.loader._yielded, None)
+        return islice(iter(self.entries), self.loader._first_entry(), None)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -221,11 +236,19 @@ class ResumableLoader(DataLoader[Any]):
     their data. A state taken after the last batch of an epoch means the start of the next. The sampler's epoch
     travels along, because Lightning builds the iterator of a resumed run before it calls ``set_epoch``.
 
+    With ``steps`` or ``iterations`` above 1, ``steps`` batches (what is left at the end of an epoch) are read ahead,
+    and the round of them is yielded ``iterations`` times. Each is then a dictionary with the further key
+    ``generation``: its ``position`` among the ``positions`` of the whole, and at position 0 the different ``batches``.
+
     Attributes:
         batches_per_epoch: How many batches an epoch consumes where that is less than ``len`` (``limit_train_batches``).
+        steps: Batches that are used together.
+        iterations: How often each of them is used.
     """
 
     batches_per_epoch: int | None = None
+    steps = 1
+    iterations = 1
     _yielded = 0
     _skip = 0
     _length = 0
@@ -234,34 +257,64 @@ class ResumableLoader(DataLoader[Any]):
     def _index_sampler(self) -> Any:
         return _Skipping(self)
 
+    def _first_entry(self) -> int:
+        return self._yielded // (self.steps * self.iterations) * self.steps
+
+    def __len__(self) -> int:
+        return super().__len__() * self.iterations
+
     def __iter__(self) -> Any:
         self._yielded, self._skip = self._skip, 0
         self._length = self.batches_per_epoch or len(self)
-        return self._count(super().__iter__())
+        batches = super().__iter__()
+        return self._count(batches) if self.steps * self.iterations == 1 else self._generations(batches)
 
     def _count(self, iterator: Any) -> Iterator[Any]:
         for batch in iterator:
             self._yielded += 1
             yield batch
 
+    def _generations(self, iterator: Any) -> Iterator[Any]:
+        position = self._yielded % (self.steps * self.iterations)
+        while (left := self._length - self._yielded + position) > 0:
+            batches = list(islice(iterator, min(self.steps, left)))
+            if not batches:
+                return
+            positions = min(len(batches) * self.iterations, left)
+            for place in range(position, positions):
+                self._yielded += 1
+                generation: dict[str, Any] = {"position": place, "positions": positions}
+                if place == 0:
+                    generation["batches"] = batches
+                yield {**batches[place % len(batches)], GENERATION: generation}
+            position = 0
+
     def state_dict(self) -> dict[str, int]:
-        """Position: ``batches`` consumed in ``epoch`` of the sampler, and the ``batch_size`` they were made with."""
+        """Position: ``batches`` consumed in ``epoch`` of the sampler, and how they were made."""
         batches, epoch = self._yielded, int(getattr(self.sampler, "epoch", 0))
         if 0 < self._length <= batches:
             batches, epoch = 0, epoch + 1
-        return {"batches": batches, "epoch": epoch, "batch_size": self.batch_size or 1}
+        return {"batches": batches, "epoch": epoch, **self._made()}
+
+    def _made(self) -> dict[str, int]:
+        made = {"batch_size": self.batch_size or 1}
+        if self.steps * self.iterations > 1:
+            made |= {"steps_per_generation": self.steps, "num_iterations": self.iterations}
+        return made
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Skip the batches that ``state`` counts, in the next ``iter`` only.
 
         Raises:
-            InputError: The state is from inside an epoch with another batch size.
+            InputError: The state is from inside an epoch whose batches were made or used differently.
         """
-        if state["batches"] and state["batch_size"] != (self.batch_size or 1):
-            raise InputError(
-                f"batch_size={self.batch_size}: the checkpoint was taken inside an epoch with batch_size "
-                f"{state['batch_size']}; resume with that, or from a checkpoint of an epoch's end."
-            )
+        for name, now in {"steps_per_generation": 1, "num_iterations": 1, **self._made()}.items():
+            before = state.get(name, 1)
+            if state["batches"] and before != now:
+                raise InputError(
+                    f"{name}={now}: the checkpoint was taken inside an epoch with {name} {before}; resume with that, "
+                    "or from a checkpoint of an epoch's end."
+                )
         self._skip = state["batches"]
         if isinstance(self.sampler, DistributedSampler):
             self.sampler.set_epoch(state["epoch"])

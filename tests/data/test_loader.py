@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import RandomSampler
@@ -112,6 +114,100 @@ def test_another_batch_size_inside_an_epoch():
     with pytest.raises(InputError, match=r"batch_size=3: .*batch_size 8; resume with that"):
         loader_of([1, 2]).load_state_dict({"batches": 1, "epoch": 0, "batch_size": 8})
     loader_of([1, 2]).load_state_dict({"batches": 0, "epoch": 1, "batch_size": 8})
+
+
+class Rows(Numbers):
+    """Gives batches as dictionaries."""
+
+    def __getitems__(self, ids):
+        return {"sample_id": super().__getitems__(ids)}
+
+
+def rounds_of(n, steps, iterations, workers=0, limit=None):
+    sampler = CurriculumSampler(range(100))
+    sampler.set_plan(list(range(n)))
+    loader = ResumableLoader(Rows(), batch_size=2, sampler=sampler, collate_fn=identity, num_workers=workers)
+    loader.steps, loader.iterations, loader.batches_per_epoch = steps, iterations, limit
+    return loader
+
+
+def expected_rounds(n, steps, iterations, limit):
+    """(ids, position, positions, ids read ahead) of every batch, by hand."""
+    batches = [list(range(i, min(i + 2, n))) for i in range(0, n, 2)]
+    out, left = [], limit or len(batches) * iterations
+    for start in range(0, len(batches), steps):
+        block = batches[start : start + steps][: max(left, 0)]
+        positions = min(len(block) * iterations, left)
+        out += [(block[i % len(block)], i, positions, block if i == 0 else None) for i in range(positions)]
+        left -= positions
+    return out
+
+
+def met_rounds(batches):
+    return [
+        (
+            batch["sample_id"].tolist(),
+            batch["generation"]["position"],
+            batch["generation"]["positions"],
+            [part["sample_id"].tolist() for part in batch["generation"]["batches"]]
+            if "batches" in batch["generation"]
+            else None,
+        )
+        for batch in batches
+    ]
+
+
+def test_batches_used_together_come_round_as_often_as_asked():
+    loader = rounds_of(9, steps=2, iterations=2)
+    met = met_rounds(loader)
+    assert [ids for ids, *_ in met] == [[0, 1], [2, 3], [0, 1], [2, 3], [4, 5], [6, 7], [4, 5], [6, 7], [8], [8]]
+    assert [ahead for *_, ahead in met if ahead] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8]]]
+    assert len(loader) == 10
+    assert met == expected_rounds(9, 2, 2, None)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 15), st.integers(1, 4), st.integers(1, 3), st.integers(0, 30), st.integers(0, 30))
+def test_any_schedule_stops_and_goes_on_anywhere(n, steps, iterations, limit, stop):
+    steps += int(steps * iterations == 1)
+    limit = limit if 0 < limit < -(-n // 2) * iterations else None
+    expected = expected_rounds(n, steps, iterations, limit)
+    assert met_rounds(rounds_of(n, steps, iterations, limit=limit)) == expected
+    loader, stop = rounds_of(n, steps, iterations, limit=limit), min(stop, len(expected))
+    running = iter(loader)
+    first = [next(running) for _ in range(stop)]
+    other = rounds_of(n, steps, iterations, limit=limit)
+    other.load_state_dict(loader.state_dict())
+    second = list(other)
+    if stop == len(expected):
+        assert met_rounds(second) == expected
+        return
+    assert met_rounds(first + second) == expected
+    start = stop - expected[stop][1]
+    assert min(other.dataset.loaded) == expected[start][0][0]  # of what was used up nothing is loaded again
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rounds_with_workers(workers):
+    loader = rounds_of(13, 3, 2, workers)
+    assert met_rounds(loader) == expected_rounds(13, 3, 2, None)
+    assert met_rounds(loader) == expected_rounds(13, 3, 2, None)
+    running = iter(loader)
+    for _ in range(4):
+        next(running)
+    other = rounds_of(13, 3, 2, workers)
+    other.load_state_dict(loader.state_dict())
+    assert met_rounds(other) == expected_rounds(13, 3, 2, None)[4:]
+
+
+def test_another_schedule_inside_an_epoch():
+    running = iter(loader := rounds_of(9, 2, 2))
+    next(running)
+    for steps, iterations, said in ((3, 2, "steps_per_generation=3: .* 2"), (2, 1, "num_iterations=1: .* 2")):
+        with pytest.raises(InputError, match=said):
+            rounds_of(9, steps, iterations).load_state_dict(loader.state_dict())
+    with pytest.raises(InputError, match=r"steps_per_generation=2: .* 1; resume with that"):
+        rounds_of(9, 2, 1).load_state_dict({"batches": 2, "epoch": 0, "batch_size": 2})
 
 
 class Recorder(LightningModule):

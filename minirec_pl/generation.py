@@ -1,0 +1,177 @@
+"""Rollouts of the batches that GRPO trains on together, kept until each has been used as often as asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minirec_pl.grpo import flat_groups
+from minirec_pl.selection.signals import SampleSignals
+
+Batch = Mapping[str, Tensor]
+
+
+def take_rows(batch: Batch, rows: Tensor) -> dict[str, Tensor]:
+    """The samples of a batch at these rows, in this order; what is no tensor is left out."""
+    return {name: value[rows] for name, value in batch.items() if isinstance(value, Tensor)}
+
+
+@dataclass
+class RolloutBatch:
+    """B prompts with G rollouts each, and all that an update needs to know of them.
+
+    Attributes:
+        batch: the prompts, each tensor [B, ...].
+        items: int64 [B, G], item index.
+        rewards: float32 [B, G], 0 where none applies.
+        applies: bool [B, G], whether any reward applies.
+        rewards_by_name: float32 [B, G] each, NaN where that reward does not apply.
+        mask: bool [B, G, L], active tokens.
+        entropy: float32 [B, G, L] in nats, of the groups whose entropy no update will measure, else 0.
+        target_logps: float32 [B, L], log-probabilities of the target's tokens when the rollouts were drawn.
+        target_mask: bool [B, L], tokens of the target.
+        old_logps: float32 [B, G, L] under the policy that sampled; None where it is updated once, and so on-policy.
+        ref_logps: float32 [B, G, L] under the reference; None without one.
+        advantages: float32 [B, G].
+        learns: bool [B], groups that the loss depends on.
+        pairs: bool [B], groups without advantage that are turned into preference pairs.
+    """
+
+    batch: dict[str, Tensor]
+    items: Tensor
+    rewards: Tensor
+    applies: Tensor
+    rewards_by_name: dict[str, Tensor]
+    mask: Tensor
+    entropy: Tensor
+    target_logps: Tensor
+    target_mask: Tensor
+    old_logps: Tensor | None
+    ref_logps: Tensor | None
+    advantages: Tensor
+    learns: Tensor
+    pairs: Tensor
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def flat(self) -> Tensor:
+        """Groups without reward variance, bool [B]."""
+        return flat_groups(self.rewards, self.applies)
+
+    @property
+    def known_rewards(self) -> Tensor:
+        """Rewards [B, G] with the mean of the others where none applies (0 where that goes for the whole group)."""
+        mean = self.rewards.sum(dim=1, keepdim=True) / self.applies.sum(dim=1, keepdim=True).clamp(min=1)
+        return self.rewards.where(self.applies, mean)
+
+    def take(self, rows: Tensor) -> RolloutBatch:
+        """The groups at these rows, in this order."""
+        return _merge(lambda values: values[0][rows], [self])
+
+    @staticmethod
+    def cat(parts: Sequence[RolloutBatch]) -> RolloutBatch:
+        """Rollouts of parts of one batch, put together again."""
+        return _merge(torch.cat, parts)
+
+
+def _merge(function: Callable[[list[Tensor]], Tensor], parts: Sequence[RolloutBatch]) -> RolloutBatch:
+    merged: dict[str, Any] = {}
+    for field in fields(RolloutBatch):
+        values = [getattr(part, field.name) for part in parts]
+        if isinstance(values[0], dict):
+            merged[field.name] = {name: function([value[name] for value in values]) for name in values[0]}
+        else:
+            merged[field.name] = None if values[0] is None else function(values)
+    return RolloutBatch(**merged)
+
+
+@dataclass
+class Generation:
+    """The rollouts of one generation batch and how far training has used them.
+
+    Attributes:
+        batches: the micro-batches, trained on in turn.
+        positions: how many training steps use them in all, `len(batches)` times the iterations unless the epoch ends.
+        totals: float64 [n, 3], active tokens, completions and groups of each optimizer step, over all ranks.
+        position: the last training step that used them; -1 for none.
+    """
+
+    batches: list[RolloutBatch]
+    positions: int
+    totals: Tensor
+    position: int = -1
+
+    def at(self, position: int) -> RolloutBatch:
+        """The micro-batch of a position."""
+        return self.batches[position % len(self.batches)]
+
+    @property
+    def left(self) -> bool:
+        """Whether training steps are still to use them."""
+        return self.position + 1 < self.positions
+
+    def to(self, device: torch.device) -> None:
+        """Moves the rollouts."""
+        self.batches = [_merge(lambda values: values[0].to(device), [batch]) for batch in self.batches]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives."""
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Generation:
+        """What `state_dict` gave."""
+        return cls(**{**state, "batches": [RolloutBatch(**batch) for batch in state["batches"]]})
+
+
+def step_totals(batches: Sequence[RolloutBatch], positions: int, accumulate: int) -> Tensor:
+    """Active tokens, completions and groups of each optimizer step, before the first of them.
+
+    Args:
+        batches: the micro-batches of a generation.
+        positions: training steps that use them, in turn.
+        accumulate: training steps of an optimizer step.
+
+    Returns:
+        float64 [ceil(positions / accumulate), 3].
+    """
+    sizes = [[int(batch.mask.sum()), batch.items.numel(), len(batch)] for batch in batches]
+    used = [sizes[position % len(sizes)] for position in range(positions)]
+    steps = [used[start : start + accumulate] for start in range(0, positions, accumulate)]
+    return torch.tensor([[sum(column) for column in zip(*step, strict=True)] for step in steps], dtype=torch.float64)
+
+
+def signals_of(drawn: Sequence[RolloutBatch], *, with_rewards: bool) -> SampleSignals:
+    """What selection learns from rollouts; groups to which no reward applies are left out.
+
+    Args:
+        drawn: all that was drawn.
+        with_rewards: false where the mean of a group's rewards is no estimate of what a single rollout gets.
+    """
+    known = torch.cat([part.applies.any(dim=1) for part in drawn])
+    solved = torch.cat([part.target_logps.sum(dim=1).exp() for part in drawn])
+    rewards = torch.cat([part.known_rewards for part in drawn])
+    ids = torch.cat([part.batch["sample_id"] for part in drawn])
+    return SampleSignals(ids[known], rewards[known] if with_rewards else None, solve_probability=solved[known])
+
+
+def figures_of(drawn: Sequence[RolloutBatch]) -> dict[str, Tensor]:
+    """What is logged of rollouts, under TRL's names."""
+    rewards, flat = torch.cat([part.known_rewards for part in drawn]), torch.cat([part.flat for part in drawn])
+    lengths = torch.cat([part.mask.sum(dim=-1) for part in drawn])
+    return {
+        "reward": rewards.mean(),
+        "reward_std": rewards.std(dim=1).mean(),
+        "frac_reward_zero_std": flat.float().mean(),
+        "completions/mean_length": lengths.float().mean(),
+        **{
+            f"rewards/{name}/mean": torch.cat([part.rewards_by_name[name] for part in drawn]).nanmean()
+            for name in drawn[0].rewards_by_name
+        },
+    }

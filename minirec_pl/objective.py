@@ -1,0 +1,158 @@
+"""The GRPO objective on rollouts: what their advantages are, and what an update of the policy computes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from minirec_pl.generation import RolloutBatch
+from minirec_pl.grpo import (
+    Baseline,
+    ImportanceSamplingLevel,
+    LossType,
+    ScaleRewards,
+    check_objective,
+    group_advantages,
+    policy_loss,
+)
+from minirec_pl.policy import GenerativePolicy
+from minirec_pl.preference import pair_weights, preference_loss
+
+WastedGroups = Literal["keep", "dynamic_sampling", "preference_pairs"]
+
+
+class Update(NamedTuple):
+    """The loss of a micro-batch, with gradient, and what is logged of it.
+
+    Attributes:
+        loss: what to minimise; over the micro-batches of an optimizer step it adds up to the objective of the whole.
+        clip_low: see `minirec_pl.grpo.PolicyLoss`, as are `clip_high` and `kl`.
+        entropy: mean over the active tokens, in nats.
+        tokens: run forward and backward.
+    """
+
+    loss: Tensor
+    clip_low: Tensor
+    clip_high: Tensor
+    kl: Tensor | None
+    entropy: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The options of the objective, named and explained in `minirec_pl.grpo`.
+
+    Raises:
+        InputError: if one is out of range.
+    """
+
+    loss_type: LossType = "dapo"
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    delta: float | None = None
+    beta: float = 0.0
+    use_bias_correction_kl: bool = True
+    importance_sampling_level: ImportanceSamplingLevel = "token"
+    scale_rewards: ScaleRewards = "group"
+    baseline: Baseline = "mean"
+
+    def __post_init__(self) -> None:
+        check_objective(
+            self.loss_type, self.importance_sampling_level, self.epsilon, self.epsilon_high, self.delta, self.beta
+        )
+        group_advantages(torch.ones(1, 2), scale_rewards=self.scale_rewards, baseline=self.baseline)
+
+    def set_advantages(self, batches: Sequence[RolloutBatch], reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Gives the rollouts of a generation their advantages.
+
+        Args:
+            batches: all of the generation, since `scale_rewards="batch"` divides by the deviation of all rewards.
+            reduce: sums a tensor over the ranks, where there are several.
+        """
+        rewards, applies = torch.cat([b.rewards for b in batches]), torch.cat([b.applies for b in batches])
+        common = reduce is not None and self.scale_rewards == "batch"
+        advantages = group_advantages(
+            rewards, scale_rewards="none" if common else self.scale_rewards, baseline=self.baseline, applies=applies
+        )
+        if reduce is not None and common:
+            known = rewards[applies].double()
+            count, total, squares = reduce(
+                torch.stack([torch.ones_like(known).sum(), known.sum(), known.square().sum()])
+            )
+            variance = (squares - total.square() / count).clamp(min=0) / (count - 1).clamp(min=1)
+            advantages = advantages / (variance.sqrt().to(advantages.dtype) + 1e-4)
+        for batch, part in zip(batches, torch.split(advantages, [len(b) for b in batches]), strict=True):
+            batch.advantages = part
+
+    def update(self, policy: GenerativePolicy, rollouts: RolloutBatch, shares: Tensor, temperature: float) -> Update:
+        """One pass over the groups that the loss depends on; the others add nothing to it and are not run.
+
+        Args:
+            policy: in the mode in which it is trained.
+            rollouts: a micro-batch.
+            shares: [3], active tokens, completions and groups that the loss is averaged over: those of the optimizer
+                step, divided by whatever the trainer divides by.
+            temperature: divides the logits.
+        """
+        rows = rollouts.learns.nonzero().flatten()
+        on_policy = rollouts.old_logps is None
+        known = torch.zeros_like(rollouts.entropy) if rollouts.old_logps is None else rollouts.old_logps
+        logps, entropy, tokens = known, rollouts.entropy, 0
+        loss = _touch(policy)
+        if len(rows):
+            part = rollouts if len(rows) == len(rollouts) else rollouts.take(rows)
+            with_target = bool(part.pairs.any())
+            items = torch.cat([part.batch["target"][:, None], part.items], dim=1) if with_target else part.items
+            new, _, new_entropy = policy.completion_logps(part.batch, items, temperature)
+            tokens = policy.prompt_tokens(part.batch) + policy.fed_tokens(items)
+            sampled = new[:, -part.items.shape[1] :]
+            logps = _place(sampled, rows, known)
+            entropy = _place(new_entropy[:, -part.items.shape[1] :], rows, entropy)
+            loss = self._pair_loss(part, new[:, 0], sampled).sum() / shares[2] if with_target else new.new_zeros(())
+        parts = policy_loss(
+            logps,
+            logps.detach() if on_policy else known,
+            rollouts.advantages,
+            rollouts.mask,
+            epsilon=self.epsilon,
+            epsilon_high=self.epsilon_high,
+            delta=self.delta,
+            beta=self.beta,
+            use_bias_correction_kl=self.use_bias_correction_kl,
+            ref_logps=rollouts.ref_logps,
+            loss_type=self.loss_type,
+            importance_sampling_level=self.importance_sampling_level,
+            max_completion_length=policy.id_length,
+            num_items=shares[0 if self.loss_type == "dapo" else 1],
+        )
+        mean_entropy = entropy.sum() / rollouts.mask.sum().clamp(min=1)
+        return Update(parts.loss + loss, parts.clip_low, parts.clip_high, parts.kl, mean_entropy, tokens)
+
+    def _pair_loss(self, part: RolloutBatch, target: Tensor, sampled: Tensor) -> Tensor:
+        pairs = part.pairs
+        chosen, rejected = target[pairs], sampled[pairs]
+        return preference_loss(
+            chosen,
+            rejected,
+            part.target_mask[pairs],
+            part.mask[pairs],
+            pair_weights(part.items[pairs]),
+            old_chosen=chosen if part.old_logps is None else part.target_logps[pairs],
+            old_rejected=rejected if part.old_logps is None else part.old_logps[pairs],
+            epsilon=self.epsilon,
+            epsilon_high=self.epsilon_high,
+        )
+
+
+def _place(values: Tensor, rows: Tensor, into: Tensor) -> Tensor:
+    return values if len(rows) == len(into) else into.to(values.dtype).index_copy(0, rows, values)
+
+
+def _touch(policy: nn.Module) -> Tensor:
+    """Zero with a gradient of zero for every parameter, so that optimizers and other ranks go on as usual."""
+    return torch.stack([p.flatten()[:1].sum() for p in policy.parameters() if p.requires_grad]).sum() * 0.0

@@ -1,0 +1,93 @@
+"""Checks of the options of GRPORecModule that no part of it checks for itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from minirec_pl.errors import InputError
+
+WASTED_GROUPS = ("keep", "dynamic_sampling", "preference_pairs")
+
+
+def check_sampling(
+    num_generations: int, scoring_generations: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    """Refuses options of sampling that are out of range.
+
+    Raises:
+        InputError: naming the option.
+    """
+    if num_generations < 2:
+        raise InputError(
+            f"num_generations is {num_generations}: GRPO compares the rollouts of one prompt, so it must be at least 2"
+        )
+    if scoring_generations == 1 or scoring_generations < 0:
+        raise InputError(
+            f"scoring_generations is {scoring_generations}: give 0 (exact probabilities only) or at least 2"
+        )
+    if not 0 < temperature < math.inf:
+        raise InputError(f"temperature is {temperature}: it divides the logits, so it must be above 0")
+    if top_k is not None and top_k < 1:
+        raise InputError(f"top_k is {top_k}: give at least 1, or null for all tokens")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError(f"top_p is {top_p}: it is a probability above 0 and at most 1, or null for all tokens")
+
+
+def check_schedule(num_iterations: int, steps_per_generation: int | None, accumulate: int = 1) -> None:
+    """Refuses a schedule of rollouts in which an optimizer step is not known before its first backward pass.
+
+    Args:
+        num_iterations: times each rollout is trained on.
+        steps_per_generation: training batches that rollouts are made for at once, or None.
+        accumulate: the Trainer's `accumulate_grad_batches`.
+
+    Raises:
+        InputError: naming the option.
+    """
+    if num_iterations < 1:
+        raise InputError(f"num_iterations is {num_iterations}: each rollout is trained on at least once")
+    if steps_per_generation is None:
+        return
+    if steps_per_generation < 1:
+        raise InputError(f"steps_per_generation is {steps_per_generation}: give at least 1 training batch, or null")
+    if steps_per_generation % accumulate:
+        raise InputError(
+            f"steps_per_generation is {steps_per_generation} and trainer.accumulate_grad_batches {accumulate}: "
+            "rollouts are made for whole optimizer steps, so give a multiple, or null"
+        )
+
+
+def check_wasted_groups(
+    wasted_groups: str, oversample: float, distinct_rollouts: bool, top_k: int | None, top_p: float | None
+) -> None:
+    """Refuses unknown treatments of wasted groups, and sampling without replacement where it is not exact.
+
+    Raises:
+        InputError: naming the option.
+    """
+    if wasted_groups not in WASTED_GROUPS:
+        raise InputError(f"wasted_groups is {wasted_groups!r}: choose one of {', '.join(WASTED_GROUPS)}")
+    if not 1 <= oversample < math.inf:
+        raise InputError(f"oversample is {oversample}: it is a multiple of data.batch_size, at least 1")
+    if distinct_rollouts and (top_k is not None or (top_p or 1.0) < 1.0):
+        raise InputError("distinct_rollouts draws from the whole distribution: set top_k and top_p to null")
+
+
+def check_selectors(callbacks: Sequence[Any]) -> None:
+    """Refuses `distinct_rollouts` beside a selector in mode `official`, which goes by the mean reward.
+
+    Args:
+        callbacks: of the Trainer.
+
+    Raises:
+        InputError: if there is such a selector.
+    """
+    for callback in callbacks:
+        for part in (callback, *getattr(callback, "parts", ())):
+            if getattr(getattr(part, "selector", None), "mode", None) == "official":
+                raise InputError(
+                    "distinct_rollouts changes what a mean reward means, and a selector in mode `official` goes by it: "
+                    "set distinct_rollouts to false, or the selector's mode to paper"
+                )

@@ -1,0 +1,209 @@
+"""How rewards are called: TRL's contract, checked.
+
+A reward is any callable `reward(completions, **columns) -> list[float | None]`. `completions` are external item ids,
+flat, group after group; the columns are as long. None says that the reward does not apply.
+"""
+
+import functools
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minirec_pl.errors import InputError
+
+RewardFunction = Callable[..., Sequence[float | None]]
+Columns = Mapping[str, Callable[[], Sequence[Any]]]
+
+
+def reward_name(fn: RewardFunction) -> str:
+    """Name under which a reward is logged: the function's own, or the class name of a callable object.
+
+    Example:
+        >>> from minirec_pl.rewards import hit
+        >>> reward_name(hit)
+        'hit'
+    """
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return str(getattr(fn, "__name__", type(fn).__name__)).strip("<>")
+
+
+def call_reward(fn: RewardFunction, name: str, completions: Sequence[str], columns: Columns) -> Tensor:
+    """Call one reward with the columns its signature names, and check what it returns.
+
+    Args:
+        fn: Any callable; with `**kwargs` it gets every column.
+        name: Name for messages.
+        completions: [n] external item ids.
+        columns: Functions that make the columns, [n] each; only those asked for are called.
+
+    Returns:
+        [n] float32 on the CPU, NaN where the reward said None.
+
+    Raises:
+        InputError: If the reward wants an unknown column, or returns something else than n finite numbers or None.
+            Names the reward and the sample_id.
+    """
+    available: Columns = {"completions": lambda: completions, **columns}
+    values = fn(**{column: available[column]() for column in _wanted(fn, name, available)})
+    if isinstance(values, (Tensor, np.ndarray)):
+        values = values.tolist()
+    if not isinstance(values, (list, tuple)):
+        raise InputError(
+            f"Reward {name} returned {type(values).__name__}; it must return a list with a number per completion."
+        )
+    if len(values) != len(completions):
+        raise InputError(
+            f"Reward {name} returned {len(values)} values for {len(completions)} completions "
+            f"({_samples(columns, range(len(completions)))}); it must return one per completion."
+        )
+    rewards = torch.tensor(_floats(values, name, columns), dtype=torch.float64).float()
+    finite = rewards.isfinite()
+    if not bool(finite.all()):
+        wrong = [row for row in (~finite).nonzero().flatten().tolist() if values[row] is not None]
+        if wrong:
+            raise InputError(
+                f"Reward {name} returned {values[wrong[0]]} for {_samples(columns, wrong)}; "
+                "return a finite number, or None where the reward does not apply."
+            )
+    return rewards
+
+
+def combine_rewards(
+    fns: Sequence[RewardFunction], weights: Sequence[float] | None, completions: Sequence[str], columns: Columns
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weighted sum of rewards, r_n = sum_f w_f r_fn over the rewards f that apply to completion n.
+
+    Args:
+        fns: At least one reward.
+        weights: One per reward; None weighs each with 1.
+        completions: [n] external item ids, flat, group after group.
+        columns: Functions that make the columns (`prompts`, `target`, `sample_id`, ...), [n] each; one is called at
+            most once, and only if a reward asks for it or a message needs it.
+
+    Returns:
+        The sum, [n] float32, and each reward by name, [n] float32; NaN in both where none applies, which a warning
+        says of the sum. A second reward of one name gets the suffix `_2`.
+
+    Raises:
+        InputError: If there is no reward, the weights do not fit, or as `call_reward`.
+
+    Example:
+        >>> from minirec_pl.rewards import hit
+        >>> total, by_name = combine_rewards([hit], None, ["50", "7"], {"target": lambda: ["50", "8"]})
+        >>> total
+        tensor([1., 0.])
+    """
+    if not fns:
+        raise InputError("There is no reward function; name at least one in the option rewards.")
+    weights = [1.0] * len(fns) if weights is None else weights
+    if len(weights) != len(fns):
+        raise InputError(
+            f"There are {len(fns)} reward functions but {len(weights)} reward weights; give one weight each."
+        )
+    if not all(math.isfinite(weight) for weight in weights):
+        raise InputError(f"reward weights are {list(weights)}; each must be a finite number.")
+
+    once = {column: functools.cache(make) for column, make in columns.items()}
+    by_name: dict[str, Tensor] = {}
+    total = torch.zeros(len(completions), dtype=torch.float64)
+    applies = torch.zeros(len(completions), dtype=torch.bool)
+    for fn, weight in zip(fns, weights, strict=True):
+        name = _free_name(reward_name(fn), by_name)
+        rewards = call_reward(fn, name, completions, once)
+        by_name[name] = rewards
+        total += weight * rewards.nan_to_num(nan=0.0)
+        applies |= ~rewards.isnan()
+    if not bool(applies.all()):
+        warnings.warn(
+            f"No reward of {', '.join(by_name)} applies to some completions; they are left out.", stacklevel=2
+        )
+    return total.masked_fill(~applies, math.nan).float(), by_name
+
+
+def item_columns(batch: Mapping[str, Tensor], items: Tensor, logps: Tensor | None, item_ids: Any) -> Columns:
+    """The columns a reward can ask for when completions are items.
+
+    * `prompts`: the history's item ids, separated by spaces; `history`: the same as a list.
+    * `target`: the item id wanted. `sample_id` and `user`: int.
+    * `group`: number of the group in the batch, the same for the rollouts of one prompt.
+    * `logp`: log-probability with which the completion was drawn, in nats; not known where `logps` is None.
+
+    Args:
+        batch: the prompts, [B, ...] each.
+        items: int64 [B, G], item index.
+        logps: float [B, G].
+        item_ids: [n_items] object array of external ids.
+    """
+    n_rows, group = items.shape
+
+    def spread(values: Sequence[Any]) -> list[Any]:
+        return [value for value in values for _ in range(group)]
+
+    def histories() -> list[list[str]]:
+        return [item_ids[row[row >= 0].numpy()].tolist() for row in batch["history"].cpu()]
+
+    columns: dict[str, Callable[[], Sequence[Any]]] = {
+        "prompts": lambda: spread([" ".join(history) for history in histories()]),
+        "target": lambda: item_ids[batch["target"].cpu().numpy().repeat(group)].tolist(),
+        "sample_id": lambda: batch["sample_id"].cpu().numpy().repeat(group).tolist(),
+        "history": lambda: spread(histories()),
+        "group": lambda: spread(range(n_rows)),
+    }
+    if "user" in batch:
+        columns["user"] = lambda: batch["user"].cpu().numpy().repeat(group).tolist()
+    if logps is not None:
+        columns["logp"] = lambda: logps.flatten().tolist()
+    return columns
+
+
+def _wanted(fn: RewardFunction, name: str, available: Columns) -> list[str]:
+    parameters = inspect.signature(fn).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return list(available)
+    for parameter in parameters:
+        required = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL
+        if required and (parameter.name not in available or parameter.kind is parameter.POSITIONAL_ONLY):
+            raise InputError(
+                f"Reward {name} asks for {parameter.name!r}; a reward can ask by keyword for {', '.join(available)}."
+            )
+    return [parameter.name for parameter in parameters if parameter.name in available]
+
+
+def _floats(values: Sequence[Any], name: str, columns: Columns) -> list[float]:
+    plain = set(map(type, values)) <= {float, int, bool}
+    return list(values) if plain else [_float(value, row, name, columns) for row, value in enumerate(values)]
+
+
+def _float(value: Any, row: int, name: str, columns: Columns) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, (float, int, np.number, np.bool_)) or (isinstance(value, Tensor) and value.numel() == 1):
+        return float(value)
+    raise InputError(
+        f"Reward {name} returned {value!r} for {_samples(columns, [row])}; return a finite number, "
+        "or None where the reward does not apply."
+    )
+
+
+def _samples(columns: Columns, rows: Sequence[int]) -> str:
+    """The sample_ids of rows, at most five, or the row numbers where there are no ids."""
+    word, ids = "completion", list(rows)
+    if "sample_id" in columns:
+        known = columns["sample_id"]()
+        word, ids = "sample_id", list(dict.fromkeys(int(known[row]) for row in rows))
+    return f"{word} {', '.join(map(str, ids[:5]))}{' and others' if len(ids) > 5 else ''}"
+
+
+def _free_name(name: str, taken: Mapping[str, Any]) -> str:
+    number = 2
+    free = name
+    while free in taken:
+        free, number = f"{name}_{number}", number + 1
+    return free
