@@ -42,6 +42,12 @@ class Head(NamedTuple):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
+    def tiles(self, width: int) -> Iterator[tuple[Head, int]]:
+        """Heads over `width` neighbouring entries of the vocabulary each, with the first entry's id."""
+        for start in range(0, len(self.weight), width):
+            part = slice(start, start + width)
+            yield Head(self.weight[part], None if self.bias is None else self.bias[part], self.softcap), start
+
 
 def without_adapter_wrapper(model: Any) -> Any:
     """The model of transformers inside a model of peft, its adapters in place; any other model as it is."""
@@ -75,12 +81,11 @@ def body_of(model: Any) -> Callable[..., Any]:
     checkpointing at work they stay as they are, since a layer that recomputes looks for its own weights.
     """
     body: nn.Module = without_adapter_wrapper(model).base_model
-    named = dict(body.named_parameters())
-    narrow = {name: parameter for name, parameter in named.items() if _lacks_arithmetic(parameter)}
+    narrow = [name for name, parameter in body.named_parameters() if _lacks_arithmetic(parameter)]
     if not narrow or recomputes(body):
         return body
-    named |= {name: parameter.float() for name, parameter in narrow.items()}
-    return lambda **inputs: torch.func.functional_call(body, named, kwargs=inputs)
+    wide: dict[str, Tensor] = {name: body.get_parameter(name).float() for name in narrow}
+    return lambda **inputs: torch.func.functional_call(body, wide, kwargs=inputs)
 
 
 def _lacks_arithmetic(parameter: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ class _Decoder:
         self.body = prompt.body
         self.row = prompt.row.repeat_interleave(group)  # of all rows of the cache, in use or not
         self.cache = decode_cache(prompt.cache, self.row, room)
+        self.layers: list[Any] = self.cache.layers
         mask = prompt.mask.index_select(0, self.row)
         self.mask = torch.nn.functional.pad(mask, (0, room), value=1)
         self.position = mask.sum(dim=1)
@@ -79,9 +80,9 @@ class _Decoder:
         same_prompt = self.row[source] == self.row[: len(source)]
         for start, moves in ((0, ~same_prompt), (self.prompt_length, same_prompt & (source != target))):
             changed = moves.nonzero().flatten()
-            for layer in self.cache.layers:
+            for layer in self.layers:
                 layer.copy_rows(changed, source[changed], start)
-        for layer in self.cache.layers:
+        for layer in self.layers:
             layer.n_rows = len(source)
         self.row[: len(source)] = self.row[source]
         self.mask, self.position = self.mask[source], self.position[source]

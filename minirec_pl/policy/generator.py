@@ -148,7 +148,7 @@ class GenerativePolicy(nn.Module):
         tokens = torch.where(fed, tokens[:, :-1], self.pad_token_id)
         sample = torch.arange(n_rows, device=items.device).repeat_interleave(group)
         rest = run_completions(prompt, sample, tokens, fed)
-        return CompletionStates(prompt.states, rest.unflatten(0, (n_rows, group)))
+        return CompletionStates(prompt.states, rest.view(n_rows, group, -1, rest.shape[-1]))
 
     def fed_tokens(self, items: Tensor) -> int:
         """Tokens of the ids of `items` that are fed through the model: all but the last of each id."""
@@ -242,7 +242,7 @@ class GenerativePolicy(nn.Module):
 
         Args:
             prompt: from `run_prompt`.
-            seen: int64 [B, S], items that may not be generated, padded with -1.
+            seen: as in `sample`.
             num_generations: G, different items for each prompt.
             temperature: divides the logits.
 
@@ -251,17 +251,15 @@ class GenerativePolicy(nn.Module):
         """
         head = TrieHead(head_of(self.model), self.trie, seen, temperature)
         rollouts = self._rollouts(decode_beams(prompt, head, num_generations, self.id_length), num_generations)
-        missing = (rollouts.items < 0).sum(dim=1)
-        if bool(missing.any()):
-            raise InputError(
-                f"a sample has {num_generations - int(missing.max())} items left and beams of {num_generations} are "
-                "asked for: lower num_generations, or sample"
-            )
+        fewest = int((rollouts.items >= 0).sum(dim=1).min())
+        if fewest < num_generations:
+            raise InputError(f"a sample has {fewest} items left for {num_generations} beams: lower num_generations")
         return rollouts
 
     def _rollouts(self, rows: TokenRows, group: int) -> Rollouts:
         items = self.trie.items_of(rows.tokens.masked_fill(~rows.mask, -1))
-        return Rollouts(items.view(-1, group), *(part.unflatten(0, (-1, group)) for part in (rows.logps, rows.mask)))
+        shape = (-1, group, self.id_length)
+        return Rollouts(items.view(-1, group), rows.logps.view(shape), rows.mask.view(shape))
 
     def item_logps(self, batch: Batch, chunk: int = 4096) -> Tensor:
         """Exact log-probability of every item, float32 [B, n_items]; seen items get the lowest finite value.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 
-class PromptLayer(DynamicLayer):
+class PromptLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keeps the keys and values of the first pass and hands out those it is given.
 
     The recomputation of gradient checkpointing therefore finds it as the first pass did.
@@ -23,19 +23,20 @@ class PromptLayer(DynamicLayer):
         return key_states, value_states
 
 
-class BranchLayer(DynamicLayer):
+class BranchLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Puts the prompt's keys and values before those of its completions, differentiably, and keeps nothing."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.keys, self.values, self.is_initialized = keys, values, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keys and values of prompt and completion, each [R, heads, T + t, d]."""
+        assert self.keys is not None and self.values is not None
         return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
 
 
-class DecodeLayer(DynamicLayer):
+class DecodeLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Grows by one token a step inside a buffer that is allocated once.
 
     Args:
@@ -46,9 +47,9 @@ class DecodeLayer(DynamicLayer):
     """
 
     def __init__(self, keys: Tensor, values: Tensor, row: Tensor, room: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.n_rows, self.length, self.is_initialized = len(row), keys.shape[-2], True
-        self.keys, self.values = (self._buffer(states, row, room) for states in (keys, values))
+        self.buffers = (self._buffer(keys, row, room), self._buffer(values, row, room))
 
     @staticmethod
     def _buffer(states: Tensor, row: Tensor, room: int) -> Tensor:
@@ -59,11 +60,11 @@ class DecodeLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """All keys and values so far, each [rows in use, heads, length, d]."""
-        end = self.length + key_states.shape[-2]
-        self.keys[: self.n_rows, :, self.length : end] = key_states
-        self.values[: self.n_rows, :, self.length : end] = value_states
-        self.length = end
-        return self.keys[: self.n_rows, :, :end], self.values[: self.n_rows, :, :end]
+        start, self.length = self.length, self.length + key_states.shape[-2]
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[: self.n_rows, :, start : self.length] = states
+        keys, values = (buffer[: self.n_rows, :, : self.length] for buffer in self.buffers)
+        return keys, values
 
     def get_seq_length(self) -> int:
         """Tokens so far."""
@@ -71,7 +72,7 @@ class DecodeLayer(DynamicLayer):
 
     def copy_rows(self, target: Tensor, source: Tensor, start: int) -> None:
         """Row `target[i]` becomes what row `source[i]` was, from token `start` on."""
-        for states in (self.keys, self.values):
+        for states in self.buffers:
             states[target, :, start : self.length] = states[source, :, start : self.length]
 
 
@@ -100,15 +101,15 @@ def join_prompts(caches: Iterable[Cache], order: Tensor) -> Cache:
     joined = recording_cache()
     for index, batches in enumerate(zip(*map(_pairs, caches), strict=True)):
         length = max(keys.shape[-2] for keys, _ in batches)
-        states = (
-            torch.cat([torch.nn.functional.pad(one, (0, 0, length - one.shape[-2], 0)) for one in kind]).index_select(
-                0, order
-            )
-            for kind in zip(*batches, strict=True)
-        )
-        joined.update(*states, index)
+        keys, values = (_joined(kind, length, order) for kind in zip(*batches, strict=True))
+        joined.update(keys, values, index)
     return joined
 
 
+def _joined(batches: Iterable[Tensor], length: int, order: Tensor) -> Tensor:
+    padded = [torch.nn.functional.pad(states, (0, 0, length - states.shape[-2], 0)) for states in batches]
+    return torch.cat(padded).index_select(0, order)
+
+
 def _pairs(cache: Cache) -> list[tuple[Tensor, Tensor]]:
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    return [(layer.keys, layer.values) for layer in cast(list[Any], cache.layers)]

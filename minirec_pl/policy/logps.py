@@ -18,7 +18,8 @@ from minirec_pl.policy.causal_lm import (
     run_prompts,
 )
 
-_LOGITS_BYTES = 48 * 2**20  # of one chunk
+_TILE_TOKENS = 1024
+_TILE_ENTRIES = 2**20  # 4 MiB in float32, which stay in the last-level cache of a CPU
 
 
 class TokenLogps(NamedTuple):
@@ -47,7 +48,7 @@ def completion_logps(
     of the weights as G full sequences. With dropout at work the group shares the prompt's dropout mask. Under
     reentrant gradient checkpointing, which cannot keep a cache, each completion runs its own prompt.
 
-    Logits exist for one chunk of tokens at a time, in backward too. Tokens that are masked, or whose log-probability
+    Logits exist in small tiles, one at a time, in backward too. Tokens that are masked, or whose log-probability
     gets a gradient of exactly 0, cost nothing in the head.
 
     Args:
@@ -111,11 +112,12 @@ def _separate_states(
 
 
 def head_logps(
-    head: Head, states: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int | None = None
+    head: Head, states: Tensor, targets: Tensor, temperature: float = 1.0, tile: tuple[int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-softmax of the head's logits / temperature at the targets, and the entropy of the distribution.
 
-    Only `states` are kept for backward, which computes the logits z of a chunk again: with p = softmax(z / T) and g the
+    The logits exist in tiles of some tokens by some of the vocabulary, small enough for the processor's cache. Only
+    `states` are kept for backward, which computes each tile of the logits z again: with p = softmax(z / T) and g the
     gradient of a log-probability, that of its logits is g (onehot - p) / T.
 
     Args:
@@ -123,7 +125,7 @@ def head_logps(
         states: float [N, D].
         targets: int64 [N].
         temperature: T.
-        chunk: tokens whose logits exist at once; as many as fit in 48 MiB if None.
+        tile: tokens and vocabulary entries whose logits exist at once; chosen by the device if None.
 
     Returns:
         logps [N] in nats, differentiable in the states and the head; entropy [N] in nats, without gradient.
@@ -134,10 +136,12 @@ def head_logps(
         >>> logps, entropy
         (tensor([-1.0986]), tensor([1.0986]))
     """
-    width = torch.promote_types(states.dtype, torch.float32).itemsize
-    chunk = chunk or max(1, _LOGITS_BYTES // (width * len(head.weight)))
+    if tile is None:
+        entries = _TILE_ENTRIES if states.device.type == "cpu" else 16 * _TILE_ENTRIES
+        tokens = min(max(1, len(states)), _TILE_TOKENS)
+        tile = (tokens, -(-entries // tokens))
     result: tuple[Tensor, Tensor] = _HeadLogps.apply(  # type: ignore[no-untyped-call]
-        states, head.weight, head.bias, targets, head.softcap, temperature, chunk
+        states, head.weight, head.bias, targets, head.softcap, temperature, tile
     )
     return result
 
@@ -154,57 +158,90 @@ class _HeadLogps(torch.autograd.Function):
         targets: Tensor,
         softcap: float | None,
         temperature: float,
-        chunk: int,
+        tile: tuple[int, int],
     ) -> tuple[Tensor, Tensor]:
         head = Head(weight, bias, softcap)
         dtype = torch.promote_types(states.dtype, torch.float32)
-        logps, norms, entropy = states.new_empty(3, len(states), dtype=dtype).unbind()
+        logps, norms, entropy = torch.empty(3, len(states), dtype=dtype, device=states.device).unbind()
         with torch.autocast(states.device.type, enabled=False):
-            for start in range(0, len(states), chunk):
-                rows = slice(start, start + chunk)
-                logits = head.logits(states[rows]).div_(temperature)
-                chosen = logits.gather(1, targets[rows, None]).squeeze(1)
-                top = logits.amax(dim=1)
-                mass = torch.sub(logits, top[:, None]).exp_()
-                total = mass.sum(dim=1)
-                norms[rows] = total.log() + top
-                logps[rows] = chosen - norms[rows]
-                entropy[rows] = norms[rows] - logits.mul_(mass).sum(dim=1) / total
+            for start in range(0, len(states), tile[0]):
+                rows = slice(start, start + tile[0])
+                chosen, norms[rows], mean = _tiled_sums(head, states[rows], targets[rows], temperature, tile[1])
+                logps[rows], entropy[rows] = chosen - norms[rows], norms[rows] - mean
         ctx.save_for_backward(states, weight, bias, targets, norms)
-        ctx.softcap, ctx.temperature, ctx.chunk = softcap, temperature, chunk
+        ctx.softcap, ctx.temperature, ctx.tile = softcap, temperature, tile
         ctx.mark_non_differentiable(entropy)
         return logps, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         states, weight, bias, targets, norms = ctx.saved_tensors
-        needs_states, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        head, temperature = Head(weight, bias, ctx.softcap), ctx.temperature
-        grad_states = torch.zeros_like(states) if needs_states else None
-        grad_weight = weight.new_zeros(weight.shape, dtype=norms.dtype) if needs_weight else None
-        grad_bias = weight.new_zeros(len(weight), dtype=norms.dtype) if needs_bias else None
+        needed = zip((states, weight, bias), ctx.needs_input_grad, strict=False)
+        grads = [torch.zeros_like(value, dtype=norms.dtype) if wanted else None for value, wanted in needed]
         active = grad_logps.nonzero().flatten()
         with torch.autocast(states.device.type, enabled=False):
-            for rows in active.split(ctx.chunk):
-                some, scale = states[rows], (grad_logps[rows] / temperature)[:, None]
-                grad = head.logits(some)
-                slope = None if head.softcap is None else 1 - (grad / head.softcap).square()
-                grad = grad.div_(temperature).sub_(norms[rows, None]).exp_().mul_(-scale)
-                grad.scatter_add_(1, targets[rows, None], scale)
-                if slope is not None:
-                    grad.mul_(slope)
-                if grad_bias is not None:
-                    grad_bias += grad.sum(dim=0)
-                if grad_weight is not None:
-                    grad_weight.addmm_(grad.T, some.to(grad.dtype))
-                if grad_states is not None:
-                    grad_states[rows] = (grad.to(weight.dtype) @ weight).to(states.dtype)
-        return (
-            grad_states,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+            for start in range(0, len(active), ctx.tile[0]):
+                rows = active[start : start + ctx.tile[0]]
+                some = (states[rows], targets[rows], norms[rows], grad_logps[rows] / ctx.temperature)
+                of_states = _tiled_grads(
+                    Head(weight, bias, ctx.softcap), *some, ctx.temperature, ctx.tile[1], *grads[1:]
+                )
+                if grads[0] is not None:
+                    grads[0][rows] = of_states
+        values = (states, weight, bias)
+        return (*(g if g is None else g.to(v.dtype) for g, v in zip(grads, values, strict=True)), *[None] * 4)
+
+
+def _tiled_sums(
+    head: Head, states: Tensor, targets: Tensor, temperature: float, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of z / T: the targets' entries, the logarithm of the sum of exponentials, and the mean under the softmax, [n]."""
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    chosen, total, moment = (torch.zeros(len(states), dtype=dtype, device=states.device) for _ in range(3))
+    top = torch.full_like(chosen, -torch.inf)
+    for tile, start in head.tiles(width):
+        logits = tile.logits(states).div_(temperature)
+        place = targets - start
+        inside = (place >= 0) & (place < logits.shape[1])
+        here = logits.gather(1, place.clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
+        chosen, higher = torch.where(inside, here, chosen), torch.maximum(top, logits.amax(dim=1))
+        shrink = (top - higher).exp_()
+        mass = torch.sub(logits, higher[:, None]).exp_()
+        total, top = total * shrink + mass.sum(dim=1), higher
+        moment = moment * shrink + mass.mul_(logits).sum(dim=1)
+    return chosen, total.log() + top, moment / total
+
+
+def _tiled_grads(
+    head: Head,
+    states: Tensor,
+    targets: Tensor,
+    norms: Tensor,
+    grads: Tensor,
+    temperature: float,
+    width: int,
+    of_weight: Tensor | None,
+    of_bias: Tensor | None,
+) -> Tensor:
+    """Adds to the gradients of weight and bias and returns that of the states [n, D].
+
+    `norms` [n] are the log-sum-exps of z / T, `grads` [n] the gradients of the log-probabilities, divided by T.
+    """
+    wide = states.to(norms.dtype)
+    of_states = torch.zeros_like(wide)
+    for tile, start in head.tiles(width):
+        grad = tile.logits(states)
+        slope = None if tile.softcap is None else 1 - (grad / tile.softcap).square()
+        grad = grad.div_(temperature).sub_(norms[:, None]).exp_().mul_(-grads[:, None])
+        place = targets - start
+        inside = ((place >= 0) & (place < grad.shape[1])).nonzero().flatten()
+        grad[inside, place[inside]] += grads[inside]
+        if slope is not None:
+            grad.mul_(slope)
+        of_states.addmm_(grad, tile.weight.to(grad.dtype))
+        columns = slice(start, start + grad.shape[1])
+        if of_weight is not None:
+            of_weight[columns].addmm_(grad.T, wide)
+        if of_bias is not None:
+            of_bias[columns] += grad.sum(dim=0)
+    return of_states
