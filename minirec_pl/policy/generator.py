@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,14 @@ from torch import Tensor, nn
 
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.errors import InputError
+from minirec_pl.policy.causal_lm import body_of, head_of, run_completions, run_prompt
+from minirec_pl.policy.decoding import TokenRows, decode, decode_beams
 from minirec_pl.policy.folder import StoredPolicy, read_policy, write_policy
-from minirec_pl.policy.rollout import CompletionStates, Prompt, Rollouts, draw, evaluation_mode, filter_logps
+from minirec_pl.policy.rollout import CompletionStates, Prompt, Rollouts, evaluation_mode
+from minirec_pl.policy.supervised import check_positions, pairs_as_prompts, sequence_nll
 from minirec_pl.policy.tiny import SPECIAL_TOKENS, build_tiny, check_model
 from minirec_pl.policy.trie import TokenTrie
+from minirec_pl.policy.trie_head import TrieHead, child_logps, item_logps
 
 Batch = Mapping[str, Tensor]
 
@@ -45,13 +48,9 @@ class GenerativePolicy(nn.Module):
         self.training_cost: dict[str, Any] = {}
         self.catalogue: Catalogue | None = None
         if pretrained is not None:
-            self._load(Path(pretrained))
-
-    def _load(self, folder: Path) -> None:
-        stored = read_policy(folder)
-        self.model = stored.model
-        self.training_cost = stored.training_cost
-        self._bind(stored.catalogue, stored.item_tokens)
+            stored = read_policy(Path(pretrained))
+            self.model, self.training_cost = stored.model, stored.training_cost
+            self._bind(stored.catalogue, stored.item_tokens)
 
     def _bind(self, catalogue: Catalogue, item_tokens: Tensor) -> None:
         check_model(self.model)
@@ -116,17 +115,9 @@ class GenerativePolicy(nn.Module):
         real = tokens >= 0
         tokens = tokens.gather(1, torch.argsort(real.to(torch.int8), dim=1, stable=True))
         tokens = tokens[:, tokens.shape[1] - int(real.sum(dim=1).max()) :]
-        self._check_length(tokens.shape[1] + self.id_length - 1)
+        check_positions(self.model, tokens.shape[1] + self.id_length - 1)
         mask = (tokens >= 0).to(torch.int64)
         return torch.where(mask.bool(), tokens, self.pad_token_id), mask
-
-    def _check_length(self, length: int) -> None:
-        longest = getattr(self.model.config, "max_position_embeddings", None)
-        if longest is not None and length > longest:
-            raise InputError(
-                f"prompt and item id take {length} tokens and the model has {longest} positions: lower "
-                "data.history_window, or train a policy with a larger max_position_embeddings"
-            )
 
     def prompt_states(self, batch: Batch) -> Tensor:
         """Last hidden state of each prompt, float [B, D]; neighbours with the same history are run once."""
@@ -140,20 +131,7 @@ class GenerativePolicy(nn.Module):
         """Runs the prompts of `history` int64 [B, W] through the model."""
         history, row = torch.unique_consecutive(batch["history"], dim=0, return_inverse=True)
         input_ids, mask = self.encode(history)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        output = self.model.base_model(
-            input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=self.id_length > 1
-        )
-        return Prompt(output.last_hidden_state[:, -1].index_select(0, row), row, mask, output.past_key_values)
-
-    @staticmethod
-    def _fan_out(prompt: Prompt, group: int) -> tuple[Tensor, Any]:
-        """Mask [B * G, T] and a cache for G completions of each prompt, which leaves the prompt's own as it is."""
-        row = prompt.row.repeat_interleave(group)
-        cache = copy.copy(prompt.cache)
-        cache.layers = [copy.copy(layer) for layer in cache.layers]
-        cache.batch_select_indices(row)
-        return prompt.mask[row], cache
+        return run_prompt(body_of(self.model), input_ids, mask, row, keep_cache=self.id_length > 1)
 
     def completion_states(self, prompt: Prompt, items: Tensor) -> CompletionStates:
         """Runs G completions on the cache of each prompt, differentiably.
@@ -165,39 +143,22 @@ class GenerativePolicy(nn.Module):
         n_rows, group = items.shape
         if self.id_length == 1:
             return CompletionStates(prompt.states, prompt.states.new_empty(n_rows, group, 0, prompt.states.shape[-1]))
-        mask, cache = self._fan_out(prompt, group)
         tokens = self.trie.item_tokens[items.flatten()]
         fed = tokens[:, 1:] >= 0
         tokens = torch.where(fed, tokens[:, :-1], self.pad_token_id)
-        mask = torch.cat([mask, fed.to(mask.dtype)], dim=1)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        output = self.model.base_model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        return CompletionStates(prompt.states, output.last_hidden_state.unflatten(0, (n_rows, group)))
+        sample = torch.arange(n_rows, device=items.device).repeat_interleave(group)
+        rest = run_completions(prompt, sample, tokens, fed)
+        return CompletionStates(prompt.states, rest.view(n_rows, group, -1, rest.shape[-1]))
 
     def fed_tokens(self, items: Tensor) -> int:
         """Tokens of the ids of `items` that are fed through the model: all but the last of each id."""
         return int((self.trie.item_tokens[items][..., 1:] >= 0).sum())
 
-    def _child_logps(
-        self, states: Tensor, depth: int, low: Tensor, high: Tensor, counts: Tensor, temperature: float
-    ) -> Tensor:
-        tokens, _, _ = self.trie.level(depth)
-        logits = self._head_logits(states, tokens) / temperature
-        allowed = self.trie.allowed_children(depth, low, high, counts)
-        return logits.masked_fill(~allowed, torch.finfo(logits.dtype).min).log_softmax(dim=-1)
-
-    def _head_logits(self, states: Tensor, tokens: Tensor) -> Tensor:
-        head: nn.Linear = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        bias = None if head.bias is None else head.bias.index_select(0, tokens)
-        return nn.functional.linear(states, head.weight.index_select(0, tokens), bias).float()
-
     def root_logps(self, states: Tensor, seen: Tensor, temperature: float = 1.0) -> Tensor:
         """Log-probabilities of the first id token, float32 [B, n_first_tokens], of prompts with `states` [B, D]."""
         counts = self.trie.available_below(seen)
         low = torch.zeros(len(states), dtype=torch.int64, device=states.device)
-        return self._child_logps(states, 0, low, low + self.trie.n_items, counts, temperature)
+        return child_logps(head_of(self.model), self.trie, states, 0, low, low + self.trie.n_items, counts, temperature)
 
     def head_logps(
         self, states: CompletionStates, items: Tensor, seen: Tensor, temperature: float = 1.0
@@ -217,27 +178,7 @@ class GenerativePolicy(nn.Module):
             logps float32 [B, G, L] (0 where masked), mask bool [B, G, L], entropy float32 [B, G, L] in nats, without
             gradient.
         """
-        group = items.shape[1]
-        child = self.trie.child_of[items]
-        root = self.root_logps(states.prompt, seen, temperature)
-        logps = [root.gather(1, child[:, :, 0])]
-        entropies = [_entropy(root.detach())[:, None].expand(-1, group)]
-        counts = self.trie.available_below(seen).repeat_interleave(group, dim=0) if self.id_length > 1 else None
-        for depth in range(1, self.id_length):
-            assert counts is not None
-            _, lows, highs = self.trie.level(depth - 1)
-            parent = child[:, :, depth - 1].flatten().clamp(min=0)
-            rows = self._child_logps(
-                states.rest[:, :, depth - 1].flatten(0, 1), depth, lows[parent], highs[parent], counts, temperature
-            )
-            logps.append(rows.gather(1, child[:, :, depth].flatten()[:, None].clamp(min=0)).view_as(items))
-            entropies.append(_entropy(rows.detach()).view_as(items))
-        mask = child >= 0
-        return (
-            torch.stack(logps, dim=-1).masked_fill(~mask, 0.0),
-            mask,
-            torch.stack(entropies, dim=-1).masked_fill(~mask, 0.0),
-        )
+        return item_logps(head_of(self.model), self.trie, states, items, seen, temperature)
 
     def completion_logps(self, batch: Batch, items: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """`head_logps` of the batch's prompts: (logps, mask, entropy), each [B, G, L]."""
@@ -291,40 +232,34 @@ class GenerativePolicy(nn.Module):
             top_k: as in `generate`.
             top_p: as in `generate`.
         """
-        shape = uniform.shape[:2]
-        root = filter_logps(self.root_logps(prompt.states, seen, temperature), top_k, top_p)
-        pick = draw(root, uniform[:, :, 0])
-        logps, alive = [root.gather(1, pick).flatten()], [torch.ones_like(pick.flatten(), dtype=torch.bool)]
-        pick = pick.flatten()
-        tokens, lows, highs = self.trie.level(0)
-        low, high, fed = lows[pick], highs[pick], tokens[pick]
-        if self.id_length > 1:
-            counts = self.trie.available_below(seen).repeat_interleave(shape[1], dim=0)
-            mask, cache = self._fan_out(prompt, shape[1])
-        for depth in range(1, self.id_length):
-            open_ = self.trie.child_of[self.trie.order[low], depth] >= 0
-            mask = torch.cat([mask, open_[:, None].to(mask.dtype)], dim=1)
-            positions = (mask.cumsum(dim=1) - 1)[:, -1:].clamp(min=0)
-            output = self.model.base_model(
-                input_ids=fed[:, None],
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            rows = self._child_logps(output.last_hidden_state[:, -1], depth, low, high, counts, temperature)
-            rows = filter_logps(rows, top_k, top_p)
-            pick = draw(rows, uniform[:, :, depth].flatten()[:, None]).flatten()
-            tokens, lows, highs = self.trie.level(depth)
-            logps.append(torch.where(open_, rows.gather(1, pick[:, None]).flatten(), 0.0))
-            alive.append(open_)
-            low, high = torch.where(open_, lows[pick], low), torch.where(open_, highs[pick], high)
-            fed = torch.where(open_, tokens[pick], self.pad_token_id)
-        return Rollouts(
-            self.trie.order[low].view(shape),
-            torch.stack(logps, dim=-1).view(*shape, -1),
-            torch.stack(alive, dim=-1).view(*shape, -1),
-        )
+        head = TrieHead(head_of(self.model), self.trie, seen, temperature, top_k, top_p)
+        group, length = uniform.shape[1:]
+        return self._rollouts(decode(prompt, head, group, length, uniform), group)
+
+    @torch.no_grad()
+    def beams(self, prompt: Prompt, seen: Tensor, num_generations: int, temperature: float = 1.0) -> Rollouts:
+        """The `num_generations` items that a beam search of that width ends with, the most likely first.
+
+        Args:
+            prompt: from `run_prompt`.
+            seen: as in `sample`.
+            num_generations: G, different items for each prompt.
+            temperature: divides the logits.
+
+        Raises:
+            InputError: if fewer than G items are left for a sample.
+        """
+        head = TrieHead(head_of(self.model), self.trie, seen, temperature)
+        rollouts = self._rollouts(decode_beams(prompt, head, num_generations, self.id_length), num_generations)
+        fewest = int((rollouts.items >= 0).sum(dim=1).min())
+        if fewest < num_generations:
+            raise InputError(f"a sample has {fewest} items left for {num_generations} beams: lower num_generations")
+        return rollouts
+
+    def _rollouts(self, rows: TokenRows, group: int) -> Rollouts:
+        items = self.trie.items_of(rows.tokens.masked_fill(~rows.mask, -1))
+        shape = (-1, group, self.id_length)
+        return Rollouts(items.view(-1, group), rows.logps.view(shape), rows.mask.view(shape))
 
     def item_logps(self, batch: Batch, chunk: int = 4096) -> Tensor:
         """Exact log-probability of every item, float32 [B, n_items]; seen items get the lowest finite value.
@@ -341,24 +276,15 @@ class GenerativePolicy(nn.Module):
                 every = torch.arange(self.trie.n_items, device=seen.device).expand(rows, -1)
                 parts = torch.split(every, max(1, chunk // rows), dim=1)
                 states = (self.completion_states(prompt, part) for part in parts)
-                logps = [
-                    self.head_logps(state, part, seen)[0].sum(dim=-1) for state, part in zip(states, parts, strict=True)
-                ]
-                scores = torch.cat(logps, dim=1)
+                logps = (self.head_logps(*pair, seen)[0].sum(dim=-1) for pair in zip(states, parts, strict=True))
+                scores = torch.cat(list(logps), dim=1)
             return scores.clamp(min=torch.finfo(torch.float32).min)
 
     def sequence_tokens(self, batch: Batch) -> int:
         """Tokens that `sequence_nll` feeds through the model, padding not counted."""
         if self.id_length == 1:
             return int((batch["sequence"] >= 0).sum()) + len(batch["sequence"])
-        return self.prompt_tokens(self._pairs(batch)) + self.fed_tokens(batch["target"])
-
-    def _pairs(self, batch: Batch) -> Batch:
-        """Warm-start pairs as single prompts."""
-        sequence, row, position = batch["sequence"], batch["row"], batch["position"]
-        columns = torch.arange(sequence.shape[1], device=sequence.device)
-        history = sequence[row].masked_fill(columns > position[:, None], -1)
-        return {"history": history, "seen": torch.full((len(row), 1), -1, device=row.device)}
+        return self.prompt_tokens(pairs_as_prompts(batch)) + self.fed_tokens(batch["target"])
 
     def sequence_nll(self, batch: Batch, dropout: float = 0.0) -> Tensor:
         """Mean negative log-likelihood of warm-start pairs in nats, a scalar with gradient.
@@ -369,21 +295,4 @@ class GenerativePolicy(nn.Module):
             dropout: probability, in training mode, of dropping an input embedding or a last hidden state value;
                 one-token ids only.
         """
-        sequence, row, position, target = (batch[key] for key in ("sequence", "row", "position", "target"))
-        if self.id_length > 1:
-            logps, _, _ = self.completion_logps(self._pairs(batch), target[:, None])
-            return -logps.sum() / max(1, len(target))
-        tokens = torch.where(sequence >= 0, self.trie.item_tokens[sequence.clamp(min=0), 0], self.pad_token_id)
-        tokens = nn.functional.pad(tokens, (1, 0), value=self.bos_token_id)
-        self._check_length(tokens.shape[1])
-        embeddings = nn.functional.dropout(self.model.get_input_embeddings()(tokens), dropout, self.training)
-        states = self.model.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-        # The gradient of index_select adds up in a fixed order, that of indexing does not on several threads.
-        states = states.flatten(0, 1).index_select(0, row * states.shape[1] + position + 1)
-        states = nn.functional.dropout(states, dropout, self.training)
-        logits = self._head_logits(states, self.trie.item_tokens[:, 0])
-        return nn.functional.cross_entropy(logits, target, reduction="sum") / max(1, len(target))
-
-
-def _entropy(logps: Tensor) -> Tensor:
-    return -(logps.exp() * logps).sum(dim=-1)
+        return sequence_nll(self, batch, dropout)

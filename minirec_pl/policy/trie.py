@@ -83,6 +83,27 @@ class TokenTrie(nn.Module):
         """Children at one depth: token, low and high of each, int64 [n_children]."""
         return getattr(self, f"token_{depth}"), getattr(self, f"low_{depth}"), getattr(self, f"high_{depth}")
 
+    def items_of(self, tokens: Tensor) -> Tensor:
+        """The items with these ids.
+
+        Args:
+            tokens: int64 [R, L], padded with -1 on the right.
+
+        Returns:
+            int64 [R], item index; -1 where no item has the id.
+        """
+        node = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
+        item, base = torch.full_like(node, -1), int(self.item_tokens.max()) + 1
+        for depth in range(self.depth):
+            token, low, _ = self.level(depth)
+            parent = self.child_of[self.order[low], depth - 1] if depth else torch.zeros_like(low)
+            keys = parent * base + token
+            place = torch.searchsorted(keys, node * base + tokens[:, depth]).clamp(max=len(keys) - 1)
+            real = tokens[:, depth] >= 0
+            node, item = torch.where(real, place, node), torch.where(real, self.order[low[place]], item)
+        found = (self.item_tokens[item] == tokens).all(dim=1) & (item >= 0)
+        return torch.where(found, item, -1)
+
     def available_below(self, seen: Tensor) -> Tensor:
         """Cumulative count of items still allowed, in sorted order.
 

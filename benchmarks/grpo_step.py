@@ -1,0 +1,118 @@
+"""GRPO steps a second and peak memory, ours against TRL's GRPOTrainer, on the same work.
+
+    python -m benchmarks.grpo_step --case small --json small.json
+
+Both sides run in processes of their own that take turns: same model, prompts, G, lengths, threads, dtype, learning
+rate, loss and optimizer, no gradient checkpointing, completions forced to full length. The warm-up step is left out;
+figures are medians over the other steps. Peak memory is that of a step above what the process held before it, AdamW's
+state included in what it held, on both sides; gradients are allocated within a step on both sides. `--case curves`
+varies G, prompt and completion length. `benchmarks/results/grpo_step.md` and `.png` are made of all JSON files in
+`--results`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks.grpo_report import write_report
+from benchmarks.grpo_sides import Work
+from benchmarks.models import fetch_smollm2
+
+RESULTS = Path(__file__).parent / "results"
+SIDES = ("ours", "trl")
+SHAPES = {
+    "small": {"4 x 8 x 32": {}},
+    "long": {
+        "16 x 8 x 64": {"prompts": 16, "completion_length": 64},
+        "4 x 16 x 32": {"generations": 16},
+    },
+    "smollm2": {"2 x 4 x 32": {"model": "smollm2-135m", "prompts": 2, "generations": 4, "prompt_length": 150}},
+    "curves": {
+        f"{name} {value}": {name: value}
+        for name, values in {
+            "generations": (2, 4, 8, 16),
+            "prompt_length": (50, 125, 250, 500),
+            "completion_length": (8, 32, 64, 128),
+        }.items()
+        for value in values
+    },
+}
+
+
+def run_side(work):
+    """The steps of one process, each with seconds, peak_mb and phases."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(work.threads), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    command = [sys.executable, "-m", "benchmarks.grpo_sides", json.dumps(dataclasses.asdict(work))]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=RESULTS.parent.parent)
+    if done.returncode != 0:
+        raise SystemExit(f"{work.side} failed on {work} (exit code {done.returncode})")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def compare(shape, rounds, steps, threads):
+    """Both sides on one shape, taking turns."""
+    works = {side: Work(side, **{"steps": steps, "threads": threads, **shape}) for side in SIDES}
+    found = {side: [] for side in SIDES}
+    for turn in range(rounds):
+        for side in SIDES[:: -1 if turn % 2 else 1]:
+            found[side] += run_side(works[side])
+    seconds = {side: statistics.median(step["seconds"] for step in found[side]) for side in SIDES}
+    completions = works["ours"].prompts * works["ours"].generations
+    phases = {
+        name: round(statistics.median(step["phases"].get(name, 0.0) for step in found["ours"]), 4)
+        for name in found["ours"][0]["phases"]
+    }
+    return {
+        "completions_per_second": {side: round(completions / seconds[side], 3) for side in SIDES},
+        "peak_mb": {side: round(max(step["peak_mb"] for step in found[side]), 1) for side in SIDES},
+        "step_seconds": {side: [round(step["seconds"], 3) for step in found[side]] for side in SIDES},
+        "ours_seconds_by_phase": phases,
+        "shape": dataclasses.asdict(works["ours"]),
+    }
+
+
+def machine():
+    """Where the figures come from."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    packages = {package: version(package) for package in ("torch", "transformers", "trl")}
+    return {"processor": name, "cores": os.cpu_count(), "load_before": os.getloadavg()[0], **packages}
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=SHAPES, required=True)
+    parser.add_argument("--json", type=Path, required=True, help="file to write the figures to")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps of a process")
+    parser.add_argument("--threads", type=int, default=2, help="of each process")
+    parser.add_argument("--report", action="store_true", help="also write benchmarks/results/grpo_step.md and .png")
+    options = parser.parse_args(arguments)
+    if options.case == "smollm2":
+        fetch_smollm2()
+    result = {"case": options.case, "machine": machine()}
+    shapes = {
+        name: compare(shape, options.rounds, options.steps, options.threads)
+        for name, shape in SHAPES[options.case].items()
+    }
+    result |= next(iter(shapes.values())) if options.case != "curves" else {}
+    result["shapes"] = shapes
+    options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for name, shape in shapes.items():
+        speed, peak = shape["completions_per_second"], shape["peak_mb"]
+        print(f"{name}: {speed['ours']} completions/s, TRL {speed['trl']}; {peak['ours']} MB, TRL {peak['trl']}")
+    if options.report:
+        write_report(RESULTS)
+
+
+if __name__ == "__main__":
+    main()

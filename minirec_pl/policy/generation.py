@@ -1,0 +1,244 @@
+"""Free generation of groups of completions by any causal language model of transformers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minirec_pl.errors import InputError
+from minirec_pl.policy.causal_lm import Head, body_of, head_of, run_prompts
+from minirec_pl.policy.decoding import TokenHead, decode, decode_beams
+from minirec_pl.policy.rollout import evaluation_mode, warpers
+from minirec_pl.policy.trie import TokenTrie
+from minirec_pl.policy.trie_head import TrieHead
+
+Constraint = Callable[[int, list[int]], Sequence[int]]
+"""(prompt's position in the batch, completion so far) -> the tokens that may follow, at least one."""
+
+
+class Completions(NamedTuple):
+    """G completions of each of B prompts.
+
+    Attributes:
+        ids: int64 [B, G, L]; the pad token where masked. L is the longest completion's length.
+        mask: bool [B, G, L], true up to and including the first token that ends a completion.
+        logps: float [B, G, L], the log-probabilities with which the tokens were drawn, after every processor of the
+            logits; 0 where masked.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    logps: Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Names, defaults and order of the processors are those of transformers.
+
+    Args:
+        strategy: `sample` draws with replacement; `greedy` takes the most likely token, the same for all of a group;
+            `beam` gives the group that a beam search of its width ends with, without a length penalty.
+        temperature: divides the logits.
+        top_k: keep the k most likely tokens; None or 0 keeps all.
+        top_p: keep the smallest set of tokens with this mass; None keeps all.
+        min_p: keep the tokens with at least this share of the most likely one's probability; None keeps all.
+        repetition_penalty: divides the positive logits of tokens that are in prompt or completion, multiplies the
+            negative ones.
+
+    Raises:
+        InputError: if an option is out of range.
+    """
+
+    strategy: Literal["sample", "greedy", "beam"] = "sample"
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.strategy not in ("sample", "greedy", "beam"):
+            raise InputError(f"strategy is {self.strategy!r}: choose one of sample, greedy, beam")
+        for name in ("temperature", "repetition_penalty"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} is {getattr(self, name)}: it divides the logits, so it must be above 0")
+        if self.top_k is not None and self.top_k < 0:
+            raise InputError(f"top_k is {self.top_k}: give at least 1, or null for all tokens")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise InputError(f"{name} is {value}: it is above 0 and at most 1, or null for all tokens")
+
+
+class VocabularyHead:
+    """The whole vocabulary as candidates, after the logits processors; ends with an EOS token.
+
+    Args:
+        head: of the model.
+        sampling: what happens to the logits.
+        input_ids: int64 [B, T], the prompts, padded on the left.
+        attention_mask: [B, T], which tokens are real.
+        eos_token_ids: every id that ends a completion.
+        constraint: narrows the candidates, or None.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        sampling: Sampling,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        eos_token_ids: Sequence[int],
+        constraint: Constraint | None,
+    ) -> None:
+        from transformers import RepetitionPenaltyLogitsProcessor
+
+        self.head, self.constraint = head, constraint
+        self.processors = warpers(
+            temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p
+        )
+        if sampling.repetition_penalty != 1.0:
+            self.processors.insert(0, RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+        self.eos = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=input_ids.device)
+        # The padding repeats the last token, which no processor can tell from the prompt alone.
+        self.sequence = torch.where(attention_mask.bool(), input_ids, input_ids[:, -1:])
+        self.sample, self.prompt_length = torch.arange(len(input_ids)), input_ids.shape[1]
+
+    def logps(self, states: Tensor) -> Tensor:
+        """Log-probabilities, float [R, V]."""
+        logits = self.head.logits(states)
+        if self.constraint is not None:
+            logits = logits + self._closed(logits, self.constraint)
+        for processor in self.processors:
+            logits = processor(self.sequence, logits)
+        return logits.log_softmax(dim=-1)
+
+    def _closed(self, logits: Tensor, constraint: Constraint) -> Tensor:
+        closed = torch.full_like(logits, -torch.inf)
+        completions = self.sequence[:, self.prompt_length :].tolist()
+        for row, (sample, completion) in enumerate(zip(self.sample.tolist(), completions, strict=True)):
+            allowed = list(constraint(sample, completion))
+            if not allowed:
+                raise InputError(f"the constraint allows no token after {completion}: let it allow an end of sequence")
+            closed[row, allowed] = 0.0
+        return closed
+
+    def take(self, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """See `TokenHead`."""
+        if self.processors or self.constraint is not None:
+            self.sequence = torch.cat([self.sequence, candidates[:, None]], dim=1)
+        return candidates, torch.isin(candidates, self.eos)
+
+    def select(self, source: Tensor) -> None:
+        """See `TokenHead`."""
+        self.sequence, self.sample = self.sequence[source], self.sample[source.cpu()]
+
+
+def eos_token_ids(model: Any) -> list[int]:
+    """Every id in `generation_config.eos_token_id`, or in the config where that has none."""
+    for config in (getattr(model, "generation_config", None), model.config):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return [ids] if isinstance(ids, int) else list(ids)
+    return []
+
+
+def generate(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    num_generations: int,
+    max_new_tokens: int,
+    *,
+    sampling: Sampling | None = None,
+    uniform: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    constraint: Constraint | TokenTrie | None = None,
+) -> Completions:
+    """G completions of each prompt, in evaluation mode and without gradients; the mode is put back afterwards.
+
+    Each prompt is run once, in batches of similar length, and its keys and values are shared by its group. Completions
+    that have ended leave the batch. A completion depends on its own prompt and random numbers alone.
+
+    Args:
+        model: a causal language model of transformers, also inside peft; with gradient checkpointing on or off.
+        input_ids: int64 [B, T], padded on the left.
+        attention_mask: [B, T], which tokens are real.
+        num_generations: G.
+        max_new_tokens: tokens at most in a completion.
+        sampling: plain sampling if None.
+        uniform: float64 [B, G, max_new_tokens] in [0, 1), one number for each token; drawn from `generator` if None.
+        generator: e.g. from `rollout_generator(seed, epoch, step, rank)`; torch's global one if None.
+        constraint: the tokens that may follow, or a trie, whose leaves then end the completions.
+
+    Raises:
+        InputError: if a prompt is empty or too long for the model, the shapes do not fit, or the weights have diverged.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8,
+        ...                                      num_hidden_layers=1, num_attention_heads=2, eos_token_id=2))
+        >>> prompt = torch.tensor([[0, 3, 4], [5, 6, 7]])
+        >>> made = generate(model, prompt, (prompt != 0).long(), num_generations=4, max_new_tokens=5)
+        >>> tuple(made.ids.shape[:2])
+        (2, 4)
+    """
+    sampling = sampling or Sampling()
+    _check_request(model, input_ids, attention_mask, num_generations, max_new_tokens)
+    size = (len(input_ids), num_generations, max_new_tokens)
+    if sampling.strategy != "sample":
+        uniform = None
+    elif uniform is None:
+        device = input_ids.device if generator is None else generator.device
+        uniform = torch.rand(size, dtype=torch.float64, generator=generator, device=device).to(input_ids.device)
+    elif uniform.shape != size:
+        raise InputError(f"the random numbers have shape {tuple(uniform.shape)}: give {size}, one for each token")
+    with evaluation_mode(model):
+        prompt, ends = run_prompts(body_of(model), input_ids, attention_mask), eos_token_ids(model)
+        head: TokenHead
+        if isinstance(constraint, TokenTrie):
+            nothing = torch.full((len(input_ids), 1), -1, device=input_ids.device)
+            head = TrieHead(head_of(model), constraint, nothing, sampling.temperature, sampling.top_k, sampling.top_p)
+        else:
+            head = VocabularyHead(head_of(model), sampling, input_ids, attention_mask, ends, constraint)
+        if sampling.strategy == "beam":
+            rows = decode_beams(prompt, head, num_generations, max_new_tokens)
+        else:
+            rows = decode(prompt, head, num_generations, max_new_tokens, uniform)
+    longest = int(rows.mask.sum(dim=1).max())
+    pad = model.config.get_text_config().pad_token_id
+    ids = rows.tokens.masked_fill(~rows.mask, (ends or [0])[0] if pad is None else pad)
+    shape = (*size[:2], longest)
+    return Completions(*(part[:, :longest].reshape(shape) for part in (ids, rows.mask, rows.logps)))
+
+
+def _check_request(model: Any, input_ids: Tensor, mask: Tensor, group: int, length: int) -> None:
+    if input_ids.ndim != 2 or mask.shape != input_ids.shape or not input_ids.numel():
+        raise InputError(f"prompts have shape {tuple(input_ids.shape)} and masks {tuple(mask.shape)}: give [B, T] each")
+    if not bool(mask[:, -1].all()):
+        row = int((mask[:, -1] == 0).nonzero()[0])
+        raise InputError(f"prompt {row} of the batch is empty or padded on the right: pad prompts on the left")
+    if group < 1 or length < 1:
+        raise InputError(f"num_generations is {group} and max_new_tokens {length}: both must be at least 1")
+    check_context(model, mask, length)
+
+
+def check_context(model: Any, mask: Tensor, length: int) -> None:
+    """Refuses prompts that leave no room for `length` tokens in the model's context.
+
+    Raises:
+        InputError: naming the first such row of `mask` [B, T].
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    prompt = mask.sum(dim=1)
+    if context is not None and int(prompt.max()) + length > context:
+        row = int(prompt.argmax())
+        raise InputError(
+            f"prompt {row} of the batch has {int(prompt[row])} tokens, and with {length} new ones it is longer than "
+            f"the model's {context} positions: shorten the prompt, or lower max_completion_length"
+        )
