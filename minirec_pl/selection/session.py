@@ -16,9 +16,11 @@ from minirec_pl.data.foreign import ForeignLoader
 from minirec_pl.data.install import TrainLoader
 from minirec_pl.errors import InputError
 from minirec_pl.policy.rollout import evaluation_mode
-from minirec_pl.random_state import isolated_random_state
+from minirec_pl.random_state import isolated_random_state, restore_random_state
 from minirec_pl.selection.fingerprints import fingerprints_of
 from minirec_pl.selection.ledger import SelectionLedger
+from minirec_pl.selection.resume import position, restore_running_state, running_state
+from minirec_pl.selection.signal_files import SignalFiles, read_vectors
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.selection.store import SignalStore
 
@@ -32,6 +34,7 @@ Step: TypeAlias = "Callable[[SelectionSession, Trainer, LightningModule, int], N
 Probe: TypeAlias = "Callable[..., SampleSignals]"
 Phase = Literal["record", "rescore", "select", "order"]
 PHASES: tuple[Phase, ...] = ("record", "rescore", "select", "order")
+_KEPT = ("selected", "plan", "plan_epoch", "fold_starts", "plan_easiness", "scored")
 CHECKPOINT_KEY = "minirec_pl.SelectionSession"
 
 _sessions: WeakKeyDictionary[Trainer, SelectionSession] = WeakKeyDictionary()
@@ -84,6 +87,10 @@ class SelectionSession:
         self._steps: dict[Phase, Step] = {}
         self._restored: Mapping[str, Any] | None = None
         self._restored_step = 0
+        self._running: Mapping[str, Any] | None = None
+        self._random: Mapping[str, Any] | None = None
+        self._validated = (-1, -1)
+        self._files = SignalFiles()
         self._prepared = False
 
     def register(self, phase: Phase, step: Step, trainer: Trainer) -> None:
@@ -119,7 +126,7 @@ class SelectionSession:
         self.plan_epoch, self.scored, self.fold_starts, self.plan_easiness = -1, False, [], []
         epoch = trainer.current_epoch
         if self._restored is not None:
-            epoch = self._take_up(self._restored)
+            epoch = self._take_up(self._restored, trainer)
             self._restored = None
         self.epoch = epoch
         if self.plan_epoch != epoch:
@@ -258,31 +265,65 @@ class SelectionSession:
         """Run folder: where the first logger writes, else `default_root_dir`."""
         return Path(trainer.log_dir or trainer.default_root_dir)
 
-    def state_dict(self, trainer: Trainer) -> dict[str, Any]:
-        """Tensors and primitives for a checkpoint."""
+    def state_dict(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        """Tensors and primitives for a checkpoint; writes the file of vectors that it names."""
         epoch_finished = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        folder = self.folder(trainer)
+        vectors = self._files.save(self.store, folder / "signals") if trainer.is_global_zero else None
+        self._prune(trainer, folder)
         return {
-            "store": self.store.state_dict(),
+            **{name: getattr(self, name) for name in _KEPT},
+            "store": self.store.state_dict(vectors=False),
+            "vectors": vectors,
+            "run": str(folder.absolute()),
             "ledger": None if self.ledger is None else self.ledger.state_dict(),
-            "selected": self.selected,
-            "plan": self.plan,
-            "plan_epoch": self.plan_epoch,
-            "fold_starts": self.fold_starts,
-            "plan_easiness": self.plan_easiness,
-            "scored": self.scored,
             "next_epoch": self.epoch + int(epoch_finished),
             "step": trainer.global_step,
+            "running": running_state(trainer, module, self._validated),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Keeps a checkpoint's state until `prepare`, when the pool is known."""
         self._restored = state
 
-    def _take_up(self, state: Mapping[str, Any]) -> int:
-        self.store.load_state_dict(state["store"])
+    def start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Called in `on_train_start`: a resumed run goes on with the random numbers and gradients it had."""
+        if self._running is not None:
+            self._random = restore_running_state(self._running, trainer, module)
+            self._running = None
+            if isinstance(self._train.loader, ForeignLoader):
+                self._train.loader.random_state, self._random = self._random, None
+
+    def begin_batch(self) -> None:
+        """Called in `on_train_batch_start`: see `restore_running_state`."""
+        if self._random is not None:
+            restore_random_state(self._random)
+            self._random = None
+
+    def validated(self, trainer: Trainer) -> None:
+        """Called in `on_validation_end`."""
+        self._validated = position(trainer)
+
+    def finish(self, trainer: Trainer) -> None:
+        """Called in `on_fit_end`."""
+        if self._prepared:
+            self._prune(trainer, self.folder(trainer))
+
+    def _prune(self, trainer: Trainer, folder: Path) -> None:
+        if trainer.is_global_zero:
+            callbacks = [Path(found) for c in trainer.checkpoint_callbacks if (found := getattr(c, "dirpath", None))]
+            self._files.prune(folder / "signals", [folder, *callbacks])
+
+    def _take_up(self, state: Mapping[str, Any], trainer: Trainer) -> int:
+        vectors = {}
+        if state["vectors"] is not None:
+            places = [Path(state["run"]) / "signals", self.folder(trainer) / "signals"]
+            vectors = read_vectors(state["vectors"], str(trainer.ckpt_path), places)
+        self.store.load_state_dict({**state["store"], **vectors})
         self.ledger = None if state["ledger"] is None else SelectionLedger.from_state_dict(state["ledger"])
-        for name in ("selected", "plan", "plan_epoch", "fold_starts", "plan_easiness", "scored"):
+        for name in _KEPT:
             setattr(self, name, state[name])
+        self._running = state["running"]
         self._restored_step = int(state["step"])
         return int(state["next_epoch"])
 
