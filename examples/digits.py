@@ -77,9 +77,10 @@ def run(callbacks: list[Callback], seed: int, epochs: int) -> dict[str, float]:
 
 
 def minirec(budget: float) -> list[Callback]:
-    """The callback, on the part of the pool that is neither known by heart nor hopeless."""
-    selector = MiniRecSelector(gate=(0.0, 1.0))
-    return [MiniRec(budget, warmup_epochs=1, selector=selector, rescore_fraction=1.0, probe=HeadProbe("classifier"))]
+    """The callback: after an epoch on everything a new choice every fourth epoch."""
+    selector, probe = MiniRecSelector(gate=(0.0, 1.0)), HeadProbe("classifier", forward=0, target=1)
+    options = {"warmup_epochs": 1, "every_n_epochs": 4, "rescore_fraction": 1.0, "curriculum": "shuffled"}
+    return [MiniRec(budget, selector=selector, probe=probe, **options)]
 
 
 def random(budget: float, seed: int) -> list[Callback]:
