@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from minirec_pl.errors import InputError
 from minirec_pl.probes import HeadProbe
+from minirec_pl.selection.scoring import refuse_sharded
 from minirec_pl.selection.session import SelectionSession, session_of
 from minirec_pl.selection.session_callback import SessionCallback
 
@@ -39,6 +40,7 @@ class RescoreSamples(SessionCallback):
             session = session_of(trainer)
             session.register("rescore", self._rescore, trainer)
             session.probe = self.probe
+            refuse_sharded(trainer, self.probe)
 
     def _rescore(self, session: SelectionSession, trainer: Trainer, module: LightningModule, epoch: int) -> None:
         store = session.store

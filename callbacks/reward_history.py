@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from minirec_pl.selection.ranks import gather_signals
+from minirec_pl.selection.scoring import with_ids
 from minirec_pl.selection.session import SelectionSession, nothing_trained, session_of
 from minirec_pl.selection.session_callback import SessionCallback
 from minirec_pl.selection.signals import SampleSignals
@@ -28,17 +30,22 @@ class RewardHistory(SessionCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stores the rewards of the batch."""
+        """Stores the rewards of the batch, on every rank those of all ranks."""
         signals = outputs.get("signals") if isinstance(outputs, Mapping) else None
-        if isinstance(signals, SampleSignals):
-            session = session_of(trainer)
-            signals = session.with_ids(signals, session.batch_ids(batch_idx))
-            session.store.update(signals, epoch=trainer.current_epoch, step=trainer.global_step, source="train")
-            if signals.rewards is not None:
-                groups = signals.rewards
-                session.trained["groups"] += len(groups)
-                session.trained["reward"] += float(groups.double().mean(dim=1).sum())
-                session.trained["mixed"] += int((groups.amax(dim=1) > groups.amin(dim=1)).sum())
+        session = session_of(trainer)
+        own = signals if isinstance(signals, SampleSignals) else None
+        ids = session.batch_ids(batch_idx)
+        if own is not None and ids is not None:
+            own = with_ids(own, ids)
+        met = gather_signals(own, trainer.strategy.root_device)
+        if met is None:
+            return
+        session.store.update(met, epoch=trainer.current_epoch, step=trainer.global_step, source="train")
+        if met.rewards is not None:
+            groups = met.rewards
+            session.trained["groups"] += len(groups)
+            session.trained["reward"] += float(groups.double().mean(dim=1).sum())
+            session.trained["mixed"] += int((groups.amax(dim=1) > groups.amin(dim=1)).sum())
 
     def _record(self, session: SelectionSession, trainer: Trainer, module: LightningModule, epoch: int) -> None:
         groups = session.trained["groups"]

@@ -29,8 +29,7 @@ def test_the_drop_in_program_trains_on_a_quarter(tmp_path, monkeypatch):
     (ledger,) = tmp_path.rglob("ledger.parquet")
     chosen = SelectionLedger.from_parquet(ledger).selected()
     assert len(chosen) == 500
-    assert names["loader"].sampler.plan is not None
-    assert sorted(names["loader"].sampler.plan) == sorted(chosen)
+    assert sorted(names["trainer"].train_dataloader.sampler.plan) == sorted(chosen)
 
 
 def test_the_first_program_runs_on_the_data_and_policy_it_names(tmp_path, monkeypatch, toy_path, tiny_policy):

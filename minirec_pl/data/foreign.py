@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch.utils.data.distributed import DistributedSampler
 from minirec_pl.data.sampler import CurriculumSampler, ResumableLoader
 from minirec_pl.data.samples import IntArray
 from minirec_pl.errors import InputError
+from minirec_pl.random_state import restore_random_state
 
 _KEPT = ("batch_size", "num_workers", "collate_fn", "pin_memory", "drop_last", "timeout", "worker_init_fn", "generator")
 _KEPT_OF_WORKERS = ("multiprocessing_context", "prefetch_factor", "persistent_workers")
@@ -92,6 +93,7 @@ class ForeignLoader(ResumableLoader):
 
     Attributes:
         foreign_sampler: the sampler.
+        random_state: what the global generators are put to before the next epoch is begun, once; None leaves them.
     """
 
     def __init__(self, loader: DataLoader[Any], sampler: ForeignSampler, limit: int | float = 1.0) -> None:
@@ -105,6 +107,7 @@ class ForeignLoader(ResumableLoader):
         self._start = self._generator_states()
         self._replay: list[Tensor] | None = None
         self._winder = _Winder((), 0)
+        self.random_state: Mapping[str, Any] | None = None
 
     @property
     def batches_per_epoch(self) -> int:  # type: ignore[override]
@@ -121,6 +124,9 @@ class ForeignLoader(ResumableLoader):
         return self._begin()
 
     def _begin(self) -> Iterator[Any]:
+        if self.random_state is not None:
+            restore_random_state(self.random_state)
+            self.random_state = None
         now = self._generator_states()
         self._start, self._replay = self._replay or now, None
         if self._yielded:

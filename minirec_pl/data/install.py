@@ -79,3 +79,9 @@ class TrainLoader:
                 "CurriculumSampler on the DataModule or module, so that every train_dataloader() call uses the same, "
                 "or leave the sampler out"
             )
+
+
+def validation_is_due(trainer: Trainer) -> bool:
+    """Whether a fit validates after the present batch."""
+    loop = trainer.fit_loop
+    return loop._data_fetcher is not None and bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))

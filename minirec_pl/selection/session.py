@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
@@ -13,25 +12,28 @@ import torch
 from minirec_pl.cost import Cost
 from minirec_pl.data.foreign import ForeignLoader
 from minirec_pl.data.install import TrainLoader
+from minirec_pl.data.sampler import world
 from minirec_pl.errors import InputError
-from minirec_pl.policy.rollout import evaluation_mode
-from minirec_pl.random_state import isolated_random_state
+from minirec_pl.random_state import restore_random_state
 from minirec_pl.selection.curriculum import shuffled_curriculum
 from minirec_pl.selection.fingerprints import fingerprints_of
 from minirec_pl.selection.ledger import SelectionLedger
+from minirec_pl.selection.ranks import agree, gather_signals
+from minirec_pl.selection.resume import position, restore_running_state, running_state
+from minirec_pl.selection.scoring import Probe, measure
+from minirec_pl.selection.signal_files import SignalFiles, read_vectors
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.selection.store import SignalStore
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-    from torch.utils.data import DataLoader
 
     from minirec_pl.data.sampler import CurriculumSampler
 
 Step: TypeAlias = "Callable[[SelectionSession, Trainer, LightningModule, int], None]"
-Probe: TypeAlias = "Callable[..., SampleSignals]"
 Phase = Literal["record", "rescore", "select", "order"]
 PHASES: tuple[Phase, ...] = ("record", "rescore", "select", "order")
+_KEPT = ("selected", "plan", "plan_epoch", "fold_starts", "plan_easiness", "scored", "trained", "target_difficulty")
 CHECKPOINT_KEY = "minirec_pl.SelectionSession"
 
 _sessions: WeakKeyDictionary[Trainer, SelectionSession] = WeakKeyDictionary()
@@ -95,19 +97,19 @@ class SelectionSession:
         self._steps: dict[Phase, Step] = {}
         self._restored: Mapping[str, Any] | None = None
         self._restored_step = 0
+        self._running: Mapping[str, Any] | None = None
+        self._random: Mapping[str, Any] | None = None
+        self._validated = (-1, -1)
+        self._files = SignalFiles()
+        self._folder: Path | None = None
         self._prepared = False
 
     def register(self, phase: Phase, step: Step, trainer: Trainer) -> None:
         """Takes a callback's function for one phase, called as step(session, trainer, module, epoch).
 
         Raises:
-            InputError: if another callback has the phase already, or the run has several processes.
+            InputError: if another callback has the phase already.
         """
-        if trainer.world_size > 1:
-            raise InputError(
-                f"selection runs in one process and this Trainer has {trainer.world_size}: set `trainer.devices: 1` "
-                "and `trainer.num_nodes: 1`"
-            )
         if phase in self._steps and self._steps[phase] != step:
             raise InputError(
                 f"two callbacks of one Trainer are responsible for the phase '{phase}': use either MiniRec "
@@ -123,6 +125,8 @@ class SelectionSession:
             return
         self._prepared = True
         self.cost = getattr(module, "cost", self.cost)
+        self._folder = None
+        self.folder(trainer)
         self._train = TrainLoader(trainer)
         self.sampler = self._train.sampler
         self.store = SignalStore(self.sampler.sample_ids)
@@ -131,7 +135,7 @@ class SelectionSession:
         self.trained, self.trained_reward, self.target_difficulty = nothing_trained(), None, None
         epoch = trainer.current_epoch
         if self._restored is not None:
-            epoch = self._take_up(self._restored)
+            epoch = self._take_up(self._restored, trainer)
             self._restored = None
         self.epoch = epoch
         if self.plan_epoch != epoch:
@@ -155,14 +159,21 @@ class SelectionSession:
     def _run(self, trainer: Trainer, module: LightningModule, epoch: int) -> None:
         self.plan = None
         self.fold_starts, self.plan_easiness = [], []
-        for phase in PHASES:
-            if phase in self._steps:
-                self._steps[phase](self, trainer, module, epoch)
-        if self.plan is None and self.selected is not None and len(self.selected) < len(self.store):
-            self.plan = shuffled_curriculum(self.selected, seed=f"{self.sampler.seed}-{epoch}")
+        error: Exception | None = None
+        try:
+            for phase in PHASES:
+                if phase in self._steps:
+                    self._steps[phase](self, trainer, module, epoch)
+            if self.plan is None and self.selected is not None and len(self.selected) < len(self.store):
+                self.plan = shuffled_curriculum(self.selected, seed=f"{self.sampler.seed}-{epoch}")
+        except Exception as raised:
+            error = raised
+        agree(error, trainer.strategy.root_device, self.plan or ())
         self.plan_epoch = epoch
         self.sampler.set_plan(self.plan)
         self._train.renew(trainer, epoch)
+        if self.sampler.ragged_count:
+            self.log(trainer, {f"selection/ragged_{self.sampler.ragged}": float(self.sampler.ragged_count)})
 
     def score(self, trainer: Trainer, module: LightningModule, sample_ids: Sequence[int], epoch: int) -> None:
         """Measures rewards, gradient signals and embeddings of samples in one pass and stores them.
@@ -172,40 +183,22 @@ class SelectionSession:
         Raises:
             InputError: if there is no probe and the module has no `sample_signals(batch)`.
         """
-        if self.probe is None and not callable(getattr(module, "sample_signals", None)):
-            raise InputError(
-                f"{type(module).__name__} cannot be scored: define `sample_signals(batch) -> SampleSignals` "
-                "on it, give MiniRec or RescoreSamples probe=HeadProbe(...), or train on a fixed choice with "
-                "SelectSamples(ledger=...)"
-            )
         data = getattr(trainer, "datamodule", None)
         if not self.scored:
             self.store.fingerprints = fingerprints_of(module, data, self.store.sample_ids)
-        loader, ids = self._scoring_loader(data, sorted(sample_ids))
-        with self.cost.timed("scoring"), isolated_random_state(), evaluation_mode(module):
-            for batch, batch_ids in zip(_progress(loader, len(sample_ids), trainer), ids, strict=True):
-                batch = trainer.strategy.batch_to_device(batch)
-                with trainer.precision_plugin.forward_context():
-                    if self.probe is not None:
-                        signals = self.probe(module, batch, batch_ids, **self.asked)
-                    else:
-                        signals = self.with_ids(module.sample_signals(batch, **self.asked), batch_ids)  # type: ignore[operator]
-                self.store.update(signals, epoch=epoch, step=self.step(trainer), source="score")
-
-    def _scoring_loader(self, data: Any, ids: list[int]) -> tuple[DataLoader[Any], list[torch.Tensor]]:
-        """Batches of these samples, and the ids in each."""
-        loader = self._train.loader
-        size = getattr(data, "eval_batch_size", None) or loader.batch_size or 1
-        options: dict[str, Any] = {}
-        rows = ids
-        if isinstance(loader, ForeignLoader):
-            rows = loader.foreign_sampler.rows(ids)
-            options = {"num_workers": loader.num_workers, "worker_init_fn": loader.worker_init_fn}
-            options |= {"multiprocessing_context": loader.multiprocessing_context, "timeout": loader.timeout}
-        made = torch.utils.data.DataLoader(
-            loader.dataset, batch_size=size, sampler=rows, collate_fn=loader.collate_fn, **options
-        )
-        return made, [torch.tensor(ids[start : start + size]) for start in range(0, len(ids), size)]
+        n_ranks, rank = world()
+        error, parts = None, []
+        with self.cost.timed("scoring"):
+            try:
+                own_ids = sorted(sample_ids)[rank::n_ranks]
+                parts = measure(trainer, module, self._train.loader, own_ids, self.probe, self.asked)
+            except Exception as raised:
+                error = raised
+            agree(error, trainer.strategy.root_device)
+            own = SampleSignals.cat(parts) if parts else None
+            signals = gather_signals(own, trainer.strategy.root_device)
+            assert signals is not None
+            self.store.update(signals, epoch=epoch, step=self.step(trainer), source="score")
 
     def batch_ids(self, batch_idx: int) -> torch.Tensor | None:
         """The sample_ids of a training batch of a foreign loader, by the order they were drawn in; else None."""
@@ -214,21 +207,6 @@ class SelectionSession:
             return None
         size = loader.batch_size or 1
         return torch.tensor(loader.foreign_sampler.drawn[batch_idx * size : (batch_idx + 1) * size])
-
-    def with_ids(self, signals: SampleSignals, ids: torch.Tensor | None) -> SampleSignals:
-        """Signals under the ids of the samples they are of, where the loader is foreign and its batches tell none.
-
-        Raises:
-            InputError: if there is not a row for each.
-        """
-        if ids is None or not isinstance(self._train.loader, ForeignLoader):
-            return signals
-        if len(signals) != len(ids):
-            raise InputError(
-                f"a batch of {len(ids)} samples gave signals of {len(signals)}: return a row for each sample, in the "
-                "order of the batch"
-            )
-        return replace(signals, sample_id=ids)
 
     def easiness(self, sample_ids: Sequence[int]) -> torch.Tensor:
         """Mean reward of samples; their exact solve probability unless rollouts were drawn for the whole pool.
@@ -265,45 +243,69 @@ class SelectionSession:
         return self._prepared
 
     def folder(self, trainer: Trainer) -> Path:
-        """Run folder: where the first logger writes, else `default_root_dir`."""
-        return Path(trainer.log_dir or trainer.default_root_dir)
+        """Run folder: where the first logger writes, else `default_root_dir`; asked on all ranks at once, then kept."""
+        if self._folder is None:
+            self._folder = Path(trainer.log_dir or trainer.default_root_dir)
+        return self._folder
 
-    def state_dict(self, trainer: Trainer) -> dict[str, Any]:
-        """Tensors and primitives for a checkpoint."""
+    def state_dict(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        """Tensors and primitives for a checkpoint; writes the file of vectors that it names."""
         epoch_finished = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        folder = self.folder(trainer)
+        vectors = self._files.save(self.store, folder / "signals") if trainer.is_global_zero else None
+        self._prune(trainer, folder)
         return {
-            "store": self.store.state_dict(),
+            **{name: getattr(self, name) for name in _KEPT},
+            "store": self.store.state_dict(vectors=False),
+            "vectors": vectors,
+            "run": str(folder.absolute()),
             "ledger": None if self.ledger is None else self.ledger.state_dict(),
-            "selected": self.selected,
-            "plan": self.plan,
-            "plan_epoch": self.plan_epoch,
-            "fold_starts": self.fold_starts,
-            "plan_easiness": self.plan_easiness,
-            "scored": self.scored,
-            "trained": dict(self.trained),
-            "target_difficulty": self.target_difficulty,
             "next_epoch": self.epoch + int(epoch_finished),
             "step": trainer.global_step,
+            "running": running_state(trainer, module, self._validated),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Keeps a checkpoint's state until `prepare`, when the pool is known."""
         self._restored = state
 
-    def _take_up(self, state: Mapping[str, Any]) -> int:
-        self.store.load_state_dict(state["store"])
+    def start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Called in `on_train_start`: a resumed run goes on with the random numbers and gradients it had."""
+        if self._running is not None:
+            self._random = restore_running_state(self._running, trainer, module)
+            self._running = None
+            if isinstance(self._train.loader, ForeignLoader):
+                self._train.loader.random_state, self._random = self._random, None
+
+    def begin_batch(self) -> None:
+        """Called in `on_train_batch_start`: see `restore_running_state`."""
+        if self._random is not None:
+            restore_random_state(self._random)
+            self._random = None
+
+    def validated(self, trainer: Trainer) -> None:
+        """Called in `on_validation_end`."""
+        self._validated = position(trainer)
+
+    def finish(self, trainer: Trainer) -> None:
+        """Called in `on_fit_end`."""
+        if self._prepared:
+            self._prune(trainer, self.folder(trainer))
+
+    def _prune(self, trainer: Trainer, folder: Path) -> None:
+        if trainer.is_global_zero:
+            callbacks = [Path(found) for c in trainer.checkpoint_callbacks if (found := getattr(c, "dirpath", None))]
+            self._files.prune(folder / "signals", [folder, *callbacks])
+
+    def _take_up(self, state: Mapping[str, Any], trainer: Trainer) -> int:
+        vectors = {}
+        if state["vectors"] is not None:
+            places = [Path(state["run"]) / "signals", self.folder(trainer) / "signals"]
+            vectors = read_vectors(state["vectors"], str(trainer.ckpt_path), places)
+        self.store.load_state_dict({**state["store"], **vectors})
         self.ledger = None if state["ledger"] is None else SelectionLedger.from_state_dict(state["ledger"])
-        for name in ("selected", "plan", "plan_epoch", "fold_starts", "plan_easiness", "scored", "target_difficulty"):
+        for name in _KEPT:
             setattr(self, name, state[name])
-        self.trained = dict(state["trained"])
+        self._running = state["running"]
         self._restored_step = int(state["step"])
         return int(state["next_epoch"])
-
-
-def _progress(loader: DataLoader[Any], count: int, trainer: Trainer) -> Any:
-    from rich.console import Console
-    from rich.progress import track
-
-    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-    description = f"Scoring {count:,} samples"
-    return track(loader, description, total=len(loader), console=Console(stderr=True), disable=not shown)

@@ -26,6 +26,14 @@ class SessionCallback(Callback):
         """Plans the first epoch."""
         session_of(trainer).prepare(trainer, pl_module)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Goes on in the middle of what a checkpoint was taken in."""
+        session_of(trainer).start(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """The first batch of a resumed run starts with the random numbers it would have had."""
+        session_of(trainer).begin_batch()
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes sure that the plan is what the Trainer draws from."""
         session_of(trainer).check(trainer)
@@ -34,10 +42,19 @@ class SessionCallback(Callback):
         """Plans the next epoch."""
         session_of(trainer).advance(trainer, pl_module)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes that the validation after the present batch is done."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            session_of(trainer).validated(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tidies up."""
+        session_of(trainer).finish(trainer)
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Saves the session, once for all callbacks."""
         if CHECKPOINT_KEY not in checkpoint and session_of(trainer).ready:
-            checkpoint[CHECKPOINT_KEY] = session_of(trainer).state_dict(trainer)
+            checkpoint[CHECKPOINT_KEY] = session_of(trainer).state_dict(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Hands the saved session to the new one."""

@@ -126,6 +126,11 @@ class SampleSignals:
     def __len__(self) -> int:
         return len(self.sample_id)
 
+    def cpu(self) -> SampleSignals:
+        """The same signals in the CPU's memory."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return SampleSignals(**{name: None if value is None else value.cpu() for name, value in values.items()})
+
     @classmethod
     def cat(cls, parts: Sequence[SampleSignals]) -> SampleSignals:
         """Joins batches, in order.

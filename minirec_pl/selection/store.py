@@ -22,7 +22,8 @@ _COUNTS = {"n_rollouts": 0} | {
     for signal in ("reward", "solve_probability", "alignment", "gradient", "embedding")
     for clock in ("epoch", "step")
 }
-_MATRICES = ("rewards", "gradient", "embedding")
+_VECTORS = ("gradient", "embedding")
+_MATRICES = ("rewards", *_VECTORS)
 
 
 class SignalStore:
@@ -36,6 +37,7 @@ class SignalStore:
         sample_ids: [N] int64, ascending.
         solve_threshold: A rollout with a reward above it has solved the sample.
         fingerprints: What the signals were measured with (model, data, seed), written into the file.
+        vectors_version: Grows whenever a gradient or embedding is replaced.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class SignalStore:
             raise InputError(f"sample_id {name_ids(repeated)} occurs more than once in the pool.")
         self.solve_threshold = solve_threshold
         self.fingerprints = dict(fingerprints or {})
+        self.vectors_version = 0
         self._seed = seed
         n = len(self.sample_ids)
         self._data = {name: torch.full((n,), empty, dtype=torch.float64) for name, empty in _SCALARS.items()}
@@ -119,6 +122,7 @@ class SignalStore:
                 continue
             self._data.setdefault(name, torch.zeros(len(self), new.shape[1]))[rows] = new.cpu().float()[places]
             measured.append(name)
+            self.vectors_version += 1
         for name in measured:
             self._data[f"{name}_epoch"][rows] = epoch
             self._data[f"{name}_step"][rows] = step
@@ -251,9 +255,17 @@ class SignalStore:
             )
         return rows
 
-    def state_dict(self) -> dict[str, Any]:
-        """Copies of all arrays, and the settings as primitives."""
-        arrays = {name: value.clone() for name, value in self._data.items()}
+    def vectors(self) -> dict[str, Tensor]:
+        """The big arrays: `gradient` [N, D] and `embedding` [N, E], as far as measured; they share memory."""
+        return {name: self._data[name] for name in _VECTORS if name in self._data}
+
+    def state_dict(self, *, vectors: bool = True) -> dict[str, Any]:
+        """Copies of all arrays, and the settings as primitives.
+
+        Args:
+            vectors: False leaves out what `vectors()` gives.
+        """
+        arrays = {name: value.clone() for name, value in self._data.items() if vectors or name not in _VECTORS}
         return {**arrays, "sample_ids": self.sample_ids.clone(), **self._settings()}
 
     def load_state_dict(self, state: Mapping[str, Any], *, source: str = "the saved signals") -> None:
@@ -282,6 +294,7 @@ class SignalStore:
         except KeyError as error:
             raise InputError(f"{source} are damaged or no signal store: {error} is missing; score again.") from error
         self._data = loaded
+        self.vectors_version += 1
         self.solve_threshold, self._seed, self.fingerprints = float(settings[0]), int(settings[1]), dict(settings[2])
 
     def _settings(self) -> dict[str, Any]:

@@ -224,7 +224,7 @@ def test_random_selection_needs_no_probe(make_trainer):
 
 
 def test_what_install_touches_of_lightning_is_there(make_trainer):
-    """In the installed Lightning, as in 2.5, the lowest supported release."""
+    """These are in Lightning 2.5, the lowest supported release, as in the installed one."""
     trainer = make_trainer()
     assert {"_data_source", "_combined_loader", "_data_fetcher"} <= set(vars(trainer.fit_loop))
     assert {"instance", "name"} <= set(vars(trainer.fit_loop._data_source))

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from torch.utils.data import DataLoader, Dataset
 
 from minirec_pl import GRPORecModule, InputError
@@ -504,13 +504,6 @@ def test_selecting_without_scores_is_refused(toy_data, tiny_policy, make_trainer
 def test_two_callbacks_for_one_phase_are_refused(toy_data, tiny_policy, make_trainer):
     with pytest.raises(InputError, match="two callbacks of one Trainer are responsible for the phase 'select'"):
         make_trainer(callbacks=[MiniRec(0.1), SelectSamples(0.2)]).fit(module_of(tiny_policy()), toy_data())
-
-
-def test_several_processes_are_refused(toy_data, tiny_policy, make_trainer, monkeypatch):
-    trainer = make_trainer(callbacks=[MiniRec(0.1)])
-    monkeypatch.setattr(Trainer, "world_size", 2)
-    with pytest.raises(InputError, match="selection runs in one process and this Trainer has 2"):
-        trainer.fit(module_of(tiny_policy()), toy_data())
 
 
 def test_a_ledger_of_another_pool_is_refused(toy_data, tiny_policy, make_trainer, tmp_path):

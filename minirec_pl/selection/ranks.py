@@ -1,0 +1,106 @@
+"""What the ranks of a distributed run tell each other: measured signals, and whether one of them failed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import fields
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minirec_pl.data.sampler import world
+from minirec_pl.errors import InputError
+from minirec_pl.selection.signals import SampleSignals
+
+_DTYPES = {"sample_id": torch.int64, "solve_probability": torch.float64}
+_FIELDS = tuple(field.name for field in fields(SampleSignals))
+
+
+def gather_rows(rows: Tensor, device: torch.device) -> list[Tensor]:
+    """The rows that every rank has, in the order of the ranks.
+
+    Args:
+        rows: [n, D], n may differ between ranks, D may not.
+        device: that the process group works on.
+
+    Returns:
+        One CPU tensor per rank.
+    """
+    n_ranks, _ = world()
+    count = torch.tensor([len(rows)], device=device)
+    counts = [torch.zeros_like(count) for _ in range(n_ranks)]
+    dist.all_gather(counts, count)
+    longest = max(int(c) for c in counts)
+    padded = torch.zeros(longest, *rows.shape[1:], dtype=rows.dtype, device=device)
+    padded[: len(rows)] = rows.to(device)
+    gathered = [torch.empty_like(padded) for _ in range(n_ranks)]
+    if padded.numel():
+        dist.all_gather(gathered, padded)
+    return [part[: int(c)].cpu() for part, c in zip(gathered, counts, strict=True)]
+
+
+def gather_signals(signals: SampleSignals | None, device: torch.device) -> SampleSignals | None:
+    """The signals that the ranks measured, as one; every rank must call this at the same time.
+
+    Args:
+        signals: of this rank; None if it has none.
+        device: that the process group works on.
+
+    Returns:
+        All rows, in the order of the ranks; None if no rank has any. Without a process group `signals`.
+
+    Raises:
+        InputError: if the ranks measured different signals.
+    """
+    if world()[0] == 1:
+        return signals
+    own = {name: None if signals is None else getattr(signals, name) for name in _FIELDS}
+    widths = torch.tensor([[-1 if v is None else (v.shape[1] if v.ndim > 1 else 0) for v in own.values()]])
+    all_widths = torch.cat(gather_rows(widths, device))
+    known = all_widths[all_widths[:, 0] >= 0]
+    if not len(known):
+        return None
+    if bool((known != known[0]).any()):
+        raise InputError(
+            "the ranks measured different signals: let sample_signals return the same ones for every batch"
+        )
+    joined: dict[str, Tensor] = {}
+    for name, width in zip(_FIELDS, known[0].tolist(), strict=True):
+        if width < 0:
+            continue
+        value = own[name]
+        dtype = _DTYPES.get(name, torch.float64)
+        shape = (0, width) if width else (0,)
+        rows = torch.empty(shape, dtype=dtype) if value is None else value.detach().to(dtype)
+        joined[name] = torch.cat(gather_rows(rows, device))
+    return SampleSignals(**joined)  # type: ignore[arg-type]
+
+
+def agree(error: Exception | None, device: torch.device, plan: Sequence[int] = ()) -> None:
+    """Every rank fails if one has failed; every rank must call this at the same time.
+
+    Args:
+        error: of this rank.
+        device: that the process group works on.
+        plan: which must be the same on all ranks.
+
+    Raises:
+        Exception: this rank's own error.
+        InputError: if another rank failed, naming it and its error, or the plans differ.
+    """
+    if world()[0] > 1:
+        text = "" if error is None else f"{type(error).__name__}: {error}"
+        encoded = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)[:, None]
+        texts = [bytes(part[:, 0].tolist()).decode().strip("\0") for part in gather_rows(encoded, device)]
+        failed = [(rank, text) for rank, text in enumerate(texts) if text]
+        if error is None and failed:
+            raise InputError(f"rank {failed[0][0]} failed and stops the others: {failed[0][1]}")
+        digest = torch.frombuffer(bytearray(hashlib.sha256(repr(list(plan)).encode()).digest()), dtype=torch.uint8)
+        if error is None:
+            plans = gather_rows(digest[None].clone(), device)
+            if any(not torch.equal(other, plans[0]) for other in plans):
+                raise InputError("the ranks selected different samples: run all of them on the same kind of machine")
+    if error is not None:
+        raise error

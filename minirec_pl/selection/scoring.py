@@ -1,0 +1,122 @@
+"""One pass over samples that takes their signals and leaves the run as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch.utils.data import DataLoader
+
+from minirec_pl.data.foreign import ForeignLoader
+from minirec_pl.errors import InputError
+from minirec_pl.policy.rollout import evaluation_mode
+from minirec_pl.random_state import isolated_random_state
+from minirec_pl.selection.signals import SampleSignals
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+Probe: TypeAlias = Callable[..., SampleSignals]
+SHARDED = frozenset({"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"})
+
+
+def measure(
+    trainer: Trainer,
+    module: LightningModule,
+    loader: DataLoader[Any],
+    sample_ids: list[int],
+    probe: Probe | None,
+    asked: Mapping[str, str],
+) -> list[SampleSignals]:
+    """Rewards, gradient signals and embeddings of samples.
+
+    Neither the module's mode nor any random number generator of the run is disturbed.
+
+    Args:
+        trainer: moves batches and sets the precision.
+        module: that is measured.
+        loader: of the training; its dataset and collate_fn make the batches.
+        sample_ids: [n].
+        probe: how; None asks `module.sample_signals(batch)`.
+        asked: options of `sample_signals`, see `minirec_pl.selection.selectors.signal_options`.
+
+    Returns:
+        The signals of each batch, on the CPU; none for no ids.
+
+    Raises:
+        InputError: if there is no probe and the module has no `sample_signals`.
+    """
+    if probe is None and not callable(getattr(module, "sample_signals", None)):
+        raise InputError(
+            f"{type(module).__name__} cannot be scored: define `sample_signals(batch) -> SampleSignals` on it, give "
+            "MiniRec or RescoreSamples probe=HeadProbe(...), or train on a fixed choice with SelectSamples(ledger=...)"
+        )
+    batches, ids = _batches(loader, getattr(getattr(trainer, "datamodule", None), "eval_batch_size", None), sample_ids)
+    parts: list[SampleSignals] = []
+    with isolated_random_state(), evaluation_mode(module):
+        for batch, batch_ids in zip(_progress(batches, len(sample_ids), trainer), ids, strict=True):
+            batch = trainer.strategy.batch_to_device(batch)
+            with trainer.precision_plugin.forward_context():
+                if probe is not None:
+                    signals = probe(module, batch, batch_ids, **asked)
+                else:
+                    signals = module.sample_signals(batch, **asked)  # type: ignore[operator]
+                    signals = with_ids(signals, batch_ids) if isinstance(loader, ForeignLoader) else signals
+            parts.append(signals.cpu())
+    return parts
+
+
+def with_ids(signals: SampleSignals, ids: torch.Tensor) -> SampleSignals:
+    """Signals under the ids of the samples they are of, where the loader is foreign and its batches tell none.
+
+    Raises:
+        InputError: if there is not a row for each.
+    """
+    if len(signals) != len(ids):
+        raise InputError(
+            f"a batch of {len(ids)} samples gave signals of {len(signals)}: return a row for each sample, in the order "
+            "of the batch"
+        )
+    return replace(signals, sample_id=ids)
+
+
+def refuse_sharded(trainer: Trainer, probe: Probe | None) -> None:
+    """Refuses gradient signals where no rank holds the weights they are taken with.
+
+    Raises:
+        InputError: if the strategy is sharded and gradient signals are asked for.
+    """
+    strategy = trainer.strategy
+    sharded = SHARDED & {base.__name__ for base in type(strategy).__mro__}
+    if sharded and "gradient" in getattr(probe, "signals", {"gradient"}):
+        raise InputError(
+            f"{type(strategy).__name__} spreads the weights over the ranks, so gradient signals cannot be taken: set "
+            "`signals: [reward, embedding]` on HeadProbe, or use the strategy ddp"
+        )
+
+
+def _batches(
+    loader: DataLoader[Any], batch_size: int | None, ids: list[int]
+) -> tuple[DataLoader[Any], list[torch.Tensor]]:
+    """Batches of these samples, and the ids in each."""
+    size = batch_size or loader.batch_size or 1
+    rows, options = ids, dict[str, Any]()
+    if isinstance(loader, ForeignLoader):
+        rows = loader.foreign_sampler.rows(ids)
+        names = ("num_workers", "worker_init_fn", "multiprocessing_context", "timeout")
+        options = {name: getattr(loader, name) for name in names}
+    made: DataLoader[Any] = DataLoader(
+        loader.dataset, batch_size=size, sampler=rows, collate_fn=loader.collate_fn, **options
+    )
+    return made, [torch.tensor(ids[start : start + size]) for start in range(0, len(ids), size)]
+
+
+def _progress(loader: DataLoader[Any], count: int, trainer: Trainer) -> Any:
+    from rich.console import Console
+    from rich.progress import track
+
+    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    description = f"Scoring {count:,} samples"
+    return track(loader, description, total=len(loader), console=Console(stderr=True), disable=not shown)
