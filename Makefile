@@ -21,7 +21,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	rm -rf build/types && mkdir -p build/types
 	cp -r minirec_pl build/types/minirec_pl && cp -r callbacks build/types/minirec_pl/callbacks
-	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml --strict -p minirec_pl
+	cd build/types && $(abspath $(BIN))/mypy --cache-dir ../../.mypy_cache --config-file ../../pyproject.toml --strict -p minirec_pl
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
