@@ -200,6 +200,17 @@ def test_a_mapped_file_is_never_copied_whole(tmp_path):
     assert child.stdout == "a copy does not fit\n", child.stderr
 
 
+def test_products_are_taken_in_full_float32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with unit_rows.full_precision(torch.device("cpu")):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_settings_for_faster_products_elsewhere_change_nothing():
     embeddings, scores = torch.from_numpy(clustered(2000, 64, 10)).float(), np.ones(2000)
     expected = maxmin_select(embeddings, scores, 100)
@@ -262,6 +273,20 @@ def test_thousands_of_ties_come_in_order(rows, monkeypatch):
     expected = list(range(0, 3000, 50)) if rows == "one of each direction" else []
     expected += [row for row in range(400) if row not in expected][: 400 - len(expected)]
     assert maxmin_select(embeddings, torch.full((3000,), 0.7), 400).indices.tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_values_that_only_rounding_parts_are_tied(dtype, scale, monkeypatch):
+    shrink(monkeypatch, 64, 16, 8, 1000)
+    random = np.random.default_rng(16)
+    basis = np.linalg.qr(random.normal(size=(150, 150)))[0]  # all distances are 1 up to rounding
+    direction = random.integers(0, 150, 2000)
+    embeddings = basis[direction] * random.uniform(0.5, 2, size=(2000, 1))
+    firsts = sorted(int((direction == d).argmax()) for d in np.unique(direction))
+    scores = np.full(2000, scale)
+    picks = maxmin_select(embeddings.astype(dtype), scores, len(firsts)).indices.tolist()
+    assert picks == firsts
 
 
 def test_zero_scores_still_give_k_distinct_picks():
