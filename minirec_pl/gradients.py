@@ -242,7 +242,9 @@ def _signal(steps: Sequence[HeadStep], kind: Literal["gradient", "first", "hvp"]
                 factor = -logp.exp()[:, None] if kind == "first" else -1.0
                 signals = [_slope(soft, factor * soft.residual) for soft in softs]
             signal = functools.reduce(torch.add, signals)
-            parts.append((signal.masked_fill_(logp.isneginf()[:, None], 0.0), logp))
+            if len(steps) > 1:  # a step that is possible where another is not
+                signal = signal.masked_fill(logp.isneginf()[:, None], 0.0)
+            parts.append((signal, logp))
     signal, logp = (torch.cat(part) for part in zip(*parts, strict=True))
     return signal, logp
 
@@ -263,7 +265,7 @@ def _second_order(softs: Sequence[StepSoftmax], temperatures: Sequence[float]) -
     for soft, (square, bend), temperature in zip(softs, terms, temperatures, strict=True):
         grown, outwards = whole, None
         if isinstance(soft.scale, Tensor):
-            grown = whole - _sum(soft.residual * soft.dots) * temperature / soft.scale**2
+            grown = whole - _sum(soft.residual * soft.dots) / soft.scale * (temperature / soft.scale)
             outwards = square * (-2 * temperature) / soft.scale
         signals.append(_slope(soft, (grown * soft.residual - bend) * 2, outwards))
     return signals
