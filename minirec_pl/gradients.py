@@ -10,6 +10,7 @@ so that no graph and no second backward pass are needed. Paper: MiniRec (arXiv 2
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
@@ -141,19 +142,19 @@ class StepSoftmax(NamedTuple):
     """A step in float32 or float64.
 
     Attributes:
-        hidden: [B, D], for cosines the unit states.
-        radius: [B, 1], for cosines the lengths of the states, else 1.
+        hidden: [B, D], for cosines the unit states n = h / |h|.
+        scale: what d(dots)/dh is divided by in d(logits)/dh: tau, for cosines tau |h|, [B, 1].
         vectors: as in the step.
-        logits: [B, M].
-        p: [B, M].
-        residual: [B, M], y - p; 0 without a possible target.
+        dots: [B, M], of the states and the vectors.
+        p: [B, M]; 0 in rows without a possible target.
+        residual: [B, M], y - p; 0 likewise.
         logp: [B].
     """
 
     hidden: Tensor
-    radius: Tensor
+    scale: Tensor | float
     vectors: Tensor
-    logits: Tensor
+    dots: Tensor
     p: Tensor
     residual: Tensor
     logp: Tensor
@@ -173,26 +174,26 @@ def _dtype(step: HeadStep) -> torch.dtype:
 def step_softmax(step: HeadStep) -> StepSoftmax:
     """The softmax of one step, all rows at once."""
     dtype = _dtype(step)
-    hidden, vectors = step.hidden.to(dtype), step.vectors.to(dtype)
-    there, target = step.target >= 0, step.target.clamp(min=0)[:, None]
-    possible, radius = there, hidden.new_ones(len(hidden), 1)
+    hidden, vectors, scale = step.hidden.to(dtype), step.vectors.to(dtype), step.temperature
+    there = possible = step.target >= 0
     if step.cosine:
         radius = torch.linalg.vector_norm(hidden, dim=1, keepdim=True)
-        possible = there & (radius[:, 0] > 0)
-        radius = radius.where(radius > 0, torch.ones_like(radius))
-        hidden = hidden / radius
-    logits = _dots(hidden, vectors)
+        possible = possible & (radius[:, 0] > 0)
+        radius = radius.clamp_min(torch.finfo(dtype).tiny)
+        hidden, scale = hidden / radius, radius * step.temperature
+    dots = logits = _dots(hidden, vectors)
     if step.bias is not None:
         logits = logits + step.bias.to(dtype)
     logits = logits / step.temperature
+    target = step.target.clamp(min=0)[:, None]
     if step.allowed is not None:
         logits = logits.masked_fill(~step.allowed, torch.finfo(dtype).min)
         possible = possible & step.allowed.gather(1, target)[:, 0]
     logps = logits.log_softmax(dim=1)
-    p = logps.exp()
-    residual = (-p).scatter_add(1, target, torch.ones_like(target, dtype=dtype)) * possible[:, None]
+    one = possible[:, None].to(dtype)
+    p = logps.exp() * one
     logp = logps.gather(1, target)[:, 0].masked_fill(~possible, -torch.inf).masked_fill(~there, 0.0)
-    return StepSoftmax(hidden, radius, vectors, logits, p, residual, logp)
+    return StepSoftmax(hidden, scale, vectors, dots, p, (-p).scatter_add_(1, target, one), logp)
 
 
 def _dots(directions: Tensor, vectors: Tensor) -> Tensor:
@@ -200,9 +201,22 @@ def _dots(directions: Tensor, vectors: Tensor) -> Tensor:
     return directions @ vectors.T if vectors.ndim == 2 else torch.bmm(directions[:, None], vectors.mT)[:, 0]
 
 
-def _sums(weights: Tensor, vectors: Tensor) -> Tensor:
-    """Sums [B, D] of the vectors with weights [B, M]."""
-    return weights @ vectors if vectors.ndim == 2 else torch.bmm(weights[:, None], vectors)[:, 0]
+def _sum(values: Tensor) -> Tensor:
+    return values.sum(dim=1, keepdim=True)
+
+
+def _slope(soft: StepSoftmax, weights: Tensor, outwards: Tensor | None = None) -> Tensor:
+    """sum_m weights_m d(logits_m)/dh [B, D], plus a multiple [B, 1] of the unit state for cosines.
+
+    The derivative of n = h / |h| is (I - n n^T) / |h|.
+    """
+    weights = weights / soft.scale
+    own = soft.vectors.ndim == 3
+    total = torch.bmm(weights[:, None], soft.vectors)[:, 0] if own else weights @ soft.vectors
+    if isinstance(soft.scale, Tensor):
+        along = -_sum(weights * soft.dots)
+        total.addcmul_(along if outwards is None else along + outwards, soft.hidden)
+    return total
 
 
 def _signal(steps: Sequence[HeadStep], kind: Literal["gradient", "first", "hvp"]) -> tuple[Tensor, Tensor]:
@@ -221,61 +235,40 @@ def _signal(steps: Sequence[HeadStep], kind: Literal["gradient", "first", "hvp"]
         for start in range(0, len(steps[0].hidden), max(1, portion)):
             rows = slice(start, start + max(1, portion))
             softs = [step_softmax(_part(step, rows)) for step in steps]
-            logp = torch.stack([soft.logp for soft in softs]).sum(dim=0)
+            logp = functools.reduce(torch.add, [soft.logp for soft in softs])
             if kind == "hvp":
-                weights = _second_order(softs, steps, possible=~logp.isneginf()[:, None])
+                signals = _second_order(softs, [step.temperature for step in steps])
             else:
-                scale = -logp.exp()[:, None] if kind == "first" else -1.0
-                weights = [
-                    _first_order(scale * soft.residual, soft, step) for soft, step in zip(softs, steps, strict=True)
-                ]
-            total = torch.zeros_like(softs[0].hidden)
-            for soft, step, (across, along) in zip(softs, steps, weights, strict=True):
-                total += _sums(across / step.temperature, soft.vectors)
-                if step.cosine:
-                    total += along * soft.hidden
-            parts.append((total, logp))
+                factor = -logp.exp()[:, None] if kind == "first" else -1.0
+                signals = [_slope(soft, factor * soft.residual) for soft in softs]
+            signal = functools.reduce(torch.add, signals)
+            if len(steps) > 1:  # a step that is possible where another is not
+                signal = signal.masked_fill(logp.isneginf()[:, None], 0.0)
+            parts.append((signal, logp))
     signal, logp = (torch.cat(part) for part in zip(*parts, strict=True))
     return signal, logp
 
 
-def _first_order(weights: Tensor, soft: StepSoftmax, step: HeadStep) -> tuple[Tensor, Tensor]:
-    """Weights of the vectors (times tau) and of the unit state in sum_m weights_m w_m / tau, taken to the state itself.
+def _second_order(softs: Sequence[StepSoftmax], temperatures: Sequence[float]) -> list[Tensor]:
+    """2 (|a|^2 a - C a) of each step, where |a|^2 counts all of them.
 
-    The derivative of h / |h| is (I - n n^T) / |h|, n the unit state.
+    For cosines, r = |h|, a_m = W^T (y - p) and b = n . a_m: a = (a_m - b n) / (tau r) and
+    u = 2 ((|a|^2 - b / (tau r^2)) a - (I - n n^T) C a / r^2 - |a_t|^2 n / r), C at the unit state, |a_t|^2 of the step.
     """
-    if not step.cosine:
-        return weights, soft.radius
-    return weights / soft.radius, -(weights * soft.logits).sum(dim=1, keepdim=True) / soft.radius
-
-
-def _second_order(
-    softs: Sequence[StepSoftmax], steps: Sequence[HeadStep], possible: Tensor
-) -> list[tuple[Tensor, Tensor]]:
-    """Weights of the vectors (times tau) and of the unit state in 2 (|a|^2 a - C a); |a|^2 counts all steps.
-
-    On cosines, with a_n at the unit state n, b = n . a_n and r the length of the state, a = (a_n - b n) / r and
-    u = 2 ((|a|^2 - b / r^2) a - (I - n n^T) C a / r^2 - |a_t|^2 n / r), |a_t|^2 of the step alone.
-    """
-    terms, length = [], torch.zeros_like(possible, dtype=softs[0].p.dtype)
-    for soft, step in zip(softs, steps, strict=True):
-        across, along = _first_order(soft.residual, soft, step)
-        slope = _sums(across / step.temperature, soft.vectors)
-        if step.cosine:
-            slope += along * soft.hidden
-        turn = _dots(slope, soft.vectors) / step.temperature
-        square = (soft.residual * turn).sum(dim=1, keepdim=True) / soft.radius
-        bend = soft.p * (turn - (soft.p * turn).sum(dim=1, keepdim=True)) / soft.radius
-        length += square
-        terms.append((square, bend))
-    weights = []
-    for soft, step, (square, bend) in zip(softs, steps, terms, strict=True):
-        grown = length
-        if step.cosine:
-            grown = length - (soft.residual * soft.logits).sum(dim=1, keepdim=True) / soft.radius**2
-        across, along = _first_order(grown * soft.residual - bend, soft, step)
-        weights.append((2 * possible * across, 2 * possible * (along - square / soft.radius)))
-    return weights
+    terms = []
+    for soft in softs:
+        turn = _dots(_slope(soft, soft.residual), soft.vectors) / soft.scale
+        bend = soft.p * (turn - _sum(soft.p * turn))
+        terms.append((_sum(soft.residual * turn), bend))
+    whole = functools.reduce(torch.add, [square for square, _ in terms])
+    signals = []
+    for soft, (square, bend), temperature in zip(softs, terms, temperatures, strict=True):
+        grown, outwards = whole, None
+        if isinstance(soft.scale, Tensor):
+            grown = whole - _sum(soft.residual * soft.dots) / soft.scale * (temperature / soft.scale)
+            outwards = square * (-2 * temperature) / soft.scale
+        signals.append(_slope(soft, (grown * soft.residual - bend) * 2, outwards))
+    return signals
 
 
 def _part(step: HeadStep, rows: slice) -> HeadStep:

@@ -125,8 +125,9 @@ def test_a_target_that_is_not_allowed_has_no_signal_and_disturbs_no_other():
     assert (head_gradient(hidden, vectors, target, allowed=allowed)[0] == 0).all()
 
 
-def test_a_state_of_zeros_has_no_cosine_and_no_signal():
-    hidden, vectors = drawn(0, 2, 4), torch.nn.functional.normalize(drawn(1, 5, 4), dim=1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_state_of_zeros_has_no_cosine_and_no_signal(dtype):
+    hidden, vectors = drawn(0, 2, 4).to(dtype), torch.nn.functional.normalize(drawn(1, 5, 4), dim=1).to(dtype)
     hidden[0] = 0
     for call in (head_gradient, head_hvp):
         signal = call(hidden, vectors, torch.tensor([1, 3]), cosine=True)
