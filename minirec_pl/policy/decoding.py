@@ -194,4 +194,5 @@ def decode_beams(prompt: Prompt, head: TokenHead, group: int, length: int) -> To
         else:
             decoder.select(source[open_])
         head_logps = head.logps(decoder.step(tokens[open_]))
-    return beams
+    missing = (total <= torch.finfo(total.dtype).min)[:, None]
+    return TokenRows(*(part.masked_fill(missing, 0) for part in beams))

@@ -171,12 +171,9 @@ def test_configs_that_make_no_model(config, message):
 def test_models_whose_logits_are_not_those_of_the_head_are_refused():
     gpt2 = build_tiny({"model_type": "gpt2", "hidden_size": 16, "n_layer": 1, "n_head": 2}, 9)
     check_model(gpt2)
-    for config in (
-        {**CONFIG, "model_type": "granite", "logits_scaling": 8.0},
-        {**CONFIG, "model_type": "gemma2", "head_dim": 8, "num_key_value_heads": 1},
-    ):
-        with pytest.raises(InputError, match="changes the logits after its head"):
-            check_model(build_tiny(config, 9))
+    check_model(build_tiny({**CONFIG, "model_type": "gemma2", "head_dim": 8, "num_key_value_heads": 1}, 9))
+    with pytest.raises(InputError, match="changes the logits after its head"):
+        check_model(build_tiny({**CONFIG, "model_type": "granite", "logits_scaling": 8.0}, 9))
     with pytest.raises(InputError, match="OpenAIGPTLMHeadModel cannot be a policy"):
         check_model(build_tiny({"model_type": "openai-gpt", "n_embd": 16, "n_layer": 1, "n_head": 2}, 9))
     with pytest.raises(InputError, match="refused by transformers"):
