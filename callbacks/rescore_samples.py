@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class RescoreSamples(SessionCallback):
     """Takes rewards, gradient signals and embeddings of samples from the module, in one pass.
 
-    Before the first epoch every sample of the pool is scored; after each later epoch the stalest `rescore_fraction`.
+    Before the first epoch every sample of the pool is scored; after each later epoch the stalest `rescore_fraction`;
+    with `fast_dev_run` at most 64.
 
     Args:
         rescore_fraction: part of the pool that is scored again after an epoch, from 0 (never) to 1 (all of it).
@@ -45,6 +46,8 @@ class RescoreSamples(SessionCallback):
     def _rescore(self, session: SelectionSession, trainer: Trainer, module: LightningModule, epoch: int) -> None:
         store = session.store
         count = round(self.rescore_fraction * len(store)) if session.scored else len(store)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            count = min(count, 64)
         if count == 0:
             return
         session.score(trainer, module, store.stalest(count), epoch)

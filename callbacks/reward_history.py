@@ -33,6 +33,8 @@ class RewardHistory(SessionCallback):
         """Stores the rewards of the batch, on every rank those of all ranks."""
         signals = outputs.get("signals") if isinstance(outputs, Mapping) else None
         session = session_of(trainer)
+        if not session.ready:
+            return
         own = signals if isinstance(signals, SampleSignals) else None
         ids = session.batch_ids(batch_idx)
         if own is not None and ids is not None:

@@ -75,7 +75,7 @@ def gather_signals(signals: SampleSignals | None, device: torch.device) -> Sampl
         shape = (0, width) if width else (0,)
         rows = torch.empty(shape, dtype=dtype) if value is None else value.detach().to(dtype)
         joined[name] = torch.cat(gather_rows(rows, device))
-    return SampleSignals(**joined)  # type: ignore[arg-type]
+    return SampleSignals(**joined)
 
 
 def agree(error: Exception | None, device: torch.device, plan: Sequence[int] = ()) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -70,6 +71,7 @@ class SelectionSession:
             order.
         asked: options of `sample_signals` that the selector asks for, see `signal_options`.
         probe: how a module is scored; None asks its `sample_signals`.
+        active: False in a run with `overfit_batches`, in which nothing is selected.
         scored: True once the whole pool has been scored.
         trained: what was met in training since the last plan, see `nothing_trained`.
         trained_reward: mean reward met in training between the last two plans; None where none was.
@@ -103,6 +105,7 @@ class SelectionSession:
         self._files = SignalFiles()
         self._folder: Path | None = None
         self._prepared = False
+        self.active = True
 
     def register(self, phase: Phase, step: Step, trainer: Trainer) -> None:
         """Takes a callback's function for one phase, called as step(session, trainer, module, epoch).
@@ -124,6 +127,14 @@ class SelectionSession:
         if self._prepared:
             return
         self._prepared = True
+        self.active = trainer.overfit_batches == 0
+        if not self.active:
+            warnings.warn(
+                "overfit_batches trains on the same few batches every epoch, so nothing is selected in this run: use "
+                "limit_train_batches to select among all samples",
+                stacklevel=2,
+            )
+            return
         self.cost = getattr(module, "cost", self.cost)
         self._folder = None
         self.folder(trainer)
@@ -240,7 +251,7 @@ class SelectionSession:
     @property
     def ready(self) -> bool:
         """Whether the run has been prepared, so that there is a state to save."""
-        return self._prepared
+        return self._prepared and self.active
 
     def folder(self, trainer: Trainer) -> Path:
         """Run folder: where the first logger writes, else `default_root_dir`; asked on all ranks at once, then kept."""
@@ -289,7 +300,7 @@ class SelectionSession:
 
     def finish(self, trainer: Trainer) -> None:
         """Called in `on_fit_end`."""
-        if self._prepared:
+        if self.ready:
             self._prune(trainer, self.folder(trainer))
 
     def _prune(self, trainer: Trainer, folder: Path) -> None:

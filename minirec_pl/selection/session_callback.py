@@ -28,19 +28,23 @@ class SessionCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Goes on in the middle of what a checkpoint was taken in."""
-        session_of(trainer).start(trainer, pl_module)
+        if session_of(trainer).ready:
+            session_of(trainer).start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """The first batch of a resumed run starts with the random numbers it would have had."""
-        session_of(trainer).begin_batch()
+        if session_of(trainer).ready:
+            session_of(trainer).begin_batch()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes sure that the plan is what the Trainer draws from."""
-        session_of(trainer).check(trainer)
+        if session_of(trainer).ready:
+            session_of(trainer).check(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plans the next epoch."""
-        session_of(trainer).advance(trainer, pl_module)
+        if session_of(trainer).ready:
+            session_of(trainer).advance(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes that the validation after the present batch is done."""

@@ -128,8 +128,9 @@ class SampleSignals:
 
     def cpu(self) -> SampleSignals:
         """The same signals in the CPU's memory."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return SampleSignals(**{name: None if value is None else value.cpu() for name, value in values.items()})
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: None if value is None else value.cpu() for name, value in values.items()}
+        return SampleSignals(**moved)
 
     @classmethod
     def cat(cls, parts: Sequence[SampleSignals]) -> SampleSignals:
