@@ -17,7 +17,7 @@ from minirec_pl.files import load_tensors, save_tensors
 from minirec_pl.selection.signals import Array, SampleSignals, Signals, as_ids, name_ids, repeated_ids
 
 _SCALARS = {"reward_mean": torch.nan, "reward_std": torch.nan, "solve_share": torch.nan, "solve_probability": torch.nan}
-_COUNTS = {"n_rollouts": 0} | {
+_COUNTS = {"n_rollouts": 0, "n_wasted": 0} | {
     f"{signal}_{clock}": -1
     for signal in ("reward", "solve_probability", "gradient", "embedding")
     for clock in ("epoch", "step")
@@ -106,7 +106,10 @@ class SignalStore:
         rows = rows[places]
         measured: list[str] = []
         if signals.rewards is not None:
-            self._take_rewards(rows, signals.rewards.cpu()[places], 0.0 if source == "score" else reward_decay)
+            group = signals.rewards.cpu()[places]
+            self._take_rewards(rows, group, 0.0 if source == "score" else reward_decay)
+            if source == "train":
+                self._data["n_wasted"][rows] += group.amax(dim=1) == group.amin(dim=1)
             measured.append("reward")
         if signals.solve_probability is not None:
             self._data["solve_probability"][rows] = signals.solve_probability.cpu().double()[places]
@@ -181,6 +184,10 @@ class SignalStore:
             [n, G] float32, NaN where a group was smaller than the largest or never drawn.
         """
         return self._data.get("rewards", torch.empty(len(self), 0))[self._rows(as_ids(sample_ids))]
+
+    def wasted_groups(self, sample_ids: Array | Sequence[int]) -> Tensor:
+        """How many groups without reward variance training has met of each sample, int64 [n]."""
+        return self._data["n_wasted"][self._rows(as_ids(sample_ids))]
 
     def clock(self, name: str) -> Tensor:
         """When a signal was measured.
