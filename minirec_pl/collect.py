@@ -73,6 +73,9 @@ class RolloutCollector:
         kept = [rollouts for rollouts, _ in both]
         if self.reference is not None:
             for rollouts in kept:
+                rollouts.ref_logps = torch.zeros_like(rollouts.entropy)
+                if not len(rollouts):
+                    continue
                 rollouts.ref_logps = self.reference(rollouts.batch, rollouts.items)
                 tokens = self.policy.prompt_tokens(rollouts.batch) + self.policy.fed_tokens(rollouts.items)
                 self.cost.add("training", forward=tokens)

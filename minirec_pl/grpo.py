@@ -88,6 +88,8 @@ def group_advantages(
         rows = wrong.nonzero().flatten().tolist()
         raise InputError(f"rewards of groups {rows[:5]} are NaN or infinite; mend the reward function.")
     rewards = rewards.to(_at_least_float32(rewards.dtype))
+    if not len(rewards):
+        return rewards
     mean, std = rewards.mean(dim=1, keepdim=True), rewards.std(dim=1, keepdim=True)
     for row in (~known).any(dim=1).nonzero().flatten().tolist():
         group = rewards[row][known[row]]

@@ -12,7 +12,7 @@ from minirec_pl.errors import InputError
 from minirec_pl.selection.store import SignalStore
 
 _FIELDS = {
-    "reward": ("reward_mean", "reward_std", "solve_share", "n_rollouts", "rewards"),
+    "reward": ("reward_mean", "reward_std", "solve_share", "n_rollouts", "n_wasted", "rewards"),
     "solve_probability": ("solve_probability",),
     "alignment": ("alignment",),
     "gradient": ("gradient",),

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from minirec_pl.errors import InputError
 from minirec_pl.files import load_tensors, save_tensors
+from minirec_pl.selection.reward_update import take_rewards
 from minirec_pl.selection.signals import Array, SampleSignals, Signals, as_ids, name_ids, repeated_ids
 
 _SCALARS = dict.fromkeys(("reward_mean", "reward_std", "solve_share", "solve_probability", "alignment"), torch.nan)
-_COUNTS = {"n_rollouts": 0} | {
+_COUNTS = {"n_rollouts": 0, "n_wasted": 0} | {
     f"{signal}_{clock}": -1
     for signal in ("reward", "solve_probability", "alignment", "gradient", "embedding")
     for clock in ("epoch", "step")
@@ -109,7 +110,11 @@ class SignalStore:
         rows = rows[places]
         measured: list[str] = []
         if signals.rewards is not None:
-            self._take_rewards(rows, signals.rewards.cpu()[places], 0.0 if source == "score" else reward_decay)
+            group = signals.rewards.cpu()[places]
+            decay = 0.0 if source == "score" else reward_decay
+            take_rewards(self._data, rows, group, decay=decay, solve_threshold=self.solve_threshold)
+            if source == "train":
+                self._data["n_wasted"][rows] += group.amax(dim=1) == group.amin(dim=1)
             measured.append("reward")
         for name in ("solve_probability", "alignment"):
             new = getattr(signals, name)
@@ -126,32 +131,6 @@ class SignalStore:
         for name in measured:
             self._data[f"{name}_epoch"][rows] = epoch
             self._data[f"{name}_step"][rows] = step
-
-    def _take_rewards(self, rows: Tensor, group: Tensor, decay: float) -> None:
-        size = group.shape[1]
-        exact = group.double()
-        flat = exact.amax(dim=1) == exact.amin(dim=1)
-        new_mean = exact.mean(dim=1).where(~flat, exact[:, 0])  # so that a flat group has no rounding in it
-        new_std = exact.std(dim=1, correction=0).where(~flat, torch.zeros(()).double())
-        new_share = (exact > self.solve_threshold).double().mean(dim=1)
-
-        mean, std, share, count = (self._data[k] for k in ("reward_mean", "reward_std", "solve_share", "n_rollouts"))
-        keep = torch.full((len(rows),), decay, dtype=torch.float64)
-        keep[(count[rows] == size) | (count[rows] == 0)] = 0.0
-        old_mean, old_std, old_share = (old[rows].nan_to_num() for old in (mean, std, share))
-        moved = keep * old_mean + (1 - keep) * new_mean
-        spread = keep * (old_std**2 + (old_mean - moved) ** 2) + (1 - keep) * (new_std**2 + (new_mean - moved) ** 2)
-        mean[rows] = moved
-        std[rows] = spread.sqrt().where(keep > 0, new_std)
-        share[rows] = keep * old_share + (1 - keep) * new_share
-        count[rows] = size
-
-        kept = self._data.get("rewards", torch.empty(len(self), 0))
-        if kept.shape[1] < size:
-            kept = torch.cat([kept, torch.full((len(self), size - kept.shape[1]), torch.nan)], dim=1)
-        kept[rows] = torch.nan
-        kept[rows, :size] = group.float()
-        self._data["rewards"] = kept
 
     def stalest(self, n: int, *, needs: Collection[str] = ("rewards", "gradient")) -> list[int]:
         """The samples that most need a re-score: never measured first, then the oldest measurement.
@@ -187,6 +166,10 @@ class SignalStore:
             [n, G] float32, NaN where a group was smaller than the largest or never drawn.
         """
         return self._data.get("rewards", torch.empty(len(self), 0))[self._rows(as_ids(sample_ids))]
+
+    def wasted_groups(self, sample_ids: Array | Sequence[int]) -> Tensor:
+        """How many groups without reward variance training has met of each sample, int64 [n]."""
+        return self._data["n_wasted"][self._rows(as_ids(sample_ids))]
 
     def clock(self, name: str) -> Tensor:
         """When a signal was measured.
