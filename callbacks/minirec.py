@@ -22,7 +22,8 @@ class MiniRec(SessionCallback):
 
     The same as the callbacks `RewardHistory()`, `RescoreSamples(rescore_fraction, probe)`,
     `SelectSamples(budget, selector)` and `curriculum` together. Nothing is scored for
-    a selector that needs no signals, unless the curriculum does.
+    a selector that needs no signals, unless the curriculum does, and with `budget=1.0, curriculum="shuffled"` nothing
+    is scored or selected.
 
     Args:
         budget: a fraction of the pool in (0, 1] as a float, or a number of samples as an int.
@@ -57,7 +58,10 @@ class MiniRec(SessionCallback):
         self.selector = select.selector
         self._history = RewardHistory()
         rescore = RescoreSamples(rescore_fraction, probe)
-        self.parts: list[SessionCallback] = [self._history, select]
+        self.parts: list[SessionCallback] = [self._history]
+        if curriculum == "shuffled" and isinstance(budget, float) and budget == 1.0:
+            return
+        self.parts.append(select)
         if select.selector.needs or curriculum != "shuffled":
             self.parts.append(rescore)
         if curriculum != "shuffled":
