@@ -1,7 +1,8 @@
 """How rewards are called: TRL's contract, checked.
 
-A reward is any callable `reward(completions, **columns) -> list[float | None]`. `completions` are external item ids,
-flat, group after group; the columns are as long. None says that the reward does not apply.
+A reward is any callable `reward(completions, **columns) -> list[float | None]`, which gets the columns that its
+signature names. `completions` are external item ids, flat, group after group; the columns are as long (`item_columns`
+lists them). None says that the reward does not apply.
 """
 
 import functools

@@ -25,9 +25,9 @@ class Recorder:
     def __init__(self, reward=popular):
         self.reward, self.calls = reward, []
 
-    def __call__(self, completions, prompts, target, sample_id):
-        self.calls.append({"completions": completions, "prompts": prompts, "target": target, "sample_id": sample_id})
-        return self.reward(completions, target=target, sample_id=sample_id)
+    def __call__(self, completions, **columns):
+        self.calls.append({"completions": completions, **columns})
+        return self.reward(completions, target=columns["target"], sample_id=columns["sample_id"])
 
 
 class Watch(Callback):
@@ -92,11 +92,19 @@ def test_the_gradient_is_that_of_a_plain_policy_gradient_loop(policy, toy_data, 
 
 
 def test_rewards_get_external_ids_group_after_group(policy, toy_data, make_trainer):
-    reward = Recorder()
+    reward, plain = Recorder(), PlainPolicy(policy)
     watch = fit(make_trainer, GRPORecModule(policy, [reward], num_generations=3), toy_data(batch_size=4), 1)
     batch, call, ids = watch.batches[0], reward.calls[0], policy.catalogue.item_ids
+    expected = {"completions", "prompts", "target", "sample_id", "history", "group", "user", "logp"}
+    assert set(call) == expected
+    assert {len(column) for column in call.values()} == {12}
     for n in range(12):
         b = n // 3
+        history, masked = ([i for i in batch[key][b].tolist() if i >= 0] for key in ("history", "seen"))
+        assert call["history"][n] == [ids[i] for i in history]
+        assert (call["user"][n], call["group"][n]) == (int(batch["user"][b]), b)
+        logp = plain.item_logp(history, masked, ids.index(call["completions"][n]))
+        assert call["logp"][n] == pytest.approx(float(logp.detach()), abs=1e-3)
         assert call["sample_id"][n] == int(batch["sample_id"][b])
         assert call["target"][n] == ids[int(batch["target"][b])]
         assert call["prompts"][n] == " ".join(ids[i] for i in batch["history"][b].tolist() if i >= 0)

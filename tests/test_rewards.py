@@ -1,176 +1,133 @@
-"""Oracles: hand-made tables, and counters of what is called."""
+"""Oracles: hand-made tables, scikit-learn's NDCG, and loops by the formulas of the papers."""
 
-import functools
+import json
 import math
-import time
-from collections.abc import Callable
-from typing import Any
+import re
 
 import numpy as np
 import pytest
-import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import ndcg_score
 
+from minirec_pl.__main__ import main
 from minirec_pl.errors import InputError
-from minirec_pl.reward_calls import call_reward, combine_rewards, reward_name
-from minirec_pl.rewards import hit
-
-COMPLETIONS = ["a", "b", "a", "c"]
-TARGET = ["a", "a", "a", "c"]
-SAMPLE_ID = [40, 40, 12, 12]
-
-
-def columns(**more: list[Any]) -> dict[str, Callable[[], list[Any]]]:
-    values: dict[str, list[Any]] = {"target": TARGET, "sample_id": SAMPLE_ID, **more}
-    return {name: functools.partial(list, column) for name, column in values.items()}
-
-
-def returning(values: Any) -> Callable[..., Any]:
-    def broken(completions: list[str]) -> Any:
-        return values
-
-    return broken
-
-
-class Length:
-    """A callable object, as a YAML file builds one from class_path and init_args."""
-
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
-
-    def __call__(self, completions: list[str]) -> list[float]:
-        return [self.scale * len(completion) for completion in completions]
-
-
-def test_hit_compares_completion_and_target() -> None:
-    total, by_name = combine_rewards([hit], None, COMPLETIONS, columns())
-    assert total.tolist() == [1.0, 0.0, 1.0, 1.0]
-    assert total.dtype == torch.float32
-    assert by_name["hit"].tolist() == total.tolist()
-
-
-def test_weighted_sum_leaves_out_what_does_not_apply() -> None:
-    def bonus(completions: list[str], sample_id: list[int]) -> list[float | None]:
-        return [None if sample == 40 else 0.5 for sample in sample_id]
-
-    total, by_name = combine_rewards([hit, bonus], [2.0, -1.0], COMPLETIONS, columns())
-    assert total.tolist() == [2.0, 0.0, 1.5, 1.5]
-    assert by_name["bonus"].isnan().tolist() == [True, True, False, False]
-    assert by_name["bonus"][2:].tolist() == [0.5, 0.5]
-
-
-def test_a_completion_no_reward_applies_to_is_left_out_with_a_warning() -> None:
-    with pytest.warns(UserWarning, match="No reward of broken applies to some completions; they are left out"):
-        total, _ = combine_rewards([returning([None, 1.0, 1.0, 1.0])], None, COMPLETIONS, columns())
-    assert total.isnan().tolist() == [True, False, False, False]
-    assert total[1:].tolist() == [1.0, 1.0, 1.0]
-
-
-def test_only_the_columns_asked_for_are_made_and_only_once() -> None:
-    made: list[str] = []
-
-    def column(name: str, values: list[Any]) -> Callable[[], list[Any]]:
-        def make() -> list[Any]:
-            made.append(name)
-            return values
-
-        return make
-
-    lazy = {"prompts": column("prompts", ["p"] * 4), "target": column("target", TARGET)}
-    combine_rewards([hit, functools.partial(hit)], None, COMPLETIONS, lazy)
-    assert made == ["target"]
-
-    received: dict[str, Any] = {}
-
-    def curious(completions: list[str], **rest: Any) -> list[float]:
-        received.update(rest, completions=completions)
-        return [0.0] * 4
-
-    combine_rewards([curious], None, COMPLETIONS, lazy)
-    assert received == {"completions": COMPLETIONS, "prompts": ["p"] * 4, "target": TARGET}
-
-
-def test_a_default_parameter_that_is_no_column_is_left_alone() -> None:
-    def scaled(completions: list[str], target: list[str] | None = None, scale: float = 3.0) -> list[float]:
-        return [scale if target else 0.0] * len(completions)
-
-    assert combine_rewards([scaled], None, COMPLETIONS, columns())[0].tolist() == [3.0] * 4
-
-
-def test_names() -> None:
-    assert reward_name(hit) == "hit"
-    assert reward_name(functools.partial(hit, target=[])) == "hit"
-    assert reward_name(Length(1.0)) == "Length"
-    assert reward_name(lambda completions: [0.0]) == "lambda"
-    total, by_name = combine_rewards([Length(1.0), Length(10.0), Length(100.0)], None, COMPLETIONS, columns())
-    assert list(by_name) == ["Length", "Length_2", "Length_3"]
-    assert total.tolist() == [111.0] * 4
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        (1, 0, True, 2.5),
-        np.array([1.0, 0.0, 1.0, 2.5]),
-        [np.float32(1), np.int64(0), np.bool_(True), 2.5],
-        torch.tensor([1.0, 0.0, 1.0, 2.5]),
-        [torch.tensor(1.0), torch.tensor(0), torch.tensor(True), torch.tensor([2.5])],
-    ],
+from minirec_pl.reward_calls import combine_rewards, reward_name
+from minirec_pl.rewards import (
+    FormatReward,
+    NDCGReward,
+    ReciprocalRankReward,
+    SoftmaxMixReward,
+    hit,
+    rank_penalty,
 )
-def test_every_kind_of_number_is_taken(values: Any) -> None:
-    assert call_reward(returning(values), "broken", COMPLETIONS, columns()).tolist() == [1.0, 0.0, 1.0, 2.5]
+
+LISTS = [["a", "b", "c"], ["b", "a", "c"], ["b", "c", "d"], [], "a", "b"]
+TARGET = ["a"] * 6
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ([0.0, 0.0, math.nan, 1.0], "Reward broken returned nan for sample_id 12;"),
-        ([0.0, math.inf, 0.0, -math.inf], "Reward broken returned inf for sample_id 40, 12;"),
-        ([None, 0.0, torch.tensor(math.nan), 0.0], "Reward broken returned .*nan.* for sample_id 12;"),
-        ([0.0, 1e300, 0.0, 0.0], "Reward broken returned 1e\\+300 for sample_id 40;"),
-        ([0.0, 0.0, 0.0, "1.5"], "Reward broken returned '1.5' for sample_id 12;"),
-        ([0.0, [1.0], 0.0, 0.0], "Reward broken returned \\[1.0\\] for sample_id 40;"),
-        ([0.0, 0.0, 0.0], "Reward broken returned 3 values for 4 completions \\(sample_id 40, 12\\)"),
-        ([], "Reward broken returned 0 values"),
-        (1.0, "Reward broken returned float;"),
-        (None, "Reward broken returned NoneType;"),
-        ("abcd", "Reward broken returned str;"),
-        (torch.zeros(4, 1), "Reward broken returned \\[0.0\\] for sample_id 40;"),
-    ],
+def test_hit_takes_items_and_lists() -> None:
+    assert hit(LISTS, TARGET) == [1.0, 1.0, 0.0, 0.0, 1.0, 0.0]
+    assert hit(["ab", "a"], ["a", "ab"]) == [0.0, 0.0]
+
+
+def test_ranks_of_lists() -> None:
+    assert NDCGReward(k=2)(LISTS, TARGET) == pytest.approx([1.0, 1 / math.log2(3), 0.0, 0.0, 1.0, 0.0])
+    assert NDCGReward(k=1)(LISTS, TARGET) == [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+    assert ReciprocalRankReward()(LISTS, TARGET) == [1.0, 0.5, 0.0, 0.0, 1.0, 0.0]
+    assert ReciprocalRankReward(k=1)(LISTS, TARGET) == [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+
+
+@given(st.permutations(list("abcdefgh")), st.integers(1, 9))
+def test_ndcg_is_that_of_scikit_learn(order: list[str], k: int) -> None:
+    truth = ndcg_score([[float(item == "a") for item in order]], [list(range(8, 0, -1))], k=k)
+    assert NDCGReward(k)([order], ["a"]) == pytest.approx([truth])
+    assert NDCGReward(k)(["x"], ["a"], target_rank=[order.index("a") + 1]) == pytest.approx([truth])
+
+
+def test_a_catalogue_ranking_comes_before_the_completion() -> None:
+    columns = {"target": lambda: ["a", "a"], "target_rank": lambda: [2, None]}
+    total, by_name = combine_rewards([NDCGReward(), ReciprocalRankReward(5)], None, ["a", "b"], columns)
+    assert list(by_name) == ["ndcg@10", "reciprocal_rank@5"]
+    assert total.tolist() == pytest.approx([1 / math.log2(3) + 0.5, 0.0])
+
+
+def test_the_papers_mix() -> None:
+    rank, p = [1, 2, 1000, 1001, None], [0.9, 0.3, 0.001, 0.0005, 0.0]
+    truth = [0.95 / math.log2(r + 1) if r is not None and r <= 1000 else 0.0 for r in rank]
+    columns = {"target_rank": lambda: rank, "target_probability": lambda: p}
+    total, by_name = combine_rewards([SoftmaxMixReward()], None, ["-"] * 5, columns)
+    assert total.tolist() == pytest.approx([gain + 0.05 * q for gain, q in zip(truth, p, strict=True)])
+    assert list(by_name) == ["softmax_mix"]
+    assert SoftmaxMixReward(k=1, weight=0.5)(rank[:2], p[:2]) == pytest.approx([0.95, 0.15])
+
+
+def test_a_policy_that_does_not_rank_for_each_rollout_is_refused() -> None:
+    with pytest.raises(InputError, match=r"Reward softmax_mix asks for 'target_rank'; .* completions, target"):
+        combine_rewards([SoftmaxMixReward()], None, ["a"], {"target": lambda: ["a"]})
+
+
+def plain_penalty(items: list[str], target: str, logps: dict[str, float]) -> list[float]:
+    """ReRe's formula for one group: the rollouts ordered by probability, most likely first."""
+    if target not in items:
+        return [0.0] * len(items)
+    weights = [1 / math.log2(place + 1) for place in range(1, len(items) + 1)]
+    ordered = sorted(items, key=lambda item: -logps[item])
+    return [0.0 if item == target else -weights[ordered.index(item)] / sum(weights) for item in items]
+
+
+@given(
+    st.lists(st.lists(st.sampled_from("abcdef"), min_size=4, max_size=4), min_size=1, max_size=4),
+    st.permutations([-0.5, -1.0, -1.5, -2.0, -2.5, -3.0]),
 )
-def test_a_wrong_return_names_the_reward_and_the_sample(values: Any, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        combine_rewards([hit, returning(values)], None, COMPLETIONS, columns())
+def test_likely_mistakes_are_punished_most(groups: list[list[str]], values: list[float]) -> None:
+    logps = dict(zip("abcdef", values, strict=True))
+    flat = [item for group in groups for item in group]
+    number = [n for n, group in enumerate(groups) for _ in group]
+    got = rank_penalty(flat, ["a"] * len(flat), number, [logps[item] for item in flat])
+    assert got == pytest.approx([value for group in groups for value in plain_penalty(group, "a", logps)])
 
 
-def test_without_sample_ids_the_completion_is_named() -> None:
-    with pytest.raises(InputError, match="for completion 1, 2, 3, 4, 5 and others;"):
-        combine_rewards([returning([0.0] + [math.nan] * 7)], None, ["a"] * 8, {})
+def test_a_penalised_group_by_hand() -> None:
+    """As in the authors' code: -1/log2(place + 2) for places from 0, scaled to the sum -1, 0 for the target."""
+    weights = [1.0, 1 / math.log2(3), 0.5]
+    got = rank_penalty(["b", "a", "c"], ["a"] * 3, [7, 7, 7], [-1.0, -2.0, -3.0])
+    assert got == pytest.approx([-weights[0] / sum(weights), 0.0, -weights[2] / sum(weights)])
 
 
-def test_wrong_signatures_and_weights_are_named() -> None:
-    def asks(completions: list[str], titles: list[str]) -> list[float]:
-        return [0.0] * 4
-
-    def positional(completions: list[str], /) -> list[float]:
-        return [0.0] * 4
-
-    with pytest.raises(InputError, match=r"asks for .titles.; .+ keyword for completions, target, sample_id"):
-        combine_rewards([asks], None, COMPLETIONS, columns())
-    assert combine_rewards([asks], None, COMPLETIONS, columns(titles=["t"] * 4))[0].tolist() == [0.0] * 4
-    with pytest.raises(InputError, match="by keyword"):
-        combine_rewards([positional], None, COMPLETIONS, columns())
-    with pytest.raises(InputError, match="1 reward functions but 2 reward weights"):
-        combine_rewards([hit], [1.0, 2.0], COMPLETIONS, columns())
-    with pytest.raises(InputError, match="finite"):
-        combine_rewards([hit], [math.nan], COMPLETIONS, columns())
-    with pytest.raises(InputError, match="no reward function"):
-        combine_rewards([], None, COMPLETIONS, columns())
+def test_format_is_that_of_the_whole_text() -> None:
+    reward = FormatReward(r"<think>.*</think>\s*<answer>.+</answer>")
+    good = "<think>line\nline</think>\n<answer>50</answer>"
+    assert reward([good, good + "x", "x" + good, "<answer>50</answer>"]) == [1.0, 0.0, 0.0, 0.0]
+    assert reward_name(reward) == "format"
 
 
-def test_a_scoring_pass_is_cheap() -> None:
-    completions = [str(row % 1682) for row in range(160_000)]
-    target = [str(row // 16 % 1682) for row in range(160_000)]
-    start = time.perf_counter()
-    total, _ = combine_rewards([hit], None, completions, {"target": lambda: target})
-    assert time.perf_counter() - start < 0.5
-    assert float(total.sum()) == sum(row % 1682 == row // 16 % 1682 for row in range(160_000))
+def test_options_out_of_range() -> None:
+    for make in (NDCGReward, ReciprocalRankReward, SoftmaxMixReward):
+        with pytest.raises(InputError, match="k is 0: a list has at least one item"):
+            make(k=0)
+    with pytest.raises(InputError, match=r"weight is 1\.5"):
+        SoftmaxMixReward(weight=1.5)
+    with pytest.raises(InputError, match=re.escape("pattern '(' is no regular expression")):
+        FormatReward("(")
+
+
+def test_rewards_by_path_and_by_class_in_a_run(command, tmp_path) -> None:
+    """Functions and classes with options, weighted, each logged under its name."""
+    import pandas as pd
+
+    rewards = [
+        "minirec_pl.rewards.rank_penalty",
+        {"class_path": "minirec_pl.rewards.NDCGReward", "init_args": {"k": 5}},
+    ]
+    arguments = [word for word in command.grpo(tmp_path / "runs") if not word.startswith("--trainer.logger")]
+    options = [f"--model.rewards={json.dumps(rewards)}", "--model.reward_weights=[1.0, 2.0]"]
+    logger = "--trainer.logger=lightning.pytorch.loggers.CSVLogger"
+    assert main([*arguments, *options, "--trainer.log_every_n_steps=1", logger, "--trainer.logger.save_dir=."]) == 0
+    logged = pd.read_csv(tmp_path / "runs" / "version_0" / "metrics.csv")
+    rows = logged[["reward", "rewards/rank_penalty/mean", "rewards/ndcg@5/mean"]].dropna()
+    assert len(rows) > 3
+    assert rows["rewards/ndcg@5/mean"].max() > 0
+    assert rows["rewards/rank_penalty/mean"].min() < 0
+    weighted = rows["rewards/rank_penalty/mean"] + 2 * rows["rewards/ndcg@5/mean"]
+    np.testing.assert_allclose(rows["reward"], weighted, atol=1e-6)
