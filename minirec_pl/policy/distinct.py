@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from minirec_pl.errors import InputError
+from minirec_pl.policy.causal_lm import head_of
 from minirec_pl.policy.rollout import Prompt, Rollouts
+from minirec_pl.policy.trie_head import child_logps
 
 _NEVER = -1e30  # log-probabilities below it stand for children that are not allowed
 
@@ -47,7 +49,7 @@ def sample_distinct(
     Raises:
         InputError: if fewer than G items are left to a prompt, naming the sample.
     """
-    trie, seen = policy.trie, batch["seen"]
+    trie, head, seen = policy.trie, head_of(policy.model), batch["seen"]
     counts = trie.available_below(seen)
     _check_left(counts[:, -1], batch["sample_id"], num_generations)
     # One beam, the root, whose key may have any value: the order of the keys below does not depend on their largest.
@@ -64,7 +66,7 @@ def sample_distinct(
             states = policy.completion_states(prompt, inside).rest[:, :, depth - 1]
             ended = trie.child_of[inside, depth] < 0
         rows = (low.flatten(), high.flatten(), counts.repeat_interleave(beams, dim=0))
-        step = policy._child_logps(states.flatten(0, 1), depth, *rows, temperature).double().view(*low.shape, -1)
+        step = child_logps(head, trie, states.flatten(0, 1), depth, *rows, temperature).double().view(*low.shape, -1)
         if bool(step.isnan().any()):
             raise InputError(
                 "the policy's probabilities are NaN: its weights have diverged, so lower the learning rate"

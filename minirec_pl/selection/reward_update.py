@@ -9,8 +9,8 @@ from torch import Tensor
 def take_rewards(data: dict[str, Tensor], rows: Tensor, group: Tensor, *, decay: float, solve_threshold: float) -> None:
     """Replaces the rewards of samples, or moves them where the group has another size than the last one.
 
-    With keep = decay if the sizes differ, else 0, the mean becomes keep * old + (1 - keep) * new, the standard deviation
-    that of the mixture of both groups with these weights, the solve share moves like the mean.
+    With keep = decay if the sizes differ, else 0, the mean becomes keep * old + (1 - keep) * new, the standard
+    deviation that of the mixture of both groups with these weights, and the solve share moves like the mean.
 
     Args:
         data: arrays [N] `reward_mean`, `reward_std`, `solve_share`, `n_rollouts` and, once there are any, `rewards`

@@ -127,7 +127,7 @@ class SelectionSession:
         if self._prepared:
             return
         self._prepared = True
-        self.active = trainer.overfit_batches == 0
+        self.active = trainer.overfit_batches == 0  # type: ignore[attr-defined]
         if not self.active:
             warnings.warn(
                 "overfit_batches trains on the same few batches every epoch, so nothing is selected in this run: use "

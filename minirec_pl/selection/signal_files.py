@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from minirec_pl.errors import InputError
@@ -95,7 +96,7 @@ def _fingerprint(vectors: dict[str, Tensor]) -> str:
     sha = hashlib.sha256()
     for name, value in sorted(vectors.items()):
         sha.update(f"{name} {tuple(value.shape)}".encode())
-        sha.update(memoryview(value.contiguous().numpy()))
+        sha.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()[:32]
 
 
