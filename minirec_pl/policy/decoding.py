@@ -78,12 +78,10 @@ class _Decoder:
         """Row i becomes what row `source[i]` was; a row that keeps its prompt copies what follows the prompt only."""
         target = torch.arange(len(source), device=source.device)
         same_prompt = self.row[source] == self.row[: len(source)]
-        for start, moves in ((0, ~same_prompt), (self.prompt_length, same_prompt & (source != target))):
-            changed = moves.nonzero().flatten()
-            for layer in self.layers:
-                layer.copy_rows(changed, source[changed], start)
+        copies = ((0, ~same_prompt), (self.prompt_length, same_prompt & (source != target)))
+        moves = [(target[moved], source[moved], start) for start, moved in copies]
         for layer in self.layers:
-            layer.n_rows = len(source)
+            layer.select(len(source), moves)
         self.row[: len(source)] = self.row[source]
         self.mask, self.position = self.mask[source], self.position[source]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -71,10 +71,18 @@ class DecodeLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Tokens so far."""
         return self.length
 
-    def copy_rows(self, target: Tensor, source: Tensor, start: int) -> None:
-        """Row `target[i]` becomes what row `source[i]` was, from token `start` on."""
-        for states in self.buffers:
-            states[target, :, start : self.length] = states[source, :, start : self.length]
+    def select(self, n_rows: int, moves: Sequence[tuple[Tensor, Tensor, int]]) -> None:
+        """Keeps `n_rows` rows, after all moves at once.
+
+        Args:
+            n_rows: rows in use from now on.
+            moves: (target, source, start): row `target[i]` becomes what row `source[i]` was, from token `start` on.
+        """
+        for buffer in self.buffers:
+            moved = [buffer[source, :, start : self.length] for _, source, start in moves]
+            for (target, _, start), states in zip(moves, moved, strict=True):
+                buffer[target, :, start : self.length] = states
+        self.n_rows = n_rows
 
 
 def recording_cache() -> Cache:

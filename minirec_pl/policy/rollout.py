@@ -86,7 +86,7 @@ def rollout_generator(*words: int, device: torch.device | str = "cpu") -> torch.
         >>> bool((a != b).all())
         True
     """
-    state = np.random.SeedSequence(list(words)).generate_state(1, np.uint64)
+    state = np.random.SeedSequence([len(words), *words]).generate_state(1, np.uint64)
     return torch.Generator(device=device).manual_seed(int(state[0]) & (2**63 - 1))
 
 

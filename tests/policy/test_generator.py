@@ -183,6 +183,37 @@ def test_a_rollout_depends_on_its_own_numbers_alone(policy):
         assert torch.equal(items[0], together[b])
 
 
+@pytest.mark.parametrize("width", [2, 7])
+def test_beams_are_those_of_a_plain_search(policy, width):
+    batch, plain = batch_of(HISTORIES[:4], SEEN[:4]), PlainPolicy(policy)
+    with torch.no_grad():
+        rollouts = policy.beams(policy.run_prompt(batch), batch["seen"], width, 1.5)
+    logps, mask, _ = policy.completion_logps(batch, rollouts.items, 1.5)
+    torch.testing.assert_close(rollouts.logps, logps.detach(), rtol=0, atol=2e-5)
+    assert torch.equal(rollouts.mask, mask)
+    for b, (history, seen) in enumerate(zip(HISTORIES[:4], SEEN[:4], strict=True)):
+        open_ids = [ids for i, ids in enumerate(plain.ids) if i not in seen]
+        beams = [((), 0.0)]
+        for _ in range(policy.id_length):
+            pool = [beam for beam in beams if beam[0] in open_ids]
+            for prefix, total in beams:
+                if prefix in open_ids:
+                    continue
+                depth = len(prefix)
+                allowed = sorted({ids[depth] for ids in open_ids if ids[:depth] == prefix})
+                logits = plain.next_logits([*plain.prompt(history), *prefix]).detach()[allowed]
+                steps = zip(allowed, (logits / 1.5).log_softmax(dim=0).tolist(), strict=True)
+                pool += [((*prefix, token), total + logp) for token, logp in steps]
+            beams = sorted(pool, key=lambda beam: -beam[1])[:width]
+        assert rollouts.items[b].tolist() == [plain.ids.index(prefix) for prefix, _ in beams]
+
+
+def test_more_beams_than_items_are_left(policy):
+    batch = batch_of(HISTORIES, SEEN)
+    with pytest.raises(InputError, match="2 items left for 3 beams: lower num_generations"):
+        policy.beams(policy.run_prompt(batch), batch["seen"], 3)
+
+
 def test_no_dropout_in_generation_and_evaluation_and_the_mode_is_put_back():
     policy = one_token_policy(attention_dropout=0.5).train()
     batch = batch_of(HISTORIES, SEEN)
@@ -223,8 +254,13 @@ def test_warm_start_tokens_are_those_fed(policy):
         assert policy.sequence_tokens(batch) == sum(fed)
 
 
-def test_works_with_another_architecture():
-    policy = GenerativePolicy(config={"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32})
+GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+GEMMA2 = {**CONFIG, "model_type": "gemma2", "head_dim": 8, "num_key_value_heads": 1, "final_logit_softcapping": 2.0}
+
+
+@pytest.mark.parametrize("config", [GPT2, GEMMA2], ids=["gpt2", "gemma2"])
+def test_works_with_another_architecture(config):
+    policy = GenerativePolicy(config=config)
     policy.bind(Catalogue(list("abcdefghijkl")))
     policy.eval()
     truth = PlainPolicy(policy).item_logps(HISTORIES[1], SEEN[1])

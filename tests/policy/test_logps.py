@@ -1,5 +1,5 @@
 import copy
-from itertools import pairwise
+import itertools
 
 import pytest
 import torch
@@ -15,11 +15,13 @@ from minirec_pl.policy.logps import completion_logps, head_logps
 
 
 def case(model, *lengths, group=3, length=9, vocabulary=40):
-    """Prompts, sampled completions and a weight for each of their tokens."""
+    """Prompts, sampled completions of unequal length, and a weight for each of their tokens."""
     ids, mask = prompts(*lengths, vocabulary=vocabulary)
-    made = generate(model, ids, mask, group, length, generator=torch.Generator().manual_seed(5))
-    weight = torch.randn(made.ids.shape, generator=torch.Generator().manual_seed(6))
-    return ids, mask, made, weight
+    random = torch.Generator().manual_seed(5)
+    made = generate(model, ids, mask, group, length, generator=random)
+    cut = torch.randint(1, length + 1, made.ids.shape[:2], generator=random)
+    made = made._replace(mask=made.mask & (torch.arange(made.ids.shape[2]) < cut[..., None]))
+    return ids, mask, made, torch.randn(made.ids.shape, generator=random)
 
 
 def plain_gradients(model, ids, mask, made, weight, temperature=1.0):
@@ -65,7 +67,7 @@ def test_log_probabilities_are_those_of_sampling():
     ids, mask, made, _ = case(model, 4, 15)
     with torch.no_grad():
         found = completion_logps(model, ids, mask, made.ids, made.mask).logps
-    torch.testing.assert_close(found, made.logps, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, made.logps * made.mask, rtol=0, atol=1e-5)
 
 
 def test_each_prompt_is_run_once():
@@ -275,4 +277,4 @@ def test_buckets_hold_each_row_once_with_little_padding(lengths):
         held = [lengths[row] for row in rows]
         assert held == sorted(held)
         assert sum(held) >= 0.8 * max(held) * len(held)
-    assert all(lengths[a[-1]] <= lengths[b[0]] for a, b in pairwise(buckets))
+    assert all(lengths[a[-1]] <= lengths[b[0]] for a, b in itertools.pairwise(buckets))

@@ -1,10 +1,12 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from minirec_pl import InputError
-from minirec_pl.policy.rollout import draw, evaluation_mode, filter_logps
+from minirec_pl.policy.rollout import draw, evaluation_mode, filter_logps, rollout_generator
 
 
 def test_every_submodule_gets_its_own_mode_back_after_an_exception():
@@ -54,3 +56,33 @@ def test_draw_is_inversion_of_the_cumulative_probability():
 def test_draw_refuses_diverged_weights():
     with pytest.raises(InputError, match="weights have diverged"):
         draw(torch.tensor([[0.0, torch.nan]]), torch.zeros(1, 1, dtype=torch.float64))
+
+
+@given(seed=st.integers(0, 10**6), length=st.integers(4000, 9000), spread=st.sampled_from([0.1, 5.0, 60.0]))
+@settings(max_examples=25, deadline=None)
+def test_a_long_row_is_drawn_from_as_a_short_one(seed, length, spread):
+    random = torch.Generator().manual_seed(seed)
+    logps = (spread * torch.randn(3, length, generator=random)).log_softmax(dim=-1)
+    logps[torch.rand(logps.shape, generator=random) < 0.5] = -torch.inf
+    uniform = torch.rand(3, 50, dtype=torch.float64, generator=random)
+    found = draw(logps, uniform)
+    mass = logps.double().exp().cumsum(dim=-1)
+    upper, lower = mass.gather(1, found), mass.gather(1, found) - logps.double().exp().gather(1, found)
+    point = uniform * mass[:, -1:]
+    assert bool((logps.gather(1, found) > -torch.inf).all())
+    assert bool(((lower - 1e-6 <= point) & (point <= upper + 1e-6)).all())
+
+
+def test_a_long_row_with_one_possible_entry():
+    logps = torch.full((1, 5000), -torch.inf)
+    logps[0, 4999] = 0.0
+    assert draw(logps, torch.tensor([[0.0, 0.5, 1 - 2**-53]], dtype=torch.float64)).tolist() == [[4999] * 3]
+    with pytest.raises(InputError, match="weights have diverged"):
+        draw(logps.fill_(torch.nan), torch.zeros(1, 1, dtype=torch.float64))
+
+
+def test_every_word_of_a_generator_counts():
+    words = [(1, 2, 3), (1, 2, 4), (2, 1, 3), (1, 2, 3, 0), (0, 1, 2)]
+    draws = [torch.rand(4, generator=rollout_generator(*word)).tolist() for word in words]
+    assert len({tuple(row) for row in draws}) == len(words)
+    assert draws[0] == torch.rand(4, generator=rollout_generator(1, 2, 3)).tolist()

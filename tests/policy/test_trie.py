@@ -67,3 +67,17 @@ def test_ids_that_no_trie_can_hold(tokens, message):
 def test_a_user_who_has_seen_everything():
     with pytest.raises(InputError, match="row 1 of the batch has seen the whole catalogue"):
         TokenTrie(torch.tensor([[5], [4]])).available_below(torch.tensor([[0, -1], [1, 0]]))
+
+
+@pytest.mark.parametrize("ids", [unequal_ids(30), [[7], [3], [9]]])
+def test_items_are_found_by_their_ids(ids):
+    tokens = padded(ids)
+    trie = TokenTrie(tokens)
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(trie.items_of(tokens[order]), order)
+    wrong = tokens.clone()
+    wrong[:, 0] += 50
+    assert trie.items_of(wrong).tolist() == [-1] * len(ids)
+    short = tokens.clone()
+    short[torch.arange(len(ids)), (tokens >= 0).sum(dim=1) - 1] = -1
+    assert trie.items_of(short).tolist() == [-1] * len(ids)
