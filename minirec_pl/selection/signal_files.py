@@ -95,7 +95,7 @@ def _fingerprint(vectors: dict[str, Tensor]) -> str:
     sha = hashlib.sha256()
     for name, value in sorted(vectors.items()):
         sha.update(f"{name} {tuple(value.shape)}".encode())
-        sha.update(memoryview(value.contiguous().numpy()))
+        sha.update(value.contiguous().numpy().data)
     return sha.hexdigest()[:32]
 
 
