@@ -107,6 +107,7 @@ class ForeignLoader(ResumableLoader):
         self._start = self._generator_states()
         self._replay: list[Tensor] | None = None
         self._winder = _Winder((), 0)
+        self._reused = self._reused_before = False
         self.random_state: Mapping[str, Any] | None = None
 
     @property
@@ -129,9 +130,14 @@ class ForeignLoader(ResumableLoader):
             self.random_state = None
         now = self._generator_states()
         self._start, self._replay = self._replay or now, None
+        self._reused = self._reused_before or self._iterator is not None
+        generator = self.generator
         if self._yielded:
             self._set_generators(self._start)
+        if self._reused_before:  # persistent workers draw their seed once in a run, which has been done
+            self.generator, self._reused_before = torch.Generator(), False
         iterator = DataLoader.__iter__(self)
+        self.generator = generator
         if self._yielded:
             self._winder.wind()
             self._set_generators(now)
@@ -147,7 +153,10 @@ class ForeignLoader(ResumableLoader):
 
     def state_dict(self) -> dict[str, Any]:
         """Position as of `ResumableLoader`, and the states of the generators now and at the epoch's start."""
-        return {**super().state_dict(), "start": self._start, "own_generators": self._generator_states()[1:]}
+        state = super().state_dict()
+        reused = self._reused if state["batches"] else self._iterator is not None
+        own = self._generator_states()[1:]
+        return {**state, "start": self._start, "own_generators": own, "workers_reused": reused}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As `ResumableLoader`; also puts the loader's own generators where they stood."""
@@ -155,6 +164,7 @@ class ForeignLoader(ResumableLoader):
         if len(state.get("own_generators", ())) == len(self._own_generators):
             self._set_generators([torch.get_rng_state(), *state["own_generators"]])
             self._replay = state["start"]
+            self._reused_before = state["workers_reused"] and self.persistent_workers
 
 
 class _Rewound:

@@ -273,6 +273,7 @@ class SelectionSession:
             "ledger": None if self.ledger is None else self.ledger.state_dict(),
             "next_epoch": self.epoch + int(epoch_finished),
             "step": trainer.global_step,
+            "loader": self._train.loader.state_dict() if isinstance(self._train.loader, ForeignLoader) else None,
             "running": running_state(trainer, module, self._validated),
         }
 
@@ -318,5 +319,7 @@ class SelectionSession:
         for name in _KEPT:
             setattr(self, name, state[name])
         self._running = state["running"]
+        if isinstance(self._train.loader, ForeignLoader) and state["loader"] is not None:
+            self._train.loader.load_state_dict(state["loader"])  # Lightning does so inside an epoch only
         self._restored_step = int(state["step"])
         return int(state["next_epoch"])

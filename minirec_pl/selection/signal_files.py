@@ -7,7 +7,6 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from minirec_pl.errors import InputError
@@ -96,7 +95,7 @@ def _fingerprint(vectors: dict[str, Tensor]) -> str:
     sha = hashlib.sha256()
     for name, value in sorted(vectors.items()):
         sha.update(f"{name} {tuple(value.shape)}".encode())
-        sha.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+        sha.update(value.contiguous().numpy().data)
     return sha.hexdigest()[:32]
 
 
