@@ -1,4 +1,4 @@
-"""`grpo_step.md` and `grpo_step.png` out of the JSON files of `benchmarks.grpo_step`."""
+"""`grpo_step.md` and `grpo_step.png` out of the JSON files of `grpo_step.py`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _files(folder):
 
 def _method():
     return [
-        "`python -m benchmarks.grpo_step --case CASE --json benchmarks/results/grpo_step_CASE.json --report` measures",
+        "`python benchmarks/grpo_step.py --case CASE --json benchmarks/results/grpo_step_CASE.json --report` measures",
         "and writes this page. Each side runs in processes of its own that take turns; same model, prompts, G,",
         "lengths, threads, dtype, learning rate (1e-5), loss (`dapo`, beta 0), clipping (1.0) and fused AdamW,",
         "no gradient checkpointing on either side; no completion ends early. The first step of a process is left out;",

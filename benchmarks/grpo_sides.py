@@ -1,6 +1,6 @@
 """One side of the comparison in a process of its own: trains a few steps, prints seconds and peak memory of each.
 
-python -m benchmarks.grpo_sides '{"side": "ours", "model": "llama-20m", "prompts": 4, ...}'
+python benchmarks/grpo_sides.py '{"side": "ours", "model": "llama-20m", "prompts": 4, ...}'
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import time
 from collections import defaultdict
 
 import torch
-
-from benchmarks.models import MODELS, VOCABULARY, PeakMemory, prompts, rewards_of
+from grpo_models import MODELS, VOCABULARY, PeakMemory, prompts, rewards_of
 
 LEARNING_RATE = 1e-5
 MICRO_BATCH_TOKENS = 2048

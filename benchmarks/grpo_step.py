@@ -1,6 +1,6 @@
 """GRPO steps a second and peak memory, ours against TRL's GRPOTrainer, on the same work.
 
-    python -m benchmarks.grpo_step --case small --json small.json
+    python benchmarks/grpo_step.py --case small --json small.json
 
 Both sides run in processes of their own that take turns: same model, prompts, G, lengths, threads, dtype, learning
 rate, loss and optimizer, no gradient checkpointing, completions forced to full length. The warm-up step is left out;
@@ -23,9 +23,9 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.grpo_report import write_report
-from benchmarks.grpo_sides import Work
-from benchmarks.models import fetch_smollm2
+from grpo_models import fetch_smollm2
+from grpo_report import write_report
+from grpo_sides import Work
 
 RESULTS = Path(__file__).parent / "results"
 SIDES = ("ours", "trl")
@@ -51,7 +51,7 @@ SHAPES = {
 def run_side(work):
     """The steps of one process, each with seconds, peak_mb and phases."""
     environment = os.environ | {"OMP_NUM_THREADS": str(work.threads), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
-    command = [sys.executable, "-m", "benchmarks.grpo_sides", json.dumps(dataclasses.asdict(work))]
+    command = [sys.executable, str(RESULTS.with_name("grpo_sides.py")), json.dumps(dataclasses.asdict(work))]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=RESULTS.parent.parent)
     if done.returncode != 0:
         raise SystemExit(f"{work.side} failed on {work} (exit code {done.returncode})")

@@ -3,14 +3,15 @@
 import json
 import sys
 
+import grpo_models
+import grpo_sides
+import grpo_step
 import pytest
 import torch
+from grpo_models import PeakMemory, prompts, rewards_of
+from grpo_report import write_report
+from grpo_sides import Work
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from benchmarks import grpo_sides, grpo_step, models
-from benchmarks.grpo_report import write_report
-from benchmarks.grpo_sides import Work
-from benchmarks.models import PeakMemory, prompts, rewards_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
 WORK = {"model": "test", "prompts": 2, "generations": 4, "prompt_length": 25, "completion_length": 5, "threads": 1}
@@ -21,10 +22,10 @@ def small_model(monkeypatch):
     def make():
         torch.manual_seed(0)
         sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-        tokens = {"vocab_size": models.VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+        tokens = {"vocab_size": grpo_models.VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
         return LlamaForCausalLM(LlamaConfig(**sizes, **tokens, tie_word_embeddings=True))
 
-    monkeypatch.setitem(models.MODELS, "test", make)
+    monkeypatch.setitem(grpo_models.MODELS, "test", make)
 
 
 def test_ours_does_all_of_the_work_and_says_where_the_time_goes():
