@@ -1,6 +1,17 @@
 """What the language model is and how it recommends."""
 
+from minirec_pl.policy.generation import Completions, Sampling, generate
 from minirec_pl.policy.generator import GenerativePolicy
-from minirec_pl.policy.rollout import Rollouts
+from minirec_pl.policy.logps import TokenLogps, completion_logps
+from minirec_pl.policy.rollout import Rollouts, rollout_generator
 
-__all__ = ["GenerativePolicy", "Rollouts"]
+__all__ = [
+    "Completions",
+    "GenerativePolicy",
+    "Rollouts",
+    "Sampling",
+    "TokenLogps",
+    "completion_logps",
+    "generate",
+    "rollout_generator",
+]

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from minirec_pl.errors import InputError
 from minirec_pl.policy.kv_cache import branch_cache, join_prompts, recording_cache
@@ -109,6 +108,8 @@ def cache_under_checkpointing(model: Any) -> Iterator[bool]:
     if not recomputes(body):
         yield True
         return
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     layers = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)]
     functions = [getattr(layer, "_gradient_checkpointing_func", None) for layer in layers]
     shared = bool(layers) and hasattr(GradientCheckpointingLayer, "_can_checkpoint_with_cache")

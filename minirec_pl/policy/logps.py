@@ -45,8 +45,8 @@ def completion_logps(
     """Log-probabilities of completions under softmax(logits / temperature), and its entropy, from one pass.
 
     Each prompt is run once and its keys and values, with their gradient, are shared by its group: the same function
-    of the weights as G full sequences. With dropout at work the group shares the prompt's dropout mask. Under
-    reentrant gradient checkpointing, which cannot keep a cache, each completion runs its own prompt.
+    of the weights as G full sequences. With dropout at work the group shares the prompt's dropout mask. Where no cache
+    reaches the layers (reentrant gradient checkpointing, some models), each completion runs its own prompt.
 
     Logits exist in small tiles, one at a time, in backward too. Tokens that are masked, or whose log-probability
     gets a gradient of exactly 0, cost nothing in the head.
@@ -83,6 +83,8 @@ def _shared_states(
 ) -> Tensor:
     """The states that produce the tokens, [R, L, D], from prompts run once each."""
     prompt = run_prompts(body, input_ids, attention_mask)
+    if not prompt.cache.layers:
+        return _separate_states(body, input_ids, attention_mask, tokens, mask, group)
     sample = torch.arange(len(input_ids), device=tokens.device).repeat_interleave(group)
     first = prompt.states.index_select(0, sample)[:, None]
     fed, parts = mask[:, 1:], []

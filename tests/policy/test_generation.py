@@ -7,6 +7,8 @@ from scipy.stats import chisquare
 from tiny_llm import EOS, KINDS, PAD, PlainModel, prompts, rows_of, tiny_llm
 from transformers import (
     MinPLogitsWarper,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -383,6 +385,13 @@ def test_bad_options():
     ):
         with pytest.raises(InputError, match=message):
             Sampling(**options)
+
+
+def test_a_model_without_a_cache_is_refused():
+    config = OpenAIGPTConfig(vocab_size=40, n_embd=8, n_layer=1, n_head=2, n_positions=32, pad_token_id=PAD)
+    ids, mask = prompts(3)
+    with pytest.raises(InputError, match="keeps no keys and values"):
+        generate(OpenAIGPTLMHeadModel(config), ids, mask, 2, 3)
 
 
 @pytest.mark.parametrize("strategy", ["sample", "greedy", "beam"])

@@ -83,8 +83,9 @@ def test_each_prompt_is_run_once():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_neither_value_nor_gradient(reentrant):
-    model = tiny_llm()
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_changes_neither_value_nor_gradient(kind, reentrant):
+    model = tiny_llm(kind)
     ids, mask, made, weight = case(model, 3, 20, 8)
     expected = completion_logps(model, ids, mask, made.ids, made.mask).logps.detach()
     _, truth = plain_gradients(model, ids, mask, made, weight)
@@ -121,7 +122,8 @@ def test_a_model_with_dropout_is_exact_in_evaluation_mode_and_noisy_in_training(
     assert not torch.equal(*noisy)
 
 
-def test_lora_gradients_are_those_of_full_sequences_and_the_base_has_none():
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora_gradients_are_those_of_full_sequences_and_the_base_has_none(checkpointing):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny_llm(), peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj", "v_proj"]))
     with torch.no_grad():
@@ -129,8 +131,11 @@ def test_lora_gradients_are_those_of_full_sequences_and_the_base_has_none():
             if "lora_B" in name:
                 parameter.normal_(generator=torch.Generator().manual_seed(3))
     ids, mask, made, weight = case(model, 3, 20)
-    (completion_logps(model, ids, mask, made.ids, made.mask).logps * weight).sum().backward()
     values, truth = plain_gradients(model, ids, mask, made, weight)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    (completion_logps(model, ids, mask, made.ids, made.mask).logps * weight).sum().backward()
     assert sum(grad is not None for grad in truth.values()) == 2 * 3 * 2
     assert_close_to_plain({name: parameter.grad for name, parameter in model.named_parameters()}, truth)
     merged = tiny_llm()

@@ -11,7 +11,7 @@ KINDS = {
     "llama": {"num_key_value_heads": 2, "tie_word_embeddings": True},
     "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": False, "use_sliding_window": False},
     "gemma2": {"num_key_value_heads": 1, "head_dim": 8, "sliding_window": 6, "final_logit_softcapping": 3.0},
-    "gpt2": {},
+    "gpt2": {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0},
 }
 
 
