@@ -163,7 +163,7 @@ class FormatReward:
     """1 where the whole text matches a regular expression (`.` matches line breaks too), else 0.
 
     Args:
-        pattern: for example `<think>.*</think>\\s*<answer>.*</answer>`.
+        pattern: for example `<think>.*</think><answer>.*</answer>`.
 
     Raises:
         InputError: if it is no regular expression.
