@@ -1,5 +1,6 @@
 """Callbacks that choose and order the training samples of any Lightning run."""
 
+from minirec_pl.callbacks.completions_table import CompletionsTable
 from minirec_pl.callbacks.curriculum import Curriculum
 from minirec_pl.callbacks.easy_to_hard_curriculum import EasyToHardCurriculum
 from minirec_pl.callbacks.gaussian_curriculum import GaussianCurriculum
@@ -12,6 +13,7 @@ from minirec_pl.callbacks.select_samples import SelectSamples
 from minirec_pl.run_folder import RunFolder
 
 __all__ = [
+    "CompletionsTable",
     "Curriculum",
     "EasyToHardCurriculum",
     "GaussianCurriculum",

@@ -147,14 +147,16 @@ def step_totals(batches: Sequence[RolloutBatch], positions: int, accumulate: int
     return torch.tensor([[sum(column) for column in zip(*step, strict=True)] for step in steps], dtype=torch.float64)
 
 
-def signals_of(drawn: Sequence[RolloutBatch], *, with_rewards: bool) -> SampleSignals:
-    """What selection learns from rollouts; groups to which no reward applies are left out.
+def signals_of(drawn: Sequence[RolloutBatch], *, with_rewards: bool) -> SampleSignals | None:
+    """What selection learns from rollouts; groups to which no reward applies are left out, None if that goes for all.
 
     Args:
         drawn: all that was drawn.
         with_rewards: false where the mean of a group's rewards is no estimate of what a single rollout gets.
     """
     known = torch.cat([part.applies.any(dim=1) for part in drawn])
+    if not bool(known.any()):
+        return None
     solved = torch.cat([part.target_logps.sum(dim=1).exp() for part in drawn])
     rewards = torch.cat([part.known_rewards for part in drawn])
     ids = torch.cat([part.batch["sample_id"] for part in drawn])

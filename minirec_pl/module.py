@@ -249,7 +249,8 @@ class GRPORecModule(RecModule):
             )
         place = batch.get(GENERATION, alone)
         if place["position"] == 0:
-            output["signals"] = self._generate(place["batches"], place["positions"])
+            signals = self._generate(place["batches"], place["positions"])
+            output |= {} if signals is None else {"signals": signals}
         generation, position = self.generation, place["position"]
         if generation is None or generation.position != position - 1:
             raise InputError(
@@ -273,7 +274,7 @@ class GRPORecModule(RecModule):
         first_time = position < len(generation.batches)
         return {**output, "loss": update.loss, "trained": rollouts.batch["sample_id"][: None if first_time else 0]}
 
-    def _generate(self, batches: Sequence[Mapping[str, Tensor]], positions: int) -> SampleSignals:
+    def _generate(self, batches: Sequence[Mapping[str, Tensor]], positions: int) -> SampleSignals | None:
         accumulate = self.trainer.accumulate_grad_batches
         check_schedule(self.num_iterations, self.generation_schedule.steps, accumulate)
         several = self.trainer.world_size > 1

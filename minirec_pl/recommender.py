@@ -153,18 +153,25 @@ class RecModule(LightningModule):
             checkpoint["catalogue"] = self.policy.catalogue.fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that the checkpoint fits the catalogue, then restores the cost.
+        """Checks that the checkpoint fits policy and catalogue, then restores the cost.
 
         Raises:
-            InputError: if a weight has another shape than the policy's, or the catalogue has other items.
+            InputError: if it has weights of other names, shapes or dtypes than the module, or the catalogue has other
+                items.
         """
-        own = self.state_dict()
-        for name, value in checkpoint["state_dict"].items():
-            if name in own and own[name].shape != value.shape:
+        own, stored = self.state_dict(), checkpoint["state_dict"]
+        for name in sorted(own.keys() ^ stored.keys()) if self.strict_loading else ():
+            raise InputError(
+                f"the checkpoint does not fit: '{name}' is only {'in the checkpoint' if name in stored else 'here'}; "
+                "use the adapters, the model and the beta it was trained with"
+            )
+        for name, value in stored.items():
+            mine = own.get(name, value)
+            if mine.shape != value.shape or mine.dtype != value.dtype:
+                there, here = (f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (value, mine))
                 raise InputError(
-                    f"the checkpoint does not fit: '{name}' is {list(value.shape)} there and "
-                    f"{list(own[name].shape)} here; it was "
-                    "trained for another catalogue or model, so use the data and config it was trained with"
+                    f"the checkpoint does not fit: '{name}' is {there} there and {here} here; it was trained for "
+                    "another catalogue, model or dtype, so use the data and config it was trained with"
                 )
         catalogue = self.policy.catalogue
         if catalogue is not None and checkpoint.get("catalogue", catalogue.fingerprint) != catalogue.fingerprint:

@@ -160,10 +160,10 @@ def rank_penalty(
 
 
 class FormatReward:
-    r"""1 where the whole text matches a regular expression (`.` matches line breaks too), else 0.
+    """1 where the whole text matches a regular expression (`.` matches line breaks too), else 0.
 
     Args:
-        pattern: for example `<think>.*</think>\s*<answer>.*</answer>`.
+        pattern: for example `<think>.*</think><answer>.*</answer>`.
 
     Raises:
         InputError: if it is no regular expression.

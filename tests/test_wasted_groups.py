@@ -339,6 +339,19 @@ def test_completions_no_reward_applies_to_teach_nothing(policy, toy_data, make_t
         torch.testing.assert_close(ours.double(), truth.grad, rtol=2e-3, atol=2e-5)
 
 
+def test_a_batch_that_no_reward_applies_to(tiny_policy, toy_data, make_trainer):
+    def silent(completions):
+        return [None] * len(completions)
+
+    before = copy.deepcopy((policy := tiny_policy()).state_dict())
+    module = GRPORecModule(policy, [silent], num_generations=4, optimizer=sgd)
+    with pytest.warns(UserWarning, match="No reward of silent applies"):
+        watch = fit(make_trainer, module, toy_data(**SMALL), [RewardHistory()], limit_train_batches=2)
+    assert watch.signals == [None, None]
+    assert watch.losses == [0.0, 0.0]
+    assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

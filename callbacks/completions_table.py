@@ -1,0 +1,153 @@
+"""Shows what the policy recommends while it is trained."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import WandbLogger
+
+from minirec_pl.errors import InputError
+from minirec_pl.files import write_atomically
+from minirec_pl.module import GRPORecModule
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from minirec_pl.generation import RolloutBatch
+
+Row = dict[str, Any]
+FILE = "completions.parquet"
+
+
+class CompletionsTable(Callback):
+    """Every n optimizer steps a table of a few prompts with their rollouts, rewards and advantages.
+
+    It is printed, logged to W&B as `completions` (offline too) and kept in the run folder as `completions.parquet`. The
+    latter two hold all rows so far: step, sample_id, prompt, target, completion, each reward, their sum, advantage.
+
+    Args:
+        every_n_steps: optimizer steps from one table to the next; the first step is always shown.
+        num_prompts: prompts in a table.
+        print_table: whether to print it too.
+
+    Raises:
+        InputError: if a number is below 1.
+    """
+
+    def __init__(self, every_n_steps: int = 100, num_prompts: int = 2, print_table: bool = True) -> None:
+        super().__init__()
+        for name, value in (("every_n_steps", every_n_steps), ("num_prompts", num_prompts)):
+            if value < 1:
+                raise InputError(f"{name} is {value}: give at least 1")
+        self.every_n_steps = every_n_steps
+        self.num_prompts = num_prompts
+        self.print_table = print_table
+        self._rows: list[Row] = []
+        self._shown = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses modules that make no rollouts."""
+        if stage == "fit" and not isinstance(pl_module, GRPORecModule):
+            raise InputError(
+                f"CompletionsTable shows the rollouts of GRPORecModule and {type(pl_module).__name__} makes none: "
+                "leave it out"
+            )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Shows the rollouts of the step just taken, when it is time."""
+        step = trainer.global_step
+        due = step == 1 or step % self.every_n_steps == 0
+        if not trainer.is_global_zero or step == self._shown or not due:
+            return
+        assert isinstance(pl_module, GRPORecModule)
+        assert pl_module.generation is not None
+        self._shown = step
+        rollouts = pl_module.generation.at(pl_module.generation.position)
+        rows = [{"step": step, **row} for row in completion_rows(rollouts, pl_module.item_ids, self.num_prompts)]
+        self._rows += rows
+        if self.print_table and rows:
+            _print(rows)
+        self._log(trainer)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        write_atomically(folder / FILE, lambda scratch: pd.DataFrame(self._rows).to_parquet(scratch, index=False))
+
+    def _log(self, trainer: Trainer) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                import wandb
+
+                # A table that was logged cannot grow, and a step would clash with the logger's own.
+                table = wandb.Table(dataframe=pd.DataFrame(self._rows))
+                logger.experiment.log({"completions": table, "trainer/global_step": trainer.global_step})
+
+    def state_dict(self) -> dict[str, Any]:
+        """All rows so far."""
+        return {"rows": self._rows, "shown": self._shown}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the rows of a checkpoint."""
+        self._rows, self._shown = list(state_dict["rows"]), int(state_dict["shown"])
+
+
+def completion_rows(rollouts: RolloutBatch, item_ids: Any, num_prompts: int) -> list[Row]:
+    """A row for each rollout of the first prompts: texts and plain numbers, None where a reward does not apply.
+
+    Args:
+        rollouts: what was trained on.
+        item_ids: [n_items] object array of external ids.
+        num_prompts: how many prompts.
+    """
+    rows: list[Row] = []
+    for b in range(min(num_prompts, len(rollouts))):
+        history = rollouts.batch["history"][b].cpu()
+        for g, item in enumerate(rollouts.items[b].tolist()):
+            rewards = {f"reward/{name}": _number(v[b, g]) for name, v in rollouts.rewards_by_name.items()}
+            rows.append(
+                {
+                    "sample_id": int(rollouts.batch["sample_id"][b]),
+                    "prompt": " ".join(item_ids[history[history >= 0].numpy()]),
+                    "target": str(item_ids[int(rollouts.batch["target"][b])]),
+                    "completion": str(item_ids[item]),
+                    **rewards,
+                    "reward": _number(rollouts.rewards[b, g]) if bool(rollouts.applies[b, g]) else None,
+                    "advantage": _number(rollouts.advantages[b, g]),
+                }
+            )
+    return rows
+
+
+def _number(value: Any) -> float | None:
+    number = float(value)
+    return None if math.isnan(number) else number
+
+
+def _print(rows: list[Row]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"Completions, step {rows[0]['step']}")
+    columns = [name for name in rows[0] if name != "step"]
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("prompt", "target", "completion") else "right")
+    last: Mapping[str, Any] = {}
+    for row in rows:
+        again = ("sample_id", "prompt", "target") if row["sample_id"] == last.get("sample_id") else ()
+        table.add_row(*(Text("" if name in again else _cell(row[name])) for name in columns))
+        last = row
+    Console(file=sys.stdout).print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    text = "-" if value is None else str(value)
+    return text if len(text) <= 60 else f"... {text[-56:]}"
