@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,12 @@ from minirec_pl.policy.rollout import Prompt, evaluation_mode
 
 Reward = Callable[[Batch, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 Reference = Callable[[Batch, Tensor], Tensor]
+
+
+def scoring_numbers(words: Sequence[int], sample_ids: Tensor, size: tuple[int, int]) -> Tensor:
+    """Uniform numbers float64 [B, *size] whose rows depend on the words and their own sample_id alone."""
+    rows = [np.random.default_rng([*words, sample_id]).random(size) for sample_id in sample_ids.tolist()]
+    return torch.from_numpy(np.stack(rows)).to(sample_ids.device)
 
 
 @dataclass

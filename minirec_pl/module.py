@@ -6,21 +6,20 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from minirec_pl.collect import RolloutCollector
+from minirec_pl.collect import RolloutCollector, scoring_numbers
 from minirec_pl.data.sampler import GENERATION, GenerationSchedule
 from minirec_pl.errors import InputError
 from minirec_pl.generation import Generation, figures_of, signals_of
 from minirec_pl.gradients import GradientKind, GradientSpace
 from minirec_pl.grpo import Baseline, ImportanceSamplingLevel, LossType, ScaleRewards
 from minirec_pl.objective import Objective, WastedGroups
-from minirec_pl.options import check_sampling, check_schedule, check_selectors, check_wasted_groups
+from minirec_pl.options import check_sampling, check_schedule, check_selectors, check_single, check_wasted_groups
 from minirec_pl.policy import GenerativePolicy
-from minirec_pl.policy.rollout import evaluation_mode
+from minirec_pl.policy.rollout import evaluation_mode, rollout_generator
 from minirec_pl.probes import target_signals
 from minirec_pl.recommender import EVALUATION_K, RecModule
 from minirec_pl.reference import adapters_off, check_sync, frozen_copy, is_fresh_lora, mix_into
@@ -205,17 +204,7 @@ class GRPORecModule(RecModule):
 
     def _generator(self) -> torch.Generator:
         """Random numbers of a generation, which depend on (seed, rank, generations so far) alone."""
-        words = np.random.SeedSequence([self.rollout_seed, self.global_rank, self.rollout_step]).generate_state(
-            1, np.uint64
-        )
-        return torch.Generator(device=self.device).manual_seed(int(words[0]) & (2**63 - 1))
-
-    def _scoring_numbers(self, sample_ids: Tensor) -> Tensor:
-        """Uniform numbers [B, G, L] that depend on (seed, generations so far, sample_id) alone."""
-        size = (self.scoring_generations, self.policy.id_length)
-        words = (self.rollout_seed, self.rollout_step)
-        rows = [np.random.default_rng([*words, sample_id]).random(size) for sample_id in sample_ids.tolist()]
-        return torch.from_numpy(np.stack(rows)).to(self.device)
+        return rollout_generator(self.rollout_seed, self.global_rank, self.rollout_step, device=self.device)
 
     def _reward(self, batch: Mapping[str, Tensor], items: Tensor, logps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Rewards [B, G] of items, NaN where none applies, and the single ones by name."""
@@ -241,13 +230,9 @@ class GRPORecModule(RecModule):
         if "history" not in batch:
             raise InputError("GRPORecModule trains on single samples: set data.train_on to `pool`")
         output: dict[str, Any] = {}
-        schedule, alone = self.generation_schedule, {"position": 0, "positions": 1, "batches": [batch]}
-        if GENERATION not in batch and schedule.steps * schedule.iterations > 1:
-            raise InputError(
-                "the training loader serves single batches, but accumulate_grad_batches, steps_per_generation or "
-                "num_iterations is above 1: train with RecDataModule, or on a ResumableLoader with steps and iterations"
-            )
-        place = batch.get(GENERATION, alone)
+        if GENERATION not in batch:
+            check_single(self.generation_schedule)
+        place = batch.get(GENERATION, {"position": 0, "positions": 1, "batches": [batch]})
         if place["position"] == 0:
             signals = self._generate(place["batches"], place["positions"])
             output |= {} if signals is None else {"signals": signals}
@@ -341,7 +326,8 @@ class GRPORecModule(RecModule):
             prompt = self.policy.run_prompt(batch)
             states = self.policy.completion_states(prompt, target)
             if group > 0:
-                numbers = self._scoring_numbers(batch["sample_id"])
+                size = (group, self.policy.id_length)
+                numbers = scoring_numbers((self.rollout_seed, self.rollout_step), batch["sample_id"], size)
                 drawn = self.policy.sample(prompt, batch["seen"], numbers, **self._sampling)
                 rewards, _ = self._reward(batch, drawn.items, drawn.logps.sum(dim=-1))
                 forward += self.policy.fed_tokens(drawn.items)

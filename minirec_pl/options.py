@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from minirec_pl.data.sampler import GenerationSchedule
 from minirec_pl.errors import InputError
 
 WASTED_GROUPS = ("keep", "dynamic_sampling", "preference_pairs")
@@ -56,6 +57,19 @@ def check_schedule(num_iterations: int, steps_per_generation: int | None, accumu
         raise InputError(
             f"steps_per_generation is {steps_per_generation} and trainer.accumulate_grad_batches {accumulate}: "
             "rollouts are made for whole optimizer steps, so give a multiple, or null"
+        )
+
+
+def check_single(schedule: GenerationSchedule) -> None:
+    """Refuses a loader that serves single batches where rollouts are made for several.
+
+    Raises:
+        InputError: if the schedule is for more than single batches.
+    """
+    if schedule.steps * schedule.iterations > 1:
+        raise InputError(
+            "the training loader serves single batches, but accumulate_grad_batches, steps_per_generation or "
+            "num_iterations is above 1: train with RecDataModule, or on a ResumableLoader with steps and iterations"
         )
 
 
