@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
@@ -19,7 +20,7 @@ from minirec_pl.grpo import Baseline, ImportanceSamplingLevel, LossType, ScaleRe
 from minirec_pl.objective import Objective, WastedGroups
 from minirec_pl.options import check_sampling, check_schedule, check_selectors, check_single, check_wasted_groups
 from minirec_pl.policy import GenerativePolicy
-from minirec_pl.policy.rollout import evaluation_mode, rollout_generator
+from minirec_pl.policy.rollout import evaluation_mode
 from minirec_pl.probes import target_signals
 from minirec_pl.recommender import EVALUATION_K, RecModule
 from minirec_pl.reference import adapters_off, check_sync, frozen_copy, is_fresh_lora, mix_into
@@ -204,7 +205,8 @@ class GRPORecModule(RecModule):
 
     def _generator(self) -> torch.Generator:
         """Random numbers of a generation, which depend on (seed, rank, generations so far) alone."""
-        return rollout_generator(self.rollout_seed, self.global_rank, self.rollout_step, device=self.device)
+        words = np.random.SeedSequence([self.rollout_seed, self.global_rank, self.rollout_step])
+        return torch.Generator(device=self.device).manual_seed(int(words.generate_state(1, np.uint64)[0]) & (2**63 - 1))
 
     def _reward(self, batch: Mapping[str, Tensor], items: Tensor, logps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Rewards [B, G] of items, NaN where none applies, and the single ones by name."""
