@@ -62,6 +62,7 @@ def test_is_linear():
     torch.testing.assert_close(project(x.sum(dim=0, keepdim=True), 64)[0], project(x, 64).sum(dim=0))
 
 
+@pytest.mark.slow
 def test_inner_products_are_right_on_average_and_vary_within_the_bound():
     """Over 2,000 seeds: the mean within four standard errors, the variance below (|x|^2 |y|^2 + <x, y>^2) / k."""
     size, seeds = 32, 2000

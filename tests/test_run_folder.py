@@ -30,12 +30,12 @@ def whole(command):
     ("kind", "hook", "call", "times", "kept"),
     [
         ("warm", "on_train_batch_start", 2, 1, "interrupted.ckpt"),
-        ("warm", "on_validation_start", 1, 1, "interrupted.ckpt"),
-        ("warm", "on_train_epoch_end", 2, 1, "interrupted.ckpt"),
+        pytest.param("warm", "on_validation_start", 1, 1, "interrupted.ckpt", marks=pytest.mark.slow),
+        pytest.param("warm", "on_train_epoch_end", 2, 1, "interrupted.ckpt", marks=pytest.mark.slow),
         ("warm", "on_validation_start", 2, 2, "last.ckpt"),
         ("grpo", "on_train_batch_start", 3, 1, "interrupted.ckpt"),
         ("grpo", "on_train_epoch_end", 1, 1, "interrupted.ckpt"),
-        ("grpo", "on_train_epoch_start", 2, 1, "interrupted.ckpt"),
+        pytest.param("grpo", "on_train_epoch_start", 2, 1, "interrupted.ckpt", marks=pytest.mark.slow),
     ],
 )
 def test_ctrl_c_and_the_command_it_prints_end_like_one_run(

@@ -139,6 +139,7 @@ def plain_gradient(watch, window, *, low=0.2, level="token", group=3):
     return summed, ratios
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("level", "low"), [("token", 0.2), ("sequence", 0.05)])
 def test_inner_updates_go_by_the_policy_that_sampled(many_tokens, toy_data, make_trainer, level, low):
     """Two batches sampled together, each trained on twice, at every one of the optimizer steps."""
@@ -165,6 +166,7 @@ def test_inner_updates_go_by_the_policy_that_sampled(many_tokens, toy_data, make
     assert max(spread) > low
 
 
+@pytest.mark.slow
 def test_inner_updates_under_accumulation_see_the_tokens_of_their_optimizer_step(many_tokens, toy_data, make_trainer):
     module = GRPORecModule(
         many_tokens(), [popular], num_generations=3, optimizer=sgd(0.3), num_iterations=2, steps_per_generation=4
@@ -217,10 +219,10 @@ class SaveAt(Callback):
 @pytest.mark.parametrize(
     ("options", "accumulate", "limit"),
     [
-        ({"num_iterations": 3, "steps_per_generation": 2}, 1, 1.0),
+        pytest.param({"num_iterations": 3, "steps_per_generation": 2}, 1, 1.0, marks=pytest.mark.slow),
         ({"num_iterations": 2, "steps_per_generation": 4, "beta": 0.1}, 2, 7),
         ({"wasted_groups": "dynamic_sampling", "num_iterations": 2}, 1, 1.0),
-        ({"wasted_groups": "preference_pairs", "num_iterations": 2}, 1, 1.0),
+        pytest.param({"wasted_groups": "preference_pairs", "num_iterations": 2}, 1, 1.0, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_resumed_inside_a_generation_ends_like_one_never_stopped(

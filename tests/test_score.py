@@ -109,6 +109,7 @@ def test_a_ledger_of_other_data_is_refused(command, data, tmp_path, capsys):
     assert "ledger.parquet was made for other data" in sentence(capsys)
 
 
+@pytest.mark.slow
 def test_shards_make_the_whole(command, tmp_path):
     for part in ("1/1", "1/3", "2/3", "3/3"):
         to = tmp_path / part.replace("/", "of")
@@ -120,6 +121,7 @@ def test_shards_make_the_whole(command, tmp_path):
     assert np.load(tmp_path / "a" / "plan.npy").tolist() == np.load(tmp_path / "b" / "plan.npy").tolist()
 
 
+@pytest.mark.slow
 def test_two_processes_score_like_one(command, tmp_path):
     assert main(score(command, tmp_path / "runs", "--to", str(tmp_path / "one"))) == 0
     ranks = ["--trainer.devices=2", "--trainer.strategy=ddp", "--to", str(tmp_path / "two")]

@@ -246,6 +246,7 @@ def test_official_mode_measures_hessian_vector_products(toy_data, tiny_policy, m
     assert set(kinds) == {"hvp"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", ["answer", "lora"])
 def test_trajectory_is_known_of_the_samples_scored_again(toy_data, tiny_policy, make_trainer, tmp_path, space):
     selector = all_pass(gradient="trajectory", gradient_space=space)
@@ -266,6 +267,7 @@ def test_trajectory_is_known_of_the_samples_scored_again(toy_data, tiny_policy, 
     assert expected.std() > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", ["answer", "lora"])
 def test_a_resumed_run_follows_the_same_trajectory(toy_data, tiny_policy, make_trainer, tmp_path, space):
     def fit(epochs, ckpt_path=None):

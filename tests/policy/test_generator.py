@@ -323,6 +323,7 @@ def test_warm_start_dropout_works_in_training_only():
     assert policy.sequence_nll(batch, dropout=0.5).item() == plain
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_each_time_on_two_threads(toy_data, tiny_policy):
     """Indexing with a gradient adds up in no fixed order on several threads; two runs with one seed would differ."""
     n_items, pairs = len(tiny_policy().catalogue), 4000

@@ -188,6 +188,7 @@ except MemoryError:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on private memory is Linux's")
 def test_a_mapped_file_is_never_copied_whole(tmp_path):
     path = tmp_path / "embeddings.npy"
