@@ -27,7 +27,7 @@ from minirec_pl.selection import maxmin_select
 PLAIN_PICKS = 200
 
 
-def run(threads: int, *, n: int = 1_000_000, d: int = 256, k: int = 10_000, repeats: int = 3) -> dict[str, Any]:
+def run(threads: int, *, n: int = 1_000_000, d: int = 256, k: int = 10_000, repeats: int = 1) -> dict[str, Any]:
     """Measures, with a temporary file of 2 N d bytes."""
     result: dict[str, Any] = {"n": n, "d": d, "k": k, "plain_picks": min(PLAIN_PICKS, k), "problems": []}
     for kind in ("clustered", "isotropic"):
