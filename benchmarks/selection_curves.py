@@ -84,6 +84,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
             panel.loglog(sizes, [point[rival]["min"] for point in points], marker="o", label=label)
         fixed = ", ".join(f"{NAMES[other]} = {size:,}" for other, size in result["base"].items() if other != name)
         panel.set(xlabel=NAMES[name], title=fixed)
+        panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("seconds")
     panels[0].legend()
