@@ -100,8 +100,8 @@ def _warnings(found: Diagnostics, learn: pd.Series[float], represent: pd.Series[
         said.append(
             f"learnability is below {NEAR_ZERO} for {found.learnability_near_zero:.0%} of the scored pool and "
             f"separates {found.n_separated} of {len(learn)} samples: rewards are far from mu, so "
-            "representativeness and novelty decide; set difficulty='pass_at_group', calibrate='quantile' or a mu nearer "
-            "to the difficulties"
+            "representativeness and novelty decide; set difficulty='pass_at_group', calibrate='quantile' or a mu "
+            "nearer to the difficulties"
         )
     elif len(learn) > 1 and learn.nunique() == 1:
         said.append(
