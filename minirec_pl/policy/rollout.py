@@ -153,7 +153,8 @@ def draw(logps: Tensor, uniform: Tensor) -> Tensor:
     if logps.shape[-1] <= _LONG_ROW:
         return _invert(logps.double().exp(), uniform)[0]
     padding = -logps.shape[-1] % _BLOCK
-    blocks = nn.functional.pad(logps.exp(), (0, padding)).view(len(logps), -1, _BLOCK)
+    mass = logps.exp()
+    blocks = (nn.functional.pad(mass, (0, padding)) if padding else mass).view(len(logps), -1, _BLOCK)
     block, rest = _invert(blocks.sum(dim=-1, dtype=torch.float64), uniform)
     inside = blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK)).double()
     place, _ = _invert(inside.flatten(0, 1), rest.flatten()[:, None])

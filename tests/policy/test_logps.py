@@ -283,3 +283,16 @@ def test_buckets_hold_each_row_once_with_little_padding(lengths):
         assert held == sorted(held)
         assert sum(held) >= 0.8 * max(held) * len(held)
     assert all(lengths[a[-1]] <= lengths[b[0]] for a, b in itertools.pairwise(buckets))
+
+
+@pytest.mark.parametrize("rows", [1, 96, 97])
+def test_a_long_head_gives_the_same_logits_for_few_rows_and_many(rows: int) -> None:
+    random = torch.Generator().manual_seed(rows)
+    weight, bias = torch.randn(2**14, 8, generator=random), torch.randn(2**14, generator=random)
+    states = torch.randn(rows, 2, 8, generator=random, requires_grad=True)
+    for head in (Head(weight, None, None), Head(weight, bias, None)):
+        expected = states.double() @ weight.double().T + (0 if head.bias is None else bias.double())
+        logits = head.logits(states)
+        assert torch.allclose(logits.double(), expected, atol=1e-4)
+        (slope,) = torch.autograd.grad(logits[..., :3].sum(), states)
+        assert torch.allclose(slope, weight[:3].sum(dim=0).expand_as(slope), atol=1e-4)
