@@ -1,9 +1,10 @@
 """Batches of samples: vectorised numpy from sample_ids to padded tensors."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -12,6 +13,7 @@ from minirec_pl.data.samples import NO_ITEM, IntArray, SampleTable
 from minirec_pl.errors import InputError
 
 Batch = dict[str, Tensor]
+T = TypeVar("T", bound=np.generic)
 
 
 def identity(batch: Any) -> Any:
@@ -19,23 +21,26 @@ def identity(batch: Any) -> Any:
     return batch
 
 
-def gather_padded(values: IntArray, begin: IntArray, end: IntArray, *, left: bool) -> IntArray:
-    """Rows ``values[begin:end]`` as one array, padded with -1 on the left or on the right.
+def gather_padded(
+    values: npt.NDArray[T], begin: IntArray, end: IntArray, *, left: bool, fill: float = NO_ITEM
+) -> npt.NDArray[T]:
+    """Rows ``values[begin:end]`` as one array, padded on the left or on the right.
 
     Args:
         values: [M] values.
         begin: [B] first positions.
         end: [B] positions after the last.
         left: Pad on the left, else on the right.
+        fill: What to pad with.
 
     Returns:
-        [B, max(end - begin)].
+        [B, max(end - begin)], of the type of `values`.
     """
     width = int((end - begin).max(initial=0))
     steps = np.arange(width)
     positions = (end[:, None] - width + steps) if left else (begin[:, None] + steps)
     inside = (positions >= begin[:, None]) & (positions < end[:, None])
-    return np.where(inside, values[np.where(inside, positions, 0)], NO_ITEM)
+    return np.where(inside, values[np.where(inside, positions, 0)], values.dtype.type(fill))
 
 
 class SampleDataset(Dataset[Batch]):
@@ -45,6 +50,8 @@ class SampleDataset(Dataset[Batch]):
 
     * ``sample_id`` [B] int64, ``user`` [B] int64 (user index), ``target`` [B] int64 (item index);
     * ``history`` [B, window] int64: last items of strictly earlier timestamps, most recent last, LEFT-padded with -1;
+    * ``history_age`` [B, window] float32: seconds from each of them to the target, 0 where padded;
+    * ``history_rating`` [B, window] float32, where the table has ratings: NaN where padded or unknown;
     * ``seen`` [B, S] int64: all different items of strictly earlier timestamps, right-padded with -1.
 
     Args:
@@ -82,14 +89,22 @@ class SampleDataset(Dataset[Batch]):
                 "batches use limit_train_batches, not overfit_batches)."
             )
         begin, end = table.history_begin[ids], table.history_end[ids]
-        history = np.full((len(ids), self.window), NO_ITEM, dtype=np.int64)
-        recent = gather_padded(table.grouped_item, np.maximum(begin, end - self.window), end, left=True)
-        history[:, self.window - recent.shape[1] :] = recent
-        seen = gather_padded(table.distinct_item, table.seen_begin[ids], table.seen_end[ids], left=False)
-        return {
-            "sample_id": torch.from_numpy(ids.copy()),
-            "user": torch.from_numpy(table.user[ids]),
-            "history": torch.from_numpy(history),
-            "target": torch.from_numpy(table.item[ids]),
-            "seen": torch.from_numpy(seen),
+        begin, seen_of = np.maximum(begin, end - self.window), (table.seen_begin[ids], table.seen_end[ids])
+        age = table.timestamp[ids][:, None] - self._history(table.grouped_time, begin, end, np.nan)
+        batch = {
+            "sample_id": ids.copy(),
+            "user": table.user[ids],
+            "history": self._history(table.grouped_item, begin, end, NO_ITEM),
+            "history_age": np.nan_to_num(age).astype(np.float32),
+            "target": table.item[ids],
+            "seen": gather_padded(table.distinct_item, *seen_of, left=False),
         }
+        if table.grouped_rating is not None:
+            batch["history_rating"] = self._history(table.grouped_rating, begin, end, np.nan)
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+    def _history(self, values: npt.NDArray[T], begin: IntArray, end: IntArray, fill: float) -> npt.NDArray[T]:
+        padded = np.full((len(begin), self.window), fill, dtype=values.dtype)
+        recent = gather_padded(values, begin, end, left=True, fill=fill)
+        padded[:, self.window - recent.shape[1] :] = recent
+        return padded

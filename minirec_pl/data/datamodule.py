@@ -131,6 +131,8 @@ class RecDataModule(LightningDataModule):
             raise InputError(
                 f"{interactions}, line 1, column timestamp: it must be 'timestamp:float', in unix seconds."
             )
+        if Columns.RATING in frame and frame[Columns.RATING].dtype != np.float64:
+            frame = frame.drop(columns=Columns.RATING)
         self.catalogue = self._read_catalogue(folder / f"{self.dataset}.item", frame[Columns.ITEM_ID].tolist())
         self._check_users(folder / f"{self.dataset}.user", interactions, frame[Columns.USER_ID].tolist())
         self.table = SampleTable.from_interactions(frame, self.catalogue, source=str(interactions))
@@ -154,7 +156,7 @@ class RecDataModule(LightningDataModule):
                 f"{path}, line {row + 2}: the item {items[Columns.ITEM_ID].iloc[row]!r} comes twice; keep one row."
             )
         titles = items[Columns.TITLE].tolist() if Columns.TITLE in items else None
-        return Catalogue(items[Columns.ITEM_ID].tolist(), titles)
+        return Catalogue(items[Columns.ITEM_ID].tolist(), titles, _texts(items) if titles else None)
 
     def _check_users(self, path: Path, interactions: Path, user_ids: list[str]) -> None:
         if not path.is_file():
@@ -277,3 +279,14 @@ class RecDataModule(LightningDataModule):
             "no_history": int((table.n_earlier == 0).sum()),
             "repeats": int(table.repeated.sum()),
         }
+
+
+def _texts(items: pd.DataFrame) -> list[str]:
+    """`title (year), genre, genre` as far as the file has them."""
+    nothing = [""] * len(items)
+    years = items["release_year"].tolist() if "release_year" in items else nothing
+    genres = items["class"].tolist() if "class" in items else nothing
+    return [
+        ", ".join(filter(None, [f"{title} ({year})" if title and year else title, *genre.split()]))
+        for title, year, genre in zip(items[Columns.TITLE].tolist(), years, genres, strict=True)
+    ]

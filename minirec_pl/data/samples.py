@@ -30,9 +30,13 @@ class Catalogue:
     Args:
         item_ids: External ids, all different; the item index is the position.
         titles: A title for each item, or None.
+        texts: What encoders read of each item, or None; an empty one falls back on the title, then on the id.
+
+    Attributes:
+        texts: A text for each item, never empty.
 
     Raises:
-        InputError: No item, an id that comes twice, or another number of titles.
+        InputError: No item, an id that comes twice, or another number of titles or texts.
 
     Example:
         >>> catalogue = Catalogue(["b", "a"], ["Bee", "Ape"])
@@ -40,7 +44,9 @@ class Catalogue:
         (2, 1, 'Ape')
     """
 
-    def __init__(self, item_ids: Sequence[str], titles: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, item_ids: Sequence[str], titles: Sequence[str] | None = None, texts: Sequence[str] | None = None
+    ) -> None:
         self.item_ids = list(item_ids)
         self.titles = None if titles is None else list(titles)
         self._index = {item_id: index for index, item_id in enumerate(self.item_ids)}
@@ -49,8 +55,11 @@ class Catalogue:
         if len(self._index) < len(self.item_ids):
             twice = next(item_id for index, item_id in enumerate(self.item_ids) if self._index[item_id] != index)
             raise InputError(f"The item {twice!r} is in the catalogue twice; keep one of its rows.")
-        if self.titles is not None and len(self.titles) != len(self.item_ids):
-            raise InputError(f"{len(self.titles)} titles for {len(self.item_ids)} items; give each item one title.")
+        for what, given in (("titles", titles), ("texts", texts)):
+            if given is not None and len(given) != len(self.item_ids):
+                raise InputError(f"{len(given)} {what} for {len(self.item_ids)} items; give each item one of them.")
+        known = [column for column in (texts, titles, self.item_ids) if column is not None]
+        self.texts = [next((text for text in row if text), "") for row in zip(*known, strict=True)]
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -86,12 +95,14 @@ class SampleTable:
         items: Item index of each interaction, [N] in source order.
         timestamps: Unix seconds of each interaction, [N] in source order.
         n_items: Size of the catalogue.
+        ratings: What the user said of each item, [N] in source order, NaN where unknown; None where there are none.
 
     Attributes:
         user_ids: External ids of the users, [n_users], by first appearance in time.
         user: User index, [N] int64.
         item: Item index of the target, [N] int64.
         timestamp: Unix seconds, [N] float64, never decreasing.
+        rating: [N] float32, NaN where unknown, or None.
         n_earlier: Number of interactions of the same user at strictly earlier timestamps, [N] int64.
         repeated: The user had this very item at a strictly earlier timestamp, [N] bool.
         eligible: There is a history and the target is not ``repeated`` (the mask of seen items would hide it), [N]
@@ -112,6 +123,7 @@ class SampleTable:
         items: Sequence[int] | IntArray,
         timestamps: Sequence[float] | FloatArray,
         n_items: int,
+        ratings: Sequence[float] | FloatArray | None = None,
     ) -> None:
         if len(user_ids) == 0:
             raise InputError("There is no interaction; give a table with at least one row.")
@@ -120,6 +132,7 @@ class SampleTable:
         self.n_items = n_items
         self.timestamp: FloatArray = source_time[by_time]
         self.item: IntArray = np.asarray(items, dtype=np.int64)[by_time]
+        self.rating = None if ratings is None else np.asarray(ratings, dtype=np.float32)[by_time]
         codes, uniques = pd.factorize(np.asarray(user_ids, dtype=object)[by_time])
         self.user: IntArray = codes.astype(np.int64)
         self.user_ids: list[str] = [str(user_id) for user_id in uniques]
@@ -141,7 +154,8 @@ class SampleTable:
         is_first[first] = True
 
         self.user_begins = begins
-        self.grouped_item = item
+        self.grouped_item, self.grouped_time = item, time
+        self.grouped_rating = None if self.rating is None else self.rating[self.rows]
         self.history_begin = np.empty(n, dtype=np.int64)
         self.history_end = np.empty(n, dtype=np.int64)
         self.repeated: BoolArray = np.empty(n, dtype=bool)
@@ -161,6 +175,8 @@ class SampleTable:
     ) -> "SampleTable":
         """Build the table from a frame with the columns user_id, item_id (external ids) and timestamp (unix seconds).
 
+        A column rating (float, NaN where unknown) is kept where there is one.
+
         Raises:
             InputError: An item is not in the catalogue; names ``source``, the line (row + 2) and the item id.
         """
@@ -176,6 +192,7 @@ class SampleTable:
             items.astype(np.int64),
             frame[Columns.TIMESTAMP].to_numpy(dtype=np.float64),
             len(catalogue),
+            frame[Columns.RATING].to_numpy(dtype=np.float64) if Columns.RATING in frame else None,
         )
 
     def __len__(self) -> int:

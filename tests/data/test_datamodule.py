@@ -24,10 +24,14 @@ def test_batches_have_the_documented_shapes_and_types(toy):
     assert isinstance(loader, ResumableLoader)
     assert isinstance(data.train_sampler, CurriculumSampler)
     batch = next(iter(loader))
-    assert list(batch) == ["sample_id", "user", "history", "target", "seen"]
-    assert all(value.dtype == torch.int64 and value.device.type == "cpu" for value in batch.values())
+    assert set(batch) == {"sample_id", "user", "history", "history_age", "history_rating", "target", "seen"}
+    floats = {"history_age", "history_rating"}
+    for name, value in batch.items():
+        assert value.dtype == (torch.float32 if name in floats else torch.int64)
+        assert value.device.type == "cpu"
     assert [batch[key].shape for key in ("sample_id", "user", "target")] == [(8,)] * 3
     assert batch["history"].shape == (8, 5)
+    assert batch["history_age"].shape == batch["history_rating"].shape == (8, 5)
     for history, seen in zip(batch["history"], batch["seen"], strict=True):
         assert history.ne(-1).any()
         assert history.ne(-1).tolist() == sorted(history.ne(-1).tolist())

@@ -23,6 +23,7 @@ def test_counts_and_cuts(data):
     assert counts["repeats"] == 0
     assert data.catalogue.item_ids == [str(number) for number in range(1, 1683)]
     assert data.catalogue.titles[:2] == ["Toy Story", "GoldenEye"]
+    assert data.catalogue.texts[0] == "Toy Story (1995), Animation, Children's, Comedy"
     shares = np.array([data.table.user, data.table.timestamp]).T
     _, sizes = np.unique(shares, axis=0, return_counts=True)
     assert round(sizes[sizes > 1].sum() / 1000) == 76

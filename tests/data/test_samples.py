@@ -108,8 +108,18 @@ def test_catalogue():
         Catalogue(["b", "a", "b"])
     with pytest.raises(InputError, match="1 titles for 2 items"):
         Catalogue(["b", "a"], ["Bee"])
+    with pytest.raises(InputError, match="3 texts for 2 items"):
+        Catalogue(["b", "a"], None, ["x", "y", "z"])
     with pytest.raises(InputError, match="no item"):
         Catalogue([])
+
+
+def test_an_item_without_text_is_read_by_its_title_then_by_its_id():
+    titles, texts = ["Bee", "Ape", ""], ["", "Ape, an animal", ""]
+    assert Catalogue(["b", "a", "c"], titles, texts).texts == ["Bee", "Ape, an animal", "c"]
+    assert Catalogue(["b", "a", "c"], titles).texts == ["Bee", "Ape", "c"]
+    assert Catalogue(["b", "a"]).texts == ["b", "a"]
+    assert Catalogue(["b", "a", "c"], titles, texts).fingerprint == Catalogue(["b", "a", "c"]).fingerprint
 
 
 def test_fingerprint_of_the_table_tells_data_apart():
