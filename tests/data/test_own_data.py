@@ -32,8 +32,7 @@ def fit_and_predict(root, *data):
     """Two steps of GRPO through the template, then `minirec predict`; returns the predictions."""
     arguments = ["--config", str(TEMPLATE), *SMALL, *QUIET, *data, f"--trainer.default_root_dir={root}"]
     assert main(["fit", *arguments, "--trainer.limit_train_batches=2", "--selection=null"]) == 0
-    policy = root / "latest" / "policy"
-    assert main(["predict", *arguments, f"--model.policy.pretrained={policy}", "--model.policy.config=null"]) == 0
+    assert main(["predict", "--ckpt_path", str(root / "latest" / "checkpoints" / "best.ckpt")]) == 0
     return pd.read_parquet(next(root.rglob("predictions.parquet")))
 
 
@@ -120,7 +119,7 @@ def test_a_warm_start_on_sequences_learns(sequences, make_trainer, tmp_path):
     class Module(WarmStartModule):
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             return loss
 
     torch.manual_seed(0)
