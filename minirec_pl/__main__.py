@@ -16,7 +16,11 @@ TRAINER_COMMANDS = {
     "predict": "top-K recommendations as parquet",
     "score": "the signals of the pool, for `minirec select`",
 }
-OWN_HELP = {**TRAINER_COMMANDS, "select": "pick a subset from signals: ledger, plan, diagnostics, picture"}
+OWN_HELP = {
+    **TRAINER_COMMANDS,
+    "select": "pick a subset from signals: ledger, plan, diagnostics, picture",
+    "data": "describe: what the data of a config hold",
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -42,6 +46,13 @@ def _dispatch(argv: list[str]) -> int:
 
         select(argv[1:])
         return 0
+    if argv and argv[0] == "data":
+        if argv[1:2] != ["describe"]:
+            raise InputError("minirec data has one command: minirec data describe --config FILE")
+        from minirec_pl.describe import run as describe
+
+        describe(argv[2:])
+        return 0
     parser = _parser()
     if not argv:
         parser.print_help(sys.stderr)
@@ -64,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in OWN_HELP.items():
-        commands.add_parser(name, help=f"{text}; see `minirec {name} --help`")
+        command = "data describe" if name == "data" else name
+        commands.add_parser(name, help=f"{text}; see `minirec {command} --help`")
     fetch = commands.add_parser("fetch", help="download a public data set", description="Downloads a public data set.")
     fetch.add_argument("dataset", choices=["ml-100k"], help="which data set")
     fetch.add_argument(

@@ -50,7 +50,8 @@ class SampleDataset(Dataset[Batch]):
 
     * ``sample_id`` [B] int64, ``user`` [B] int64 (user index), ``target`` [B] int64 (item index);
     * ``history`` [B, window] int64: last items of strictly earlier timestamps, most recent last, LEFT-padded with -1;
-    * ``history_age`` [B, window] float32: seconds from each of them to the target, 0 where padded;
+    * ``history_age`` [B, window] float32: seconds from each of them to the target, 0 where padded, NaN where
+      ready-made sequences do not say;
     * ``history_rating`` [B, window] float32, where the table has ratings: NaN where padded or unknown;
     * ``seen`` [B, S] int64: all different items of strictly earlier timestamps, right-padded with -1.
 
@@ -90,12 +91,13 @@ class SampleDataset(Dataset[Batch]):
             )
         begin, end = table.history_begin[ids], table.history_end[ids]
         begin, seen_of = np.maximum(begin, end - self.window), (table.seen_begin[ids], table.seen_end[ids])
+        history = self._history(table.grouped_item, begin, end, NO_ITEM)
         age = table.timestamp[ids][:, None] - self._history(table.grouped_time, begin, end, np.nan)
         batch = {
             "sample_id": ids.copy(),
             "user": table.user[ids],
-            "history": self._history(table.grouped_item, begin, end, NO_ITEM),
-            "history_age": np.nan_to_num(age).astype(np.float32),
+            "history": history,
+            "history_age": np.where(history == NO_ITEM, 0, age).astype(np.float32),
             "target": table.item[ids],
             "seen": gather_padded(table.distinct_item, *seen_of, left=False),
         }

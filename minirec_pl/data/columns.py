@@ -11,4 +11,8 @@ class Columns:
     RATING: Final = "rating"
     TIMESTAMP: Final = "timestamp"
     TITLE: Final = "title"
+    SPLIT: Final = "split"
+    HISTORY_ITEM_ID: Final = "history_item_id"
+    HISTORY_RATING: Final = "history_rating"
+    HISTORY_TIMESTAMP: Final = "history_timestamp"
     SAMPLE_ID: Final = "sample_id"

@@ -1,7 +1,5 @@
-"""RecDataModule: from a folder of atomic files to batches."""
+"""RecDataModule: from a source of samples to batches."""
 
-from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -11,44 +9,59 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch.utils.data import DataLoader, Dataset
 
-from minirec_pl.data.atomic import read_atomic
+from minirec_pl.data.assemble import Report, Source
 from minirec_pl.data.batches import Batch, SampleDataset, identity
 from minirec_pl.data.columns import Columns
 from minirec_pl.data.sampler import CurriculumSampler, GenerationSchedule, OrderedSampler, ResumableLoader, world
-from minirec_pl.data.samples import Catalogue, IntArray, SampleTable, TimeSplit, digest, split_by_time
+from minirec_pl.data.samples import Catalogue, IntArray, SampleTable, TimeSplit, digest
+from minirec_pl.data.sequences import SequenceTable, WarmSequenceDataset
+from minirec_pl.data.sources import AtomicFiles
+from minirec_pl.data.splits import Parts, random_part, split_table
 from minirec_pl.data.warm import WarmChunkSampler, WarmDataset
 from minirec_pl.errors import InputError
 
-TITLE_COLUMNS = {"movie_title": Columns.TITLE}
+TRAIN_ON = ("warm", "pool", "warm_samples")
+_EVALUATION_SEED = 0
 
 
 class RecDataModule(LightningDataModule):
-    """Next-item samples in global time order from RecBole atomic files.
+    """Next-item samples from any source, in global time order.
 
-    Reads ``<path>/<dataset>/<dataset>.inter`` and, where they exist, ``.item`` (the catalogue, in its order) and
-    ``.user``. The first share of the train part in time feeds the warm start, the rest is the pool of RL; they do not
-    overlap. Only samples with a history and a target that is new to the user are served. ``setup`` fills the
-    attributes.
+    The first share of the train part in time feeds the warm start, the rest is the pool of RL; they do not overlap.
+    Only samples with a history and a target that is new to the user are served. ``setup`` fills the attributes.
 
     Args:
-        path: Folder that holds a folder per dataset.
-        dataset: Name of the dataset's folder and files.
-        train_on: ``warm`` trains on sequences of the warm part, ``pool`` on single samples of the pool.
-        split: Shares of train, validation and test in time.
-        warm_fraction: Share of the train part kept for the warm start.
+        path: Folder that holds a folder per dataset of RecBole atomic files; not used with ``source``.
+        dataset: Name of the dataset's folder and files; not used with ``source``.
+        train_on: ``warm`` trains on sequences of the warm part, ``pool`` on single samples of the pool,
+            ``warm_samples`` on single samples of the warm part.
+        split: Shares of train, validation and test in global time; or ``leave_one_out``: each user's last sample is
+            for test and the one before for validation, which leaks the future of other users into training; or
+            ``given``: by the column ``split`` of the data (train, validation, test), where the latest tenth of train
+            becomes validation if there is none.
+        warm_fraction: Share of the train part kept for the warm start, earliest first.
         history_window: Longest history, in items.
-        batch_size: Samples a training batch from the pool.
+        batch_size: Samples a training batch from the pool, or of ``warm_samples``.
         warm_batch_size: Sequences a training batch of the warm start.
         eval_batch_size: Samples a batch in validation, test and scoring.
         num_workers: Loader processes; 0 loads in the main process, which is fastest on few cores.
-        seed: Seed of the training order.
+        seed: Seed of the training order and of the subsets of warm part and pool.
+        source: Where the samples come from, a class of ``minirec_pl.data.sources``; None: the atomic files in ``path``.
+        warm_samples: Samples of the warm part to use, a random subset of this size; None: all. Needs ``train_on`` other
+            than ``warm``, which trains on stretches, unless the source gives ready-made sequences.
+        pool_samples: Samples of the pool to use, likewise.
+        val_samples: Samples of validation to use, likewise, for slow policies; the subset is the same for every seed.
+        test_samples: Samples of test to use, likewise.
 
     Attributes:
         table: All samples.
         catalogue: All items.
-        split: Where the parts begin and end, in sample_ids.
+        report: What was dropped or mended while reading, in words, and how often.
+        parts: All sample_ids of each part.
+        split: Where the parts begin and end, in sample_ids; None unless they are stretches of global time.
         warm_ids: Eligible sample_ids of the warm part, int64; likewise ``pool_ids``, ``val_ids`` and ``test_ids``.
-        item_popularity: Interactions of each item in the train part (warm and pool), [n_items] int64.
+        item_popularity: Interactions of each item in the train part (warm and pool), [n_items] int64; of ready-made
+            sequences the users that have it there.
         train_sampler: The sampler of the training loader; it lives as long as the DataModule.
 
     Example:
@@ -60,7 +73,9 @@ class RecDataModule(LightningDataModule):
 
     table: SampleTable
     catalogue: Catalogue
-    split: TimeSplit
+    report: Report
+    parts: Parts
+    split: TimeSplit | None
     warm_ids: IntArray
     pool_ids: IntArray
     val_ids: IntArray
@@ -70,10 +85,10 @@ class RecDataModule(LightningDataModule):
 
     def __init__(
         self,
-        path: str,
+        path: str = "data",
         dataset: str = "ml-100k",
-        train_on: Literal["warm", "pool"] = "pool",
-        split: tuple[float, float, float] = (0.8, 0.1, 0.1),
+        train_on: Literal["warm", "pool", "warm_samples"] = "pool",
+        split: tuple[float, float, float] | Literal["leave_one_out", "given"] = (0.8, 0.1, 0.1),
         warm_fraction: float = 0.875,
         history_window: int = 50,
         batch_size: int = 64,
@@ -81,118 +96,101 @@ class RecDataModule(LightningDataModule):
         eval_batch_size: int = 256,
         num_workers: int = 0,
         seed: int = 42,
+        source: Source | None = None,
+        warm_samples: int | None = None,
+        pool_samples: int | None = None,
+        val_samples: int | None = None,
+        test_samples: int | None = None,
     ) -> None:
         super().__init__()
-        if train_on not in ("warm", "pool"):
-            raise InputError(f"train_on={train_on!r}: give 'warm' or 'pool'.")
+        if train_on not in TRAIN_ON:
+            raise InputError(f"train_on={train_on!r}: give 'warm', 'pool' or 'warm_samples'.")
         counts = {
             "history_window": history_window,
             "batch_size": batch_size,
             "warm_batch_size": warm_batch_size,
             "eval_batch_size": eval_batch_size,
+            "warm_samples": warm_samples,
+            "pool_samples": pool_samples,
+            "val_samples": val_samples,
+            "test_samples": test_samples,
         }
         for name, value in counts.items():
-            if value < 1:
+            if value is not None and value < 1:
                 raise InputError(f"{name}={value}: give a whole number of at least 1.")
-        self.path, self.dataset, self.train_on = path, dataset, train_on
-        self.ratios, self.warm_fraction, self.history_window = split, warm_fraction, history_window
+        self.source = source or AtomicFiles(path, dataset)
+        self.train_on = train_on
+        self.split_by, self.warm_fraction, self.history_window = split, warm_fraction, history_window
         self.batch_size, self.warm_batch_size, self.eval_batch_size = batch_size, warm_batch_size, eval_batch_size
         self.num_workers, self.seed = num_workers, seed
+        self.sizes = (warm_samples, pool_samples, val_samples, test_samples)
         self._ready = False
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["source"])
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the files once and build the training sampler for the current number of ranks.
+        """Read the data once and build the training sampler for the current number of ranks.
 
         Raises:
-            InputError: A file is missing or wrong, or a part that is needed holds no eligible sample.
+            InputError: The data are missing or wrong, or a part that is needed holds no eligible sample.
         """
         if not self._ready:
             self._read()
             self._ready = True
         sampler = getattr(self, "train_sampler", None)
         if sampler is None or (sampler.num_replicas, sampler.rank) != world():
-            self.train_sampler = (
-                CurriculumSampler(self.pool_ids, seed=self.seed)
-                if self.train_on == "pool"
-                else WarmChunkSampler(self.table, self.split.warm_end, self.history_window, seed=self.seed)
+            self.train_sampler = self._make_sampler()
+
+    def _make_sampler(self) -> CurriculumSampler | WarmChunkSampler:
+        if self.train_on == "pool":
+            return CurriculumSampler(self.pool_ids, seed=self.seed)
+        if self.train_on == "warm_samples" or isinstance(self.table, SequenceTable):
+            return CurriculumSampler(self.warm_ids, seed=self.seed)
+        if self.sizes[0] is not None:
+            raise InputError(
+                f"warm_samples={self.sizes[0]}: train_on='warm' trains on whole stretches of users' interactions; set "
+                "train_on to 'warm_samples', or leave warm_samples out."
             )
+        return WarmChunkSampler(self.table, self.parts.warm, self.history_window, seed=self.seed)
 
     def _read(self) -> None:
-        folder = Path(self.path, self.dataset)
-        interactions = folder / f"{self.dataset}.inter"
-        if not interactions.is_file():
-            fetch = f"run 'minirec fetch {self.dataset} --to {self.path}'"
-            other = f"put {self.dataset}.inter and {self.dataset}.item (RecBole atomic files) there"
-            raise InputError(f"{interactions} is missing; {fetch if self.dataset == 'ml-100k' else other}.")
-        needed = (Columns.USER_ID, Columns.ITEM_ID, Columns.TIMESTAMP)
-        frame = read_atomic(interactions, required=needed)
-        if frame[Columns.TIMESTAMP].dtype != np.float64:
-            raise InputError(
-                f"{interactions}, line 1, column timestamp: it must be 'timestamp:float', in unix seconds."
-            )
-        if Columns.RATING in frame and frame[Columns.RATING].dtype != np.float64:
-            frame = frame.drop(columns=Columns.RATING)
-        self.catalogue = self._read_catalogue(folder / f"{self.dataset}.item", frame[Columns.ITEM_ID].tolist())
-        self._check_users(folder / f"{self.dataset}.user", interactions, frame[Columns.USER_ID].tolist())
-        self.table = SampleTable.from_interactions(frame, self.catalogue, source=str(interactions))
-        self.split = split_by_time(self.table, self.ratios, warm_fraction=self.warm_fraction)
-        cuts = (0, *self.split)
+        self.table, self.catalogue, name, self.report = self.source.read()
+        self.parts, self.split = split_table(self.table, self.split_by, self.warm_fraction)
+        seeds = (self.seed, self.seed, _EVALUATION_SEED, _EVALUATION_SEED)
         self.warm_ids, self.pool_ids, self.val_ids, self.test_ids = (
-            begin + np.flatnonzero(self.table.eligible[begin:end]) for begin, end in pairwise(cuts)
+            random_part(rows[self.table.eligible[rows]], size, seed)
+            for rows, size, seed in zip(self.parts, self.sizes, seeds, strict=True)
         )
-        train = self.table.item[: self.split.train_end]
-        self.item_popularity = np.bincount(train, minlength=len(self.catalogue)).astype(np.int64)
-        self._check_parts(interactions)
+        self.item_popularity = self.table.item_counts(np.concatenate([self.parts.warm, self.parts.pool]))
+        self._check_parts(name)
 
-    def _read_catalogue(self, path: Path, interacted: list[str]) -> Catalogue:
-        if not path.is_file():
-            return Catalogue(list(dict.fromkeys(interacted)))
-        items = read_atomic(path, TITLE_COLUMNS, required=(Columns.ITEM_ID,))
-        twice = items[Columns.ITEM_ID].duplicated()
-        if twice.any():
-            row = int(np.argmax(twice))
-            raise InputError(
-                f"{path}, line {row + 2}: the item {items[Columns.ITEM_ID].iloc[row]!r} comes twice; keep one row."
-            )
-        titles = items[Columns.TITLE].tolist() if Columns.TITLE in items else None
-        return Catalogue(items[Columns.ITEM_ID].tolist(), titles, _texts(items) if titles else None)
-
-    def _check_users(self, path: Path, interactions: Path, user_ids: list[str]) -> None:
-        if not path.is_file():
-            return
-        known = set(read_atomic(path, required=(Columns.USER_ID,))[Columns.USER_ID])
-        row = next((row for row, user_id in enumerate(user_ids) if user_id not in known), None)
-        if row is not None:
-            raise InputError(
-                f"{interactions}, line {row + 2}: the user {user_ids[row]!r} is not in {path.name}; add it there or "
-                "mend the order of the columns."
-            )
-
-    def _check_parts(self, source: Path) -> None:
-        train = ("warm-start", self.warm_ids) if self.train_on == "warm" else ("pool", self.pool_ids)
+    def _check_parts(self, source: str) -> None:
+        train = ("pool", self.pool_ids) if self.train_on == "pool" else ("warm-start", self.warm_ids)
         options = {"warm-start": "warm_fraction", "pool": "warm_fraction"}
         for name, ids in (train, ("validation", self.val_ids), ("test", self.test_ids)):
             if len(ids) == 0:
                 moments = len(np.unique(self.table.timestamp))
                 raise InputError(
                     f"{source}: the {name} part is empty, no sample in it has a history and a new item "
-                    f"(split={self.ratios}, warm_fraction={self.warm_fraction}, {len(self.table)} interactions at "
+                    f"(split={self.split_by}, warm_fraction={self.warm_fraction}, {len(self.table)} interactions at "
                     f"{moments} different timestamps); change {options.get(name, 'split')} or check the timestamps."
                 )
 
     def train_dataloader(self) -> ResumableLoader:
-        """Batches of the pool (see SampleDataset) or of the warm start (see WarmDataset), resumable inside an epoch.
+        """Batches of single samples (see SampleDataset) or of the warm start (see WarmDataset), resumable in an epoch.
 
-        A module with a ``generation_schedule`` gets the batches of the pool as that says.
+        A module with a ``generation_schedule`` gets the batches of single samples as that says.
         """
         sampler = self.train_sampler
         schedule = GenerationSchedule()
         dataset: Dataset[Batch]
         if isinstance(sampler, WarmChunkSampler):
             dataset, batch_size = WarmDataset(self.table, sampler.n_chunks), self.warm_batch_size
+        elif self.train_on == "warm" and isinstance(self.table, SequenceTable):
+            dataset = WarmSequenceDataset(self.table, self.history_window, self.warm_ids)
+            batch_size = self.warm_batch_size
         else:
-            dataset = SampleDataset(self.table, self.history_window, self.pool_ids, "the pool")
+            ids, part = (self.pool_ids, "the pool") if self.train_on == "pool" else (self.warm_ids, "the warm part")
+            dataset = SampleDataset(self.table, self.history_window, ids, part)
             module = None if self.trainer is None else self.trainer.lightning_module
             schedule = getattr(module, "generation_schedule", schedule)
             batch_size = round(self.batch_size * schedule.oversample)
@@ -262,15 +260,15 @@ class RecDataModule(LightningDataModule):
 
     def describe(self) -> dict[str, int]:
         """Counts for printing: what there is, rows and eligible samples of each part, what was left out and why."""
-        table, split = self.table, self.split
+        table, parts = self.table, self.parts
         return {
             "users": len(table.user_ids),
             "items": len(self.catalogue),
             "interactions": len(table),
-            "warm_rows": split.warm_end,
-            "pool_rows": split.train_end - split.warm_end,
-            "validation_rows": split.val_end - split.train_end,
-            "test_rows": split.end - split.val_end,
+            "warm_rows": len(parts.warm),
+            "pool_rows": len(parts.pool),
+            "validation_rows": len(parts.validation),
+            "test_rows": len(parts.test),
             "warm": len(self.warm_ids),
             "pool": len(self.pool_ids),
             "validation": len(self.val_ids),
@@ -279,14 +277,3 @@ class RecDataModule(LightningDataModule):
             "no_history": int((table.n_earlier == 0).sum()),
             "repeats": int(table.repeated.sum()),
         }
-
-
-def _texts(items: pd.DataFrame) -> list[str]:
-    """`title (year), genre, genre` as far as the file has them."""
-    nothing = [""] * len(items)
-    years = items["release_year"].tolist() if "release_year" in items else nothing
-    genres = items["class"].tolist() if "class" in items else nothing
-    return [
-        ", ".join(filter(None, [f"{title} ({year})" if title and year else title, *genre.split()]))
-        for title, year, genre in zip(items[Columns.TITLE].tolist(), years, genres, strict=True)
-    ]

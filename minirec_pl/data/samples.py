@@ -29,8 +29,8 @@ class Catalogue:
 
     Args:
         item_ids: External ids, all different; the item index is the position.
-        titles: A title for each item, or None.
-        texts: What encoders read of each item, or None; an empty one falls back on the title, then on the id.
+        titles: A title for each item, or None; an empty one becomes the id.
+        texts: What encoders read of each item, or None; an empty one becomes the title or, without one, the id.
 
     Attributes:
         texts: A text for each item, never empty.
@@ -48,7 +48,6 @@ class Catalogue:
         self, item_ids: Sequence[str], titles: Sequence[str] | None = None, texts: Sequence[str] | None = None
     ) -> None:
         self.item_ids = list(item_ids)
-        self.titles = None if titles is None else list(titles)
         self._index = {item_id: index for index, item_id in enumerate(self.item_ids)}
         if not self.item_ids:
             raise InputError("The catalogue holds no item; give at least one.")
@@ -58,8 +57,11 @@ class Catalogue:
         for what, given in (("titles", titles), ("texts", texts)):
             if given is not None and len(given) != len(self.item_ids):
                 raise InputError(f"{len(given)} {what} for {len(self.item_ids)} items; give each item one of them.")
-        known = [column for column in (texts, titles, self.item_ids) if column is not None]
-        self.texts = [next((text for text in row if text), "") for row in zip(*known, strict=True)]
+        self.titles = (
+            None if titles is None else [title or own for title, own in zip(titles, self.item_ids, strict=True)]
+        )
+        names = self.titles or self.item_ids
+        self.texts = [*names] if texts is None else [text or name for text, name in zip(texts, names, strict=True)]
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -96,6 +98,8 @@ class SampleTable:
         timestamps: Unix seconds of each interaction, [N] in source order.
         n_items: Size of the catalogue.
         ratings: What the user said of each item, [N] in source order, NaN where unknown; None where there are none.
+        parts: What each interaction is for, where the source says so, [N] in source order: ``train``, ``validation``
+            or ``test``.
 
     Attributes:
         user_ids: External ids of the users, [n_users], by first appearance in time.
@@ -103,6 +107,8 @@ class SampleTable:
         item: Item index of the target, [N] int64.
         timestamp: Unix seconds, [N] float64, never decreasing.
         rating: [N] float32, NaN where unknown, or None.
+        part: [N] of str, or None.
+        source_row: Row in the source, [N] int64.
         n_earlier: Number of interactions of the same user at strictly earlier timestamps, [N] int64.
         repeated: The user had this very item at a strictly earlier timestamp, [N] bool.
         eligible: There is a history and the target is not ``repeated`` (the mask of seen items would hide it), [N]
@@ -124,15 +130,18 @@ class SampleTable:
         timestamps: Sequence[float] | FloatArray,
         n_items: int,
         ratings: Sequence[float] | FloatArray | None = None,
+        parts: Sequence[str] | None = None,
     ) -> None:
         if len(user_ids) == 0:
             raise InputError("There is no interaction; give a table with at least one row.")
         source_time = np.asarray(timestamps, dtype=np.float64)
         by_time = np.argsort(source_time, kind="stable")
+        self.source_row: IntArray = by_time.astype(np.int64)
         self.n_items = n_items
         self.timestamp: FloatArray = source_time[by_time]
         self.item: IntArray = np.asarray(items, dtype=np.int64)[by_time]
         self.rating = None if ratings is None else np.asarray(ratings, dtype=np.float32)[by_time]
+        self.part = None if parts is None else np.asarray(parts, dtype=np.str_)[by_time]
         codes, uniques = pd.factorize(np.asarray(user_ids, dtype=object)[by_time])
         self.user: IntArray = codes.astype(np.int64)
         self.user_ids: list[str] = [str(user_id) for user_id in uniques]
@@ -198,6 +207,10 @@ class SampleTable:
     def __len__(self) -> int:
         return len(self.user)
 
+    def item_counts(self, sample_ids: IntArray) -> IntArray:
+        """How often each item is the target of these samples, [n_items] int64."""
+        return np.bincount(self.item[sample_ids], minlength=self.n_items).astype(np.int64)
+
     def history(self, sample_id: int, window: int | None = None) -> IntArray:
         """The last ``window`` items (None: all) of strictly earlier timestamps, most recent last, [<= window] int64."""
         begin, end = int(self.history_begin[sample_id]), int(self.history_end[sample_id])
@@ -214,6 +227,18 @@ class SampleTable:
         return hashlib.sha256(
             digest(self.user_ids).encode() + b"".join(array.tobytes() for array in arrays)
         ).hexdigest()
+
+
+def cut_forward(times: FloatArray, position: float) -> int:
+    """The cut nearest to a position among sorted times, moved forward until it splits no timestamp."""
+    row = round(position)
+    return row if row == 0 else int(np.searchsorted(times, times[row - 1], side="right"))
+
+
+def check_warm_fraction(warm_fraction: float) -> None:
+    """Raises InputError unless it is a share from 0 to 1."""
+    if not 0 <= warm_fraction <= 1:
+        raise InputError(f"warm_fraction={warm_fraction}: give a share of the train part from 0 to 1.")
 
 
 class TimeSplit(NamedTuple):
@@ -245,17 +270,11 @@ def split_by_time(
         raise InputError(
             f"split={tuple(ratios)}: give three shares above 0 (train, validation, test) that add up to 1."
         )
-    if not 0 <= warm_fraction <= 1:
-        raise InputError(f"warm_fraction={warm_fraction}: give a share of the train part from 0 to 1.")
-
-    def cut(position: float) -> int:
-        row = round(position)
-        return row if row == 0 else int(np.searchsorted(table.timestamp, table.timestamp[row - 1], side="right"))
-
-    train_end = cut(len(table) * ratios[0])
+    check_warm_fraction(warm_fraction)
+    train_end = cut_forward(table.timestamp, len(table) * ratios[0])
     return TimeSplit(
-        warm_end=min(cut(train_end * warm_fraction), train_end),
+        warm_end=cut_forward(table.timestamp[:train_end], train_end * warm_fraction),
         train_end=train_end,
-        val_end=cut(len(table) * (ratios[0] + ratios[1])),
+        val_end=cut_forward(table.timestamp, len(table) * (ratios[0] + ratios[1])),
         end=len(table),
     )

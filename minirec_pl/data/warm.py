@@ -25,7 +25,7 @@ class WarmChunkSampler(ShardedSampler[Chunk]):
 
     Args:
         table: All samples.
-        warm_end: The warm part is the sample_ids below this.
+        warm: The sample_ids of the warm part, or the one below which all are.
         window: Longest context, in items.
         seed: Seed of the draws.
         num_replicas: Number of ranks; None: that of torch.distributed when initialised, else 1.
@@ -38,7 +38,7 @@ class WarmChunkSampler(ShardedSampler[Chunk]):
     def __init__(
         self,
         table: SampleTable,
-        warm_end: int,
+        warm: IntArray | int,
         window: int,
         *,
         seed: int = 42,
@@ -47,7 +47,9 @@ class WarmChunkSampler(ShardedSampler[Chunk]):
     ) -> None:
         self.table = table
         self.window = window
-        rows = table.rows[table.rows < warm_end]
+        is_warm = np.zeros(len(table), dtype=bool)
+        is_warm[np.arange(warm) if isinstance(warm, int) else warm] = True
+        rows = table.rows[is_warm[table.rows]]
         useful = np.zeros(len(table.user_ids), dtype=bool)
         useful[table.user[rows[table.eligible[rows]]]] = True
         self.rows: IntArray = rows[useful[table.user[rows]]]

@@ -61,7 +61,8 @@ def test_workers_give_the_same_batches(toy):
         (with_none.val_dataloader(), with_two.val_dataloader()),
     ):
         for a, b in zip(first, second, strict=True):
-            assert all(torch.equal(a[key], b[key]) for key in a)
+            for key in a:
+                torch.testing.assert_close(a[key], b[key], rtol=0, atol=0, equal_nan=True)
 
 
 def test_catalogue_follows_the_item_file_or_first_appearance(tmp_path):
@@ -123,6 +124,10 @@ def test_hyperparameters_are_primitives_and_datasets_pickle(toy):
         "eval_batch_size": 256,
         "num_workers": 0,
         "seed": 42,
+        "warm_samples": None,
+        "pool_samples": None,
+        "val_samples": None,
+        "test_samples": None,
     }
     dataset = copy.deepcopy(data.train_dataloader().dataset)
     assert dataset.__getitems__([data.pool_ids[0]])["sample_id"].item() == data.pool_ids[0]
@@ -140,7 +145,7 @@ def test_ten_thousand_samples_are_served_once_in_order(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train_on": "all"}, "train_on='all': give 'warm' or 'pool'."),
+        ({"train_on": "all"}, "train_on='all': give 'warm', 'pool' or 'warm_samples'."),
         ({"history_window": 0}, "history_window=0: give a whole number of at least 1."),
         ({"batch_size": -1}, "batch_size=-1: give"),
         ({"warm_batch_size": 0}, "warm_batch_size=0: give"),

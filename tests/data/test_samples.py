@@ -117,7 +117,7 @@ def test_catalogue():
 def test_an_item_without_text_is_read_by_its_title_then_by_its_id():
     titles, texts = ["Bee", "Ape", ""], ["", "Ape, an animal", ""]
     assert Catalogue(["b", "a", "c"], titles, texts).texts == ["Bee", "Ape, an animal", "c"]
-    assert Catalogue(["b", "a", "c"], titles).texts == ["Bee", "Ape", "c"]
+    assert Catalogue(["b", "a", "c"], titles).texts == Catalogue(["b", "a", "c"], titles).titles == ["Bee", "Ape", "c"]
     assert Catalogue(["b", "a"]).texts == ["b", "a"]
     assert Catalogue(["b", "a", "c"], titles, texts).fingerprint == Catalogue(["b", "a", "c"]).fingerprint
 

@@ -1,0 +1,119 @@
+"""What there is to know about a data set before training on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from minirec_pl.data.datamodule import RecDataModule
+from minirec_pl.data.samples import Catalogue, IntArray
+from minirec_pl.data.sequences import SequenceTable
+from minirec_pl.data.splits import LEAVE_ONE_OUT_LEAK, random_part
+
+PromptText = Callable[[Catalogue, IntArray], str]
+Facts = dict[str, dict[str, str]]
+QUANTILES = (0.1, 0.5, 0.9, 1.0)
+PROMPTS = 500
+
+
+def history_text(catalogue: Catalogue, history: IntArray) -> str:
+    """The items' texts, a line each: the part of a prompt whose length depends on the data."""
+    return "\n".join(catalogue.texts[item] for item in history)
+
+
+def facts_of(data: RecDataModule) -> Facts:
+    """Counts, parts, history lengths, cold items, and what was dropped or mended.
+
+    Args:
+        data: After ``setup``.
+
+    Returns:
+        By section, what was measured and its value, both for printing.
+    """
+    table, counts = data.table, data.describe()
+    pairs = int(table.item_counts(np.arange(len(table))).sum())
+    if not isinstance(table, SequenceTable):
+        pairs = len(table.distinct_item)
+    used = {"warm": data.warm_ids, "pool": data.pool_ids, "validation": data.val_ids, "test": data.test_ids}
+    served = np.concatenate(list(used.values()))
+    per_user = np.bincount(table.user, minlength=len(table.user_ids))
+    ever = table.item_counts(np.arange(len(table)))
+    target = table.item[data.test_ids]
+    cold = data.item_popularity[target] == 0
+    trained = np.isin(table.user[data.test_ids], table.user[np.concatenate([data.parts.warm, data.parts.pool])])
+    return {
+        "data": {
+            "users": _count(counts["users"]),
+            "items": _count(counts["items"]),
+            "sequences" if isinstance(table, SequenceTable) else "interactions": _count(counts["interactions"]),
+            "sparsity, the share of user-item pairs without interaction": (
+                f"{1 - pairs / (counts['users'] * counts['items']):.4%}"
+            ),
+            "users with a single row": _count(int((per_user == 1).sum())),
+            "items that nobody has": _count(int((ever == 0).sum())),
+        },
+        "rows: samples that are used": {
+            name: f"{counts[f'{name}_rows']:,}: {len(ids):,}" for name, ids in used.items()
+        },
+        "history length, items": {
+            **_quantiles(table.n_earlier[served]),
+            f"longer than history_window ({data.history_window})": _share(
+                table.n_earlier[served] > data.history_window
+            ),
+        },
+        "cold": {
+            "test samples whose item is never in train": _share(cold),
+            "different items among these": _count(len(np.unique(target[cold]))),
+            "test samples of users that are not in train": _share(~trained),
+        },
+        "not served": {
+            "no earlier interaction: history only": _count(counts["no_history"]),
+            "the user had the item before: history only": _count(counts["repeats"]),
+            **{what: _count(count) for what, count in data.report.items() if count},
+        },
+    }
+
+
+def token_facts(data: RecDataModule, tokenizer: Any, prompt: PromptText = history_text) -> Facts:
+    """Lengths in tokens of item texts, and of the prompts of at most 500 random samples.
+
+    Args:
+        data: After ``setup``.
+        tokenizer: Of transformers.
+        prompt: Makes the text of a prompt from the catalogue and a history.
+
+    Returns:
+        As of :func:`facts_of`.
+    """
+    ids = random_part(np.sort(np.concatenate([data.warm_ids, data.pool_ids, data.val_ids, data.test_ids])), PROMPTS, 0)
+    prompts = [prompt(data.catalogue, data.table.history(int(i), data.history_window)) for i in ids]
+    return {
+        "item text, tokens": _quantiles(_lengths(tokenizer, data.catalogue.texts)),
+        "history in a prompt, tokens": _quantiles(_lengths(tokenizer, prompts)),
+    }
+
+
+def notes_on(data: RecDataModule) -> list[str]:
+    """What a reader of results should know of the split."""
+    return [LEAVE_ONE_OUT_LEAK] if data.split_by == "leave_one_out" else []
+
+
+def _lengths(tokenizer: Any, texts: Sequence[str]) -> IntArray:
+    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return np.array([len(ids) for ids in encoded], dtype=np.int64)
+
+
+def _quantiles(values: IntArray) -> dict[str, str]:
+    names = ("shortest tenth up to", "median", "nine tenths up to", "longest")
+    found = np.quantile(values, QUANTILES, method="inverted_cdf")
+    return {name: f"{int(value):,}" for name, value in zip(names, found, strict=True)}
+
+
+def _count(value: int) -> str:
+    return f"{value:,}"
+
+
+def _share(mask: Any) -> str:
+    return f"{int(mask.sum()):,} ({mask.mean():.1%})"
