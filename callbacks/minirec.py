@@ -25,8 +25,22 @@ class MiniRec(SessionCallback):
     a selector that needs no signals, unless the curriculum does, and with `budget=1.0, curriculum="shuffled"` nothing
     is scored or selected.
 
+    The schedule, in the same words for GRPO and for any other module:
+
+    | word | default | unit | meaning |
+    |---|---|---|---|
+    | `budget` | 0.1 | float: share of the pool in (0, 1]; int: samples | what an epoch trains on |
+    | `warmup_epochs` | 0 | epochs | on the whole pool, before the first selection |
+    | `every_n_epochs` | 1 | epochs | how long a selection is kept |
+    | `rescore_fraction` | 0.1 | share of the pool in [0, 1] | scored again after an epoch, stalest first |
+    | `selector` | `MiniRecSelector()` | object | which samples |
+    | `curriculum` | `EasyToHardCurriculum()` | object, or "shuffled" | in which order; made anew every epoch |
+
+    A pool is what the training loader would train on. `trainer.estimated_stepping_batches` counts the steps of this
+    schedule when `configure_optimizers` reads it.
+
     Args:
-        budget: a fraction of the pool in (0, 1] as a float, or a number of samples as an int.
+        budget: a share of the pool as a float, or a number of samples as an int.
         warmup_epochs: epochs on the whole pool before the first selection.
         every_n_epochs: a new selection every so many epochs.
         rescore_fraction: part of the pool that is scored again after each epoch, stalest first.

@@ -36,7 +36,7 @@ class RewardHistory(SessionCallback):
         if not session.ready:
             return
         own = signals if isinstance(signals, SampleSignals) else None
-        ids = session.batch_ids(batch_idx)
+        ids = None if own is None else session.batch_ids(batch_idx)
         if own is not None and ids is not None:
             own = with_ids(own, ids)
         met = gather_signals(own, trainer.strategy.root_device)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minirec_pl.errors import InputError
-from minirec_pl.files import write_json
 from minirec_pl.selection.budget import budget_count, check_budget
-from minirec_pl.selection.diagnostics import Diagnostics, diagnose
+from minirec_pl.selection.diagnostics import Diagnostics
 from minirec_pl.selection.fingerprints import data_fingerprint
 from minirec_pl.selection.ledger import SelectionLedger
+from minirec_pl.selection.rivals import FullSelector
+from minirec_pl.selection.run_files import diagnostics_of
 from minirec_pl.selection.selectors import MiniRecSelector, Selector, signal_options
 from minirec_pl.selection.session import SelectionSession, session_of
 from minirec_pl.selection.session_callback import SessionCallback
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 class SelectSamples(SessionCallback):
     """Trains each epoch on the samples a selector picks, or on those of a ledger written before.
 
-    Leaves `ledger.parquet` (every sample's scores, rank and reason), `diagnostics.json` and `signals.safetensors` in
-    the run folder, and warns at the first selection where the scores are degenerate.
+    Leaves `ledger.parquet` (every sample's scores, rank and reason), `diagnostics.json` and `signals.safetensors` of
+    the last selection in the run folder when the fit ends or is broken off (before that at most once a minute), and warns
+    at the first selection where the scores are degenerate.
 
     Args:
         budget: a fraction of the pool in (0, 1] as a float, or a number of samples as an int. None takes 0.1, or with
@@ -71,11 +73,18 @@ class SelectSamples(SessionCallback):
                 f"there is no ledger '{self.ledger}': give SelectSamples a ledger.parquet of an earlier run"
             )
         session = session_of(trainer)
+        session.expect(self.warmup_epochs, self._expected)
         session.register("select", self._select, trainer)
         session.asked = signal_options(self.selector)
         if isinstance(self.selector, MiniRecSelector) and self.selector.num_generations is None:
             self._selector = copy.copy(self.selector)
             self._selector.num_generations = getattr(pl_module, "num_generations", None)
+
+    def _expected(self, n_pool: int) -> int:
+        if self.ledger is None:
+            return n_pool if isinstance(self.selector, FullSelector) else budget_count(self.budget, n_pool)
+        ledger = SelectionLedger.from_parquet(self.ledger)
+        return ledger.n_selected if self.budget is None else budget_count(self.budget, len(ledger))
 
     def _select(self, session: SelectionSession, trainer: Trainer, module: LightningModule, epoch: int) -> None:
         since = epoch - self.warmup_epochs
@@ -96,18 +105,12 @@ class SelectSamples(SessionCallback):
             warnings.warn(f"epoch {epoch} keeps the selection of the epoch before: {error}", stacklevel=2)
             return
         first, session.ledger = session.ledger is None, ledger
-        describe = getattr(getattr(trainer, "datamodule", None), "users_and_items", None)
-        samples = None if describe is None else describe(session.store.sample_ids.numpy())
-        found = diagnose(ledger, samples)
-        folder = session.folder(trainer)
-        if trainer.is_global_zero:
-            ledger.to_parquet(folder / "ledger.parquet")
-            write_json(folder / "diagnostics.json", found.as_dict())
-            if session.scored:
-                session.store.save(folder / "signals.safetensors")
-            for text in found.warnings if first else ():
+        if first or trainer.loggers:
+            found = diagnostics_of(session, trainer)
+            for text in found.warnings if first and trainer.is_global_zero else ():
                 warnings.warn(f"selection: {text}", stacklevel=2)
-        self._log(session, trainer, before, found)
+            self._log(session, trainer, before, found)
+        session.leave_files(trainer)
 
     def _pick(self, session: SelectionSession, epoch: int) -> SelectionLedger:
         if self.selector.needs and not session.scored:

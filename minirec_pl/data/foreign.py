@@ -84,7 +84,8 @@ class ForeignLoader(ResumableLoader):
 
     The order of an epoch and the workers' seeds are drawn when the first batch is asked for, as they would be without
     us. They come from torch's global generator or the loader's own: a checkpoint keeps where these stood at that
-    moment, so that an epoch that is resumed draws the same once more.
+    moment, so that an epoch that is resumed draws the same once more. What workers draw for a sample (augmentations)
+    depends on the samples before it, and inside a resumed epoch starts anew.
 
     Args:
         loader: the user's.
@@ -113,7 +114,7 @@ class ForeignLoader(ResumableLoader):
     @property
     def batches_per_epoch(self) -> int:  # type: ignore[override]
         """How many batches an epoch consumes."""
-        return min(self.limit, len(self)) if isinstance(self.limit, int) else int(len(self) * self.limit)
+        return limited(len(self), self.limit)
 
     @property
     def _index_sampler(self) -> Any:
@@ -161,6 +162,10 @@ class ForeignLoader(ResumableLoader):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As `ResumableLoader`; also puts the loader's own generators where they stood."""
         super().load_state_dict(state)
+        self.load_generators(state)
+
+    def load_generators(self, state: dict[str, Any]) -> None:
+        """The part of `load_state_dict` that differs between ranks; changes no position."""
         if len(state.get("own_generators", ())) == len(self._own_generators):
             self._set_generators([torch.get_rng_state(), *state["own_generators"]])
             self._replay = state["start"]
@@ -194,6 +199,11 @@ class _Winder(Iterator[Any]):
     def __next__(self) -> Any:
         self.wind()
         return next(self._entries)
+
+
+def limited(n_batches: int, limit: int | float) -> int:
+    """How many of the batches Lightning's `limit_train_batches` leaves: an int is a number, a float a share."""
+    return min(limit, n_batches) if isinstance(limit, int) else int(n_batches * limit)
 
 
 def rebuild(loader: object, limit: int | float = 1.0, sampler: ForeignSampler | None = None) -> ForeignLoader:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
-from minirec_pl.data.foreign import ForeignLoader, rebuild
+from minirec_pl.data.foreign import ForeignLoader, limited, rebuild
 from minirec_pl.data.sampler import CurriculumSampler
 from minirec_pl.errors import InputError
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+
+_TUNERS = {"LearningRateFinder", "BatchSizeFinder"}
 
 
 class TrainLoader:
@@ -33,13 +38,17 @@ class TrainLoader:
     sampler: CurriculumSampler
 
     def __init__(self, trainer: Trainer) -> None:
-        self._source = trainer.fit_loop._data_source.instance
+        source = trainer.fit_loop._data_source
+        vars(source).pop("dataloader", None)  # what `foresee` put there
+        self._source = source.instance
         self._asked = trainer.current_epoch
         self._length = -1
         loader = trainer.train_dataloader
-        if loader is None or isinstance(getattr(loader, "sampler", None), CurriculumSampler):
-            loader = trainer.fit_loop._data_source.dataloader()
-        if isinstance(loader, DataLoader) and isinstance(loader.sampler, CurriculumSampler):
+        if not isinstance(loader, ForeignLoader) and (loader is None or _is_ours(loader)):
+            loader = source.dataloader()
+        if isinstance(loader, ForeignLoader):
+            self._install(trainer, loader)
+        elif _is_ours(loader):
             self.loader, self.sampler = loader, loader.sampler
         else:
             self._install(trainer, rebuild(loader, trainer.limit_train_batches))
@@ -81,7 +90,57 @@ class TrainLoader:
             )
 
 
+def foresee(trainer: Trainer, warmup_epochs: int, count: Callable[[int], int] | None) -> None:
+    """Lets a module that asks for the number of batches before the first plan is made be told that of the plans.
+
+    `trainer.estimated_stepping_batches`, read in `configure_optimizers`, is a number of batches times `max_epochs`. The
+    loader it is counted on gets as many samples as makes that the steps of all epochs together, rounded up to a whole
+    number per epoch. `TrainLoader` takes this back.
+
+    Args:
+        trainer: that fits, in `setup`. One that tunes or overfits is left alone.
+        warmup_epochs: epochs on the whole pool.
+        count: samples in each later epoch, of the size of the pool; None for the whole pool.
+    """
+    if trainer.overfit_batches or _tunes(trainer):  # type: ignore[attr-defined]
+        return
+    source = trainer.fit_loop._data_source
+    ask = type(source).dataloader
+
+    def dataloader() -> Any:
+        loader = ask(source)
+        loader = loader if _is_ours(loader) else rebuild(loader, trainer.limit_train_batches)
+        if count is not None:
+            _cut_to(loader, trainer, warmup_epochs, count(len(loader.sampler.sample_ids)))
+        return loader
+
+    vars(source)["dataloader"] = dataloader
+
+
+def _cut_to(loader: DataLoader[Any], trainer: Trainer, warmup_epochs: int, n_samples: int) -> None:
+    sampler = loader.sampler
+    assert isinstance(sampler, CurriculumSampler)
+    pool, epochs = len(sampler.sample_ids), max(trainer.max_epochs or 1, 1)
+    warm = min(warmup_epochs, epochs)
+
+    def steps(n: int) -> int:
+        sampler.set_plan(sampler.sample_ids[:n])
+        return math.ceil(limited(len(loader), trainer.limit_train_batches) / trainer.accumulate_grad_batches)
+
+    each = math.ceil((warm * steps(pool) + (epochs - warm) * steps(n_samples)) / epochs)
+    steps(min(bisect_left(range(1, pool + 1), each, key=steps) + 1, pool))
+
+
 def validation_is_due(trainer: Trainer) -> bool:
     """Whether a fit validates after the present batch."""
     loop = trainer.fit_loop
     return loop._data_fetcher is not None and bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+
+
+def _is_ours(loader: object) -> bool:
+    return isinstance(loader, DataLoader) and isinstance(loader.sampler, CurriculumSampler)
+
+
+def _tunes(trainer: Trainer) -> bool:
+    """Whether a search for a learning rate or batch size comes first, on the loader as the user made it."""
+    return any(base.__name__ in _TUNERS for c in trainer.callbacks for base in type(c).__mro__)  # type: ignore[attr-defined]

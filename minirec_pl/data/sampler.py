@@ -297,7 +297,7 @@ class ResumableLoader(DataLoader[Any]):
         return {"batches": batches, "epoch": epoch, **self._made()}
 
     def _made(self) -> dict[str, int]:
-        made = {"batch_size": self.batch_size or 1}
+        made = {"batch_size": self.batch_size or 1, "ranks": getattr(self.sampler, "num_replicas", 1)}
         if self.steps * self.iterations > 1:
             made |= {"steps_per_generation": self.steps, "num_iterations": self.iterations}
         return made

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from minirec_pl.errors import InputError
-from minirec_pl.selection.ledger import BELOW_BUDGET, NEVER_SCORED, REDUNDANT, SELECTED, SelectionLedger
+from minirec_pl.selection.ledger import SelectionLedger
+from minirec_pl.selection.reasons import BELOW_BUDGET, NEVER_SCORED, REDUNDANT, SELECTED
 
+Floats: TypeAlias = npt.NDArray[np.float64]
+Bools: TypeAlias = npt.NDArray[np.bool_]
 NEAR_ZERO = 0.05  # below it a reward, a difficulty or a scaled learnability says "no"
 _MOST = 0.9  # a share from which on a warning speaks up
 _MANY = 0.25
@@ -70,29 +74,30 @@ def diagnose(ledger: SelectionLedger, samples: pd.DataFrame | None = None) -> Di
         >>> diagnose(SelectionLedger.from_parquet("ledger.parquet")).warnings  # doctest: +SKIP
         ["learnability is below 0.05 for 97 % of the pool, ..."]
     """
-    table = ledger.table
-    picked = table["rank"].notna()
-    scored = table["learnability"].notna()
-    learn, represent, score = (table.loc[scored, name] for name in ("learnability", "representativeness", "score"))
-    easiness = table["reward_mean"].where(table["n_rollouts"] > 0, table["difficulty"])
+    columns = ledger.columns
+    picked = columns["rank"] > 0
+    scored = ~np.isnan(columns["learnability"])
+    learn, represent, score = (columns[name][scored] for name in ("learnability", "representativeness", "score"))
+    easiness = np.where(columns["n_rollouts"] > 0, columns["reward_mean"], columns["difficulty"])
+    known = ~np.isnan(easiness)
     found = Diagnostics(
-        n_pool=len(table),
-        n_scored=int((table["reason"] != NEVER_SCORED).sum()),
+        n_pool=len(ledger),
+        n_scored=int((columns["reason"] != NEVER_SCORED).sum()),
         n_selected=ledger.n_selected,
-        share_near_zero=_share(easiness[picked] < NEAR_ZERO, easiness[picked].notna()),
-        pool_share_near_zero=_share(easiness < NEAR_ZERO, easiness.notna()),
-        learnability_near_zero=_share(learn < NEAR_ZERO, learn.notna()),
+        share_near_zero=_share(easiness[picked] < NEAR_ZERO, known[picked]),
+        pool_share_near_zero=_share(easiness < NEAR_ZERO, known),
+        learnability_near_zero=_share(learn < NEAR_ZERO, ~np.isnan(learn)),
         n_separated=int((learn >= NEAR_ZERO).sum()),
         learnability_weight=_variance_share(score - represent, score),
         correlation=_correlation(learn, represent),
-        novelty_share=_novelty_share(table),
+        novelty_share=_novelty_share(columns),
         coverage={} if samples is None else _coverage(ledger, samples),
     )
     found.warnings = _warnings(found, learn, represent)
     return found
 
 
-def _warnings(found: Diagnostics, learn: pd.Series[float], represent: pd.Series[float]) -> list[str]:
+def _warnings(found: Diagnostics, learn: Floats, represent: Floats) -> list[str]:
     said: list[str] = []
     if not len(learn):
         return said
@@ -103,12 +108,12 @@ def _warnings(found: Diagnostics, learn: pd.Series[float], represent: pd.Series[
             "representativeness and novelty decide; set difficulty='pass_at_group', calibrate='quantile' or a mu "
             "nearer to the difficulties"
         )
-    elif len(learn) > 1 and learn.nunique() == 1:
+    elif len(learn) > 1 and _flat(learn):
         said.append(
             "learnability is the same for all samples, so it decides nothing: all difficulties are equal; draw more "
             "rollouts or use a finer reward"
         )
-    if len(represent) > 1 and represent.nunique() == 1:
+    if len(represent) > 1 and _flat(represent):
         said.append(
             "representativeness is the same for all samples, so it decides nothing: there are no gradients, or they "
             "are all equal or zero; return `gradient` from sample_signals, or use other rewards"
@@ -126,25 +131,27 @@ def _warnings(found: Diagnostics, learn: pd.Series[float], represent: pd.Series[
     return said
 
 
-def _novelty_share(table: pd.DataFrame) -> float:
-    open_to_pick = table[table["reason"].isin([SELECTED, REDUNDANT, BELOW_BUDGET]) & table["score"].notna()]
-    picked = open_to_pick["reason"] == SELECTED
-    best = open_to_pick["score"].sort_values(ascending=False, kind="stable").index[: int(picked.sum())]
-    return _share(~picked[best], pd.Series(True, index=best))
+def _novelty_share(columns: Mapping[str, npt.NDArray[Any]]) -> float:
+    reason, score = columns["reason"], columns["score"]
+    picked = reason == SELECTED
+    rows = np.flatnonzero((picked | (reason == REDUNDANT) | (reason == BELOW_BUDGET)) & ~np.isnan(score))
+    best = rows[np.argsort(-score[rows], kind="stable")][: int(picked[rows].sum())]
+    return _share(~picked[best], np.ones(len(best), dtype=bool))
 
 
 def _coverage(ledger: SelectionLedger, samples: pd.DataFrame) -> dict[str, float]:
     if "sample_id" not in samples:
         raise InputError("the table of samples has no column sample_id; give it one row per sample of the pool.")
     rows = samples.set_index("sample_id")
-    missing = ledger.table.loc[~ledger.table["sample_id"].isin(rows.index), "sample_id"]
+    ids = ledger.columns["sample_id"]
+    missing = ids[~np.isin(ids, rows.index)]
     if len(missing):
-        raise InputError(f"the table of samples has no row for sample_id {int(missing.iloc[0])} of the pool.")
-    pool, picks = rows.loc[ledger.table["sample_id"]], rows.loc[ledger.selected()]
+        raise InputError(f"the table of samples has no row for sample_id {int(missing[0])} of the pool.")
+    pool, picks = rows.loc[ids], rows.loc[ledger.selected()]
     return {str(name): _ratio(picks[name].nunique(), pool[name].nunique(), len(pool)) for name in rows.columns}
 
 
-def _share(true: pd.Series[bool], known: pd.Series[bool]) -> float:
+def _share(true: Bools, known: Bools) -> float:
     return _ratio(int((true & known).sum()), int(known.sum()), int(known.sum()))
 
 
@@ -152,16 +159,20 @@ def _ratio(numerator: float, denominator: float, n: int) -> float:
     return float(numerator) / float(denominator) if n and denominator else math.nan
 
 
-def _correlation(one: pd.Series[float], other: pd.Series[float]) -> float:
-    if len(one) < 2 or one.nunique() == 1 or other.nunique() == 1:
+def _flat(values: Floats) -> bool:
+    return len(values) > 0 and bool(values.min() == values.max())
+
+
+def _correlation(one: Floats, other: Floats) -> float:
+    if len(one) < 2 or _flat(one) or _flat(other):
         return math.nan
     return float(np.corrcoef(one, other)[0, 1])
 
 
-def _variance_share(part: pd.Series[float], whole: pd.Series[float]) -> float:
-    if len(whole) < 2 or whole.nunique() == 1:
+def _variance_share(part: Floats, whole: Floats) -> float:
+    if len(whole) < 2 or _flat(whole):
         return math.nan
-    return float(np.cov(part, whole, ddof=0)[0, 1] / whole.var(ddof=0))
+    return float(np.cov(part, whole, ddof=0)[0, 1] / whole.var())
 
 
 def _no_nan(value: Any) -> Any:

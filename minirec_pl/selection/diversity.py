@@ -111,7 +111,9 @@ def maxmin_select(
     )
 
 
-def nearest_pick(embeddings: Array, picks: Array | Sequence[int]) -> NearestPick:
+def nearest_pick(
+    embeddings: Array, picks: Array | Sequence[int], *, rows: Array | Sequence[int] | None = None
+) -> NearestPick:
     """For every row the nearest of the picked rows: what makes it redundant.
 
     The distance is 1 - cos, so that of `maxmin_select` and of the same precision; ties go to the earlier pick. The
@@ -120,9 +122,10 @@ def nearest_pick(embeddings: Array, picks: Array | Sequence[int]) -> NearestPick
     Args:
         embeddings: [N, D] of any real dtype, on any device.
         picks: [k] int64 rows, at least one.
+        rows: [n] int64 rows that are asked for, ascending; None means all. No others but the picks are read.
 
     Returns:
-        Place among the picks and distance, for each of the N rows, the picks themselves included.
+        Place among the picks and distance, for each of the n rows asked for, the picks themselves included.
 
     Raises:
         InputError: If a value is NaN or infinite, a shape or dtype does not fit, or `picks` is empty or out of range.
@@ -133,22 +136,27 @@ def nearest_pick(embeddings: Array, picks: Array | Sequence[int]) -> NearestPick
     """
     matrix = as_matrix(embeddings)
     n = len(matrix)
-    rows = as_ids(picks).numpy()
-    if not len(rows) or ((rows < 0) | (rows >= n)).any():
+    picked = as_ids(picks).numpy()
+    if not len(picked) or ((picked < 0) | (picked >= n)).any():
         raise InputError(f"picks must hold at least one row, each in 0..{n - 1}.")
-    position, distance = np.zeros(n, dtype=np.int64), np.full(n, np.inf)
+    asked = np.arange(n) if rows is None else as_ids(rows).numpy()
+    used = None if rows is None else np.union1d(asked, picked)
+    if used is not None:
+        asked, picked = np.searchsorted(used, asked), np.searchsorted(used, picked)
+    position, distance = np.zeros(len(asked), dtype=np.int64), np.full(len(asked), np.inf)
     with full_precision(matrix.device):
-        unit = UnitRows(matrix)
+        unit = UnitRows(matrix, used)
         slack = slack_of(unit)
-        for block in unit.blocks():
-            here = unit.take(block)
-            for start in range(0, len(rows), PICKS):
-                cosine = here @ unit.take(rows[start : start + PICKS]).T
+        for start in range(0, len(asked), unit.block_rows()):
+            block = slice(start, start + unit.block_rows())
+            here = unit.take(asked[block])
+            for first in range(0, len(picked), PICKS):
+                cosine = here @ unit.take(picked[first : first + PICKS]).T
                 near = cosine.amax(dim=1, keepdim=True)
-                first = (cosine >= near - slack).byte().argmax(dim=1).cpu().numpy()
+                place = (cosine >= near - slack).byte().argmax(dim=1).cpu().numpy()
                 gap = distance_of(near[:, 0], slack)
                 closer = gap < distance[block] - slack
-                distance[block[closer]], position[block[closer]] = gap[closer], start + first[closer]
+                distance[block][closer], position[block][closer] = gap[closer], first + place[closer]
     return NearestPick(torch.from_numpy(position), torch.from_numpy(distance))
 
 

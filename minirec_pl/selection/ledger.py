@@ -7,24 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 
 from minirec_pl.errors import InputError
 from minirec_pl.files import write_atomically
+from minirec_pl.selection.reasons import FILLED, REDUNDANT, SELECTED, WHY
+from minirec_pl.selection.redundancy import name_redundant
 
-SELECTED, FILLED = "selected", "filled"
-TOO_HARD, TOO_EASY, NEVER_SCORED = "too_hard", "too_easy", "never_scored"
-BELOW_BUDGET, REDUNDANT = "below_budget", "redundant"
-_WHY = {
-    SELECTED: "",
-    FILLED: ", outside the gate, to fill the budget",
-    TOO_HARD: "its difficulty value is below the gate (too hard)",
-    TOO_EASY: "its difficulty value is above the gate (too easy)",
-    BELOW_BUDGET: "others were worth more and the budget was spent",
-    REDUNDANT: "it would have been worth a pick, were it as novel as most picks",
-    NEVER_SCORED: "a signal the selector needs was never measured",
-}
 _TERMS = ("learnability", "representativeness", "score", "novelty", "value", "reward_mean", "reward_std", "difficulty")
 _DTYPES = {
     "sample_id": "int64",
@@ -42,7 +33,8 @@ _DTYPES = {
     "redundant_with": "Int64",
 }
 _OPTIONAL = ("score", "difficulty", "redundant_with")
-_MISSING = {"rank": 0, "redundant_with": -1}  # of the columns that can miss a number, in a checkpoint
+_MISSING = {"rank": 0, "redundant_with": -1}  # of the columns that can miss a number, in `columns` and a checkpoint
+_UNFINISHED = "unfinished"
 
 
 class SelectionLedger:
@@ -63,8 +55,12 @@ class SelectionLedger:
         reason: str, one of selected, filled, too_hard, too_easy, redundant, below_budget, never_scored.
         redundant_with: Int64, the sample_id of the nearest pick where the reason is redundant; else missing.
 
+    Which samples are redundant is worked out when `table` is first read, from the embeddings of the selection; do not
+    change those in place before.
+
     Attributes:
-        table: The pandas table; treat it as read-only.
+        columns: [N] arrays by column, without a copy; 0 for a missing rank, -1 for a missing `redundant_with`, and the
+            redundant may still be among those below the budget.
         fingerprints: What the signals were measured with, by name ("model", "data", "seed"); written into the file.
     """
 
@@ -82,37 +78,47 @@ class SelectionLedger:
             InputError: If a column is missing or mistyped, ids repeat, ranks are not 1..n, or a reason is unknown.
         """
         self.fingerprints = dict(fingerprints or {})
-        table = table.assign(**{name: np.nan for name in _OPTIONAL if name not in table.columns})
-        missing = [name for name in _DTYPES if name not in table.columns]
-        if missing:
-            raise InputError(f"{source} has no column {', '.join(missing)}; select again.")
-        try:
-            typed = table[list(_DTYPES)].astype(_DTYPES)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{source} has a column of a wrong type ({error}); select again.") from error
-        self.table = typed.sort_values("sample_id", ignore_index=True)
-        repeated = self.table["sample_id"][self.table["sample_id"].duplicated()]
-        if len(repeated):
-            raise InputError(f"{source} has more than one row for sample_id {int(repeated.iloc[0])}.")
-        unknown = set(self.table["reason"].unique()) - set(_WHY)
-        if unknown:
-            raise InputError(f"{source} has the unknown reason {sorted(unknown)[0]!r}; known are {', '.join(_WHY)}.")
-        picked = self.table["rank"].notna()
-        ranks = self.table.loc[picked, "rank"].to_numpy(dtype=np.int64)
-        if not np.array_equal(np.sort(ranks), np.arange(1, len(ranks) + 1)):
-            raise InputError(f"{source} has ranks that are not 1..{len(ranks)}, each once; select again.")
-        if not (picked == self.table["reason"].isin([SELECTED, FILLED])).all():
-            raise InputError(f"{source} has rows whose rank and reason disagree; select again.")
-        if (self.table["redundant_with"].notna() & (self.table["reason"] != REDUNDANT)).any():
-            raise InputError(f"{source} has rows whose reason and redundant_with disagree; select again.")
+        self._embedding: torch.Tensor | None = None
+        self._table: pd.DataFrame | None = _checked(table, source)
+        whole = self._table.fillna(_MISSING).astype({name: "int64" for name in _MISSING} | {"reason": "object"})
+        self.columns: dict[str, npt.NDArray[Any]] = {name: whole[name].to_numpy(copy=True) for name in _DTYPES}
+
+    @classmethod
+    def of(cls, columns: Mapping[str, npt.NDArray[Any]], embedding: torch.Tensor | None = None) -> SelectionLedger:
+        """The ledger of a selector, whose columns need no check.
+
+        Args:
+            columns: See the attribute; rows ascending by sample_id.
+            embedding: [N, E], if redundant samples are still to be told from those below the budget.
+        """
+        ledger = cls.__new__(cls)
+        ledger.fingerprints = {}
+        ledger.columns, ledger._table, ledger._embedding = dict(columns), None, embedding
+        return ledger
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The pandas table; treat it as read-only."""
+        if self._table is None:
+            self._finish()
+            table = pd.DataFrame(self.columns)
+            for name, missing in _MISSING.items():
+                table[name] = table[name].astype("Int64").where(table[name] != missing)
+            self._table = table[list(_DTYPES)].astype(_DTYPES)
+        return self._table
+
+    def _finish(self) -> None:
+        if self._embedding is not None:
+            name_redundant(self.columns, self._embedding)
+            self._embedding = None
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.columns["sample_id"])
 
     @property
     def n_selected(self) -> int:
         """Number of picks."""
-        return int(self.table["rank"].notna().sum())
+        return int((self.columns["rank"] > 0).sum())
 
     def selected(self, k: int | None = None) -> list[int]:
         """The picks, best first; a smaller budget is a prefix.
@@ -126,10 +132,12 @@ class SelectionLedger:
         Raises:
             InputError: If k is not in 1..n_selected.
         """
-        picks = self.table.dropna(subset=["rank"]).sort_values("rank")["sample_id"]
-        if k is not None and not 1 <= k <= len(picks):
-            raise InputError(f"a budget of {k} cannot be read off a ledger with {len(picks)} picks; select again.")
-        return [int(sample_id) for sample_id in picks[:k]]
+        rank = self.columns["rank"]
+        rows = np.flatnonzero(rank)
+        if k is not None and not 1 <= k <= len(rows):
+            raise InputError(f"a budget of {k} cannot be read off a ledger with {len(rows)} picks; select again.")
+        picks: list[int] = self.columns["sample_id"][rows[np.argsort(rank[rows])]][:k].tolist()
+        return picks
 
     def rows(self, sample_ids: list[int]) -> pd.DataFrame:
         """The rows of some samples, in the order asked for.
@@ -162,7 +170,7 @@ class SelectionLedger:
             InputError: If the sample is not in the ledger.
         """
         row = self.rows([sample_id]).iloc[0]
-        why = _WHY[row["reason"]]
+        why = WHY[row["reason"]]
         if pd.notna(row["rank"]):
             verdict = f"sample {sample_id} is pick {row['rank']} of {self.n_selected}{why}"
         else:
@@ -172,34 +180,49 @@ class SelectionLedger:
         known.append(f"{row['n_rollouts']} rollouts")
         return f"{verdict}; {', '.join(known)}."
 
-    def state_dict(self) -> dict[str, Any]:
-        """The table as tensors by column, and the fingerprints.
+    def state_dict(self, *, embedding: torch.Tensor | None = None) -> dict[str, Any]:
+        """The columns as tensors, and the fingerprints.
 
         A missing rank is 0, a missing `redundant_with` -1, and `reason` a list of strings.
+
+        Args:
+            embedding: [N, E], what the caller keeps beside the state. If the redundant are still to be told by these
+                very embeddings, that is left to `from_state_dict`.
         """
-        whole = {"rank": "int64", "redundant_with": "int64"}
-        numbers = self.table.drop(columns="reason").fillna(_MISSING).astype(whole)
-        state: dict[str, Any] = {name: torch.from_numpy(numbers[name].to_numpy(copy=True)) for name in numbers.columns}
-        state["reason"] = [str(reason) for reason in self.table["reason"]]
-        state["fingerprints"] = dict(self.fingerprints)
-        return state
+        own = self._embedding
+        later = own is not None and embedding is not None and own.data_ptr() == embedding.data_ptr()
+        if not later:
+            self._finish()
+        numbers = {name: values for name, values in self.columns.items() if name != "reason"}
+        state: dict[str, Any] = {name: torch.from_numpy(values.copy()) for name, values in numbers.items()}
+        return {
+            **state,
+            "reason": self.columns["reason"].tolist(),
+            "fingerprints": dict(self.fingerprints),
+            _UNFINISHED: later,
+        }
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> SelectionLedger:
+    def from_state_dict(cls, state: Mapping[str, Any], *, embedding: torch.Tensor | None = None) -> SelectionLedger:
         """The ledger with the content of `state_dict()`.
 
         Args:
             state: As returned by `state_dict`.
+            embedding: As given to it.
 
         Raises:
             InputError: If it is no ledger.
         """
         columns = {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
         fingerprints: Any = columns.pop("fingerprints", {})
+        later = columns.pop(_UNFINISHED, False)
         table = pd.DataFrame(columns)
         for name in _MISSING.keys() & set(table.columns):
             table[name] = table[name].astype("Int64").where(table[name] != _MISSING[name])
-        return cls(table, source="the saved ledger", fingerprints=fingerprints)
+        ledger = cls(table, source="the saved ledger", fingerprints=fingerprints)
+        if later:
+            ledger._table, ledger._embedding = None, embedding
+        return ledger
 
     def to_parquet(self, path: Path | str) -> Path:
         """Writes the table, whole or not at all.
@@ -238,3 +261,31 @@ class SelectionLedger:
         except (OSError, ValueError) as error:  # pyarrow's errors derive from these
             raise InputError(f"{path} is not a readable parquet file; copy it again or select again.") from error
         return cls(table, source=str(path), fingerprints=table.attrs.get("fingerprints"))
+
+
+def _checked(table: pd.DataFrame, source: str) -> pd.DataFrame:
+    """The table with its types, ascending by sample_id, see `SelectionLedger`."""
+    table = table.assign(**{name: np.nan for name in _OPTIONAL if name not in table.columns})
+    missing = [name for name in _DTYPES if name not in table.columns]
+    if missing:
+        raise InputError(f"{source} has no column {', '.join(missing)}; select again.")
+    try:
+        typed = table[list(_DTYPES)].astype(_DTYPES)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{source} has a column of a wrong type ({error}); select again.") from error
+    typed = typed.sort_values("sample_id", ignore_index=True)
+    repeated = typed["sample_id"][typed["sample_id"].duplicated()]
+    if len(repeated):
+        raise InputError(f"{source} has more than one row for sample_id {int(repeated.iloc[0])}.")
+    unknown = set(typed["reason"].unique()) - set(WHY)
+    if unknown:
+        raise InputError(f"{source} has the unknown reason {sorted(unknown)[0]!r}; known are {', '.join(WHY)}.")
+    picked = typed["rank"].notna()
+    ranks = typed.loc[picked, "rank"].to_numpy(dtype=np.int64)
+    if not np.array_equal(np.sort(ranks), np.arange(1, len(ranks) + 1)):
+        raise InputError(f"{source} has ranks that are not 1..{len(ranks)}, each once; select again.")
+    if not (picked == typed["reason"].isin([SELECTED, FILLED])).all():
+        raise InputError(f"{source} has rows whose rank and reason disagree; select again.")
+    if (typed["redundant_with"].notna() & (typed["reason"] != REDUNDANT)).any():
+        raise InputError(f"{source} has rows whose reason and redundant_with disagree; select again.")
+    return typed

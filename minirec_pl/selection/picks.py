@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from minirec_pl.errors import InputError
-from minirec_pl.selection import ledger as reasons
+from minirec_pl.selection import reasons
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.signals import Signals
 
@@ -101,25 +101,18 @@ def best_first(score: Tensor, k: int) -> Tensor:
     return rows[score[rows].argsort(descending=True, stable=True)[:k]]
 
 
-def blank_table(signals: Signals) -> pd.DataFrame:
-    """A ledger table in which nothing is picked yet and each sample is below the budget."""
-    return pd.DataFrame(
-        {
-            "sample_id": signals.sample_id.numpy(),
-            "rank": pd.array([pd.NA] * len(signals), dtype="Int64"),
-            "learnability": np.nan,
-            "representativeness": np.nan,
-            "score": np.nan,
-            "novelty": np.nan,
-            "value": np.nan,
-            "reward_mean": signals.reward_mean.numpy(),
-            "reward_std": signals.reward_std.numpy(),
-            "n_rollouts": signals.n_rollouts.numpy(),
-            "difficulty": np.nan,
-            "reason": reasons.BELOW_BUDGET,
-            "redundant_with": pd.array([pd.NA] * len(signals), dtype="Int64"),
-        }
-    )
+def blank_columns(signals: Signals) -> dict[str, npt.NDArray[Any]]:
+    """Columns of a ledger in which nothing is picked yet and each sample is below the budget, on copies."""
+    n = len(signals)
+    unknown = ("learnability", "representativeness", "score", "novelty", "value", "difficulty")
+    known = ("sample_id", "reward_mean", "reward_std", "n_rollouts")
+    return {
+        **{name: getattr(signals, name).numpy().copy() for name in known},
+        **{name: np.full(n, np.nan) for name in unknown},
+        "rank": np.zeros(n, dtype=np.int64),
+        "reason": np.full(n, reasons.BELOW_BUDGET, dtype=object),
+        "redundant_with": np.full(n, -1),
+    }
 
 
 def ledger_of(
@@ -140,18 +133,16 @@ def ledger_of(
     Warns:
         UserWarning: If fewer than k samples are picked.
     """
-    table = blank_table(signals)
-    for name, values in columns.items():
-        table[name] = values.numpy()
+    table = blank_columns(signals)
+    table |= {name: values.double().numpy().copy() for name, values in columns.items()}
     for reason, rows in dropped.items():
-        table.loc[rows.numpy(), "reason"] = reason
+        table["reason"][rows.numpy()] = reason
     if len(picks) < k:
         lost = ", ".join(f"{int(rows.sum())} {reason}" for reason, rows in dropped.items() if rows.any())
         short = f"of {len(signals)} samples {lost}; score more samples, with more rollouts each."
         if not len(picks):
             raise InputError(f"no sample can be picked: {short}")
         warnings.warn(f"picked {len(picks)} samples instead of {k}: {short}", stacklevel=3)
-    places = picks.numpy()
-    table.loc[places, "rank"] = np.arange(1, len(places) + 1)
-    table.loc[places, "reason"] = reasons.SELECTED
-    return SelectionLedger(table)
+    table["rank"][picks.numpy()] = np.arange(1, len(picks) + 1)
+    table["reason"][picks.numpy()] = reasons.SELECTED
+    return SelectionLedger.of(table)

@@ -1,10 +1,12 @@
-"""What the ranks of a distributed run tell each other: measured signals, and whether one of them failed."""
+"""What the ranks of a distributed run tell each other: measured signals, states, and whether one of them failed."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -76,6 +78,25 @@ def gather_signals(signals: SampleSignals | None, device: torch.device) -> Sampl
         rows = torch.empty(shape, dtype=dtype) if value is None else value.detach().to(dtype)
         joined[name] = torch.cat(gather_rows(rows, device))
     return SampleSignals(**joined)
+
+
+def gather_states(state: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
+    """What each rank holds, in the order of the ranks; every rank must call this at the same time.
+
+    Args:
+        state: tensors and primitives.
+        device: that the process group works on.
+
+    Returns:
+        One state per rank, its tensors on the CPU; without a process group `[state]`.
+    """
+    if world()[0] == 1:
+        return [state]
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)[:, None]
+    files = [io.BytesIO(part.numpy().tobytes()) for part in gather_rows(content, device)]
+    return [torch.load(file, map_location="cpu", weights_only=True) for file in files]
 
 
 def agree(error: Exception | None, device: torch.device, plan: Sequence[int] = ()) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minirec_pl.errors import InputError
-from minirec_pl.selection import ledger as reasons
+from minirec_pl.selection import reasons
 from minirec_pl.selection.diversity import maxmin_select
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.picks import ascending, ledger_of, vectors

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
-import pandas as pd
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from minirec_pl.errors import InputError
-from minirec_pl.selection import ledger as reasons
-from minirec_pl.selection.diversity import Selection, maxmin_select, nearest_pick
+from minirec_pl.selection import reasons
+from minirec_pl.selection.diversity import maxmin_select
 from minirec_pl.selection.learnability import group_difficulty, learnability, min_max, quantile_calibration
 from minirec_pl.selection.ledger import SelectionLedger
-from minirec_pl.selection.picks import ascending, blank_table, solve_chance
+from minirec_pl.selection.picks import ascending, blank_columns, solve_chance
 from minirec_pl.selection.representativeness import representativeness
 from minirec_pl.selection.signals import Signals
 
@@ -175,14 +175,13 @@ class MiniRecSelector:
         low, high = self.gate if self.mode == "paper" else (-float("inf"), float("inf"))
         passes = scored & (difficulty >= low) & (difficulty <= high)
 
-        table = blank_table(signals)
-        table["difficulty"] = difficulty.numpy()
-        table.loc[rows.numpy(), "learnability"] = learn.numpy()
-        table.loc[rows.numpy(), "representativeness"] = represent.numpy()
-        table.loc[rows.numpy(), "score"] = score.numpy()
-        table.loc[(scored & ~passes & (difficulty < low)).numpy(), "reason"] = reasons.TOO_HARD
-        table.loc[(scored & ~passes & (difficulty > high)).numpy(), "reason"] = reasons.TOO_EASY
-        table.loc[(~scored).numpy(), "reason"] = reasons.NEVER_SCORED
+        columns = blank_columns(signals)
+        columns["difficulty"] = difficulty.double().numpy().copy()
+        for name, term in (("learnability", learn), ("representativeness", represent), ("score", score)):
+            columns[name][rows.numpy()] = term.numpy()
+        columns["reason"][(scored & ~passes & (difficulty < low)).numpy()] = reasons.TOO_HARD
+        columns["reason"][(scored & ~passes & (difficulty > high)).numpy()] = reasons.TOO_EASY
+        columns["reason"][(~scored).numpy()] = reasons.NEVER_SCORED
 
         embedding = _at(signals.embedding, rows)
         n_pass = int(passes.sum())
@@ -194,15 +193,15 @@ class MiniRecSelector:
         inside = passes[rows].nonzero()[:, 0]
         picked = torch.empty(0, dtype=torch.int64)
         if n_pass:
-            passing, progress = _at(embedding, inside), n_pass > _LARGE
-            first = maxmin_select(passing, score[inside], min(k, n_pass), progress=progress)
+            progress = n_pass > _LARGE
+            first = maxmin_select(_at(embedding, inside), score[inside], min(k, n_pass), progress=progress)
             picked = inside[first.indices]
-            _enter(table, rows[picked], first.novelty, score[picked], reasons.SELECTED, start=1)
-            _name_redundant(table, rows[inside], passing, score[inside], first)
+            _enter(columns, rows[picked], first.novelty, score[picked], reasons.SELECTED, start=1)
         missing = k - len(picked)
         if missing and self.on_short == "fill" and len(rows) > n_pass:
             more = maxmin_select(embedding, score, min(missing, len(rows) - n_pass), initial=picked)
-            _enter(table, rows[more.indices], more.novelty, score[more.indices], reasons.FILLED, start=len(picked) + 1)
+            start = len(picked) + 1
+            _enter(columns, rows[more.indices], more.novelty, score[more.indices], reasons.FILLED, start=start)
             missing -= len(more.indices)
         if missing:
             gated = f", {n_pass} of these within gate={list(self.gate)}" if n_pass < len(rows) else ""
@@ -211,7 +210,7 @@ class MiniRecSelector:
                 f"signals{gated}; score more samples, widen the gate, or set on_short='fill'.",
                 stacklevel=2,
             )
-        return SelectionLedger(table)
+        return SelectionLedger.of(columns, signals.embedding)
 
     def _difficulty(self, signals: Signals) -> Tensor:
         if self.difficulty == "mean":
@@ -251,25 +250,11 @@ def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
         raise InputError(f"{name} must be one of {', '.join(str(option) for option in allowed)}, not {value!r}.")
 
 
-def _name_redundant(table: pd.DataFrame, rows: Tensor, embedding: Tensor, score: Tensor, chosen: Selection) -> None:
-    """Tells the redundant of the samples at `rows`, from which `chosen` was picked, from those below the budget."""
-    value = chosen.novelty * score[chosen.indices]
-    redundant = score * chosen.novelty.median() >= value[-1]
-    redundant[chosen.indices] = False
-    if not redundant.any():
-        return
-    pick, distance = nearest_pick(embedding, chosen.indices)
-    places = rows[redundant].numpy()
-    sample_id = table["sample_id"].to_numpy()[rows[chosen.indices].numpy()]
-    table.loc[places, "reason"] = reasons.REDUNDANT
-    table.loc[places, "redundant_with"] = sample_id[pick[redundant].numpy()]
-    table.loc[places, "novelty"] = distance[redundant].numpy()
-    table.loc[places, "value"] = (distance * score)[redundant].numpy()
-
-
-def _enter(table: pd.DataFrame, rows: Tensor, novelty: Tensor, score: Tensor, reason: str, *, start: int) -> None:
+def _enter(
+    columns: dict[str, npt.NDArray[Any]], rows: Tensor, novelty: Tensor, score: Tensor, reason: str, *, start: int
+) -> None:
     places = rows.numpy()
-    table.loc[places, "rank"] = np.arange(start, start + len(places))
-    table.loc[places, "novelty"] = novelty.numpy()
-    table.loc[places, "value"] = (novelty * score).numpy()
-    table.loc[places, "reason"] = reason
+    columns["rank"][places] = np.arange(start, start + len(places))
+    columns["novelty"][places] = novelty.numpy()
+    columns["value"][places] = (novelty * score).numpy()
+    columns["reason"][places] = reason

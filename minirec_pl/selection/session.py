@@ -12,15 +12,16 @@ import torch
 
 from minirec_pl.cost import Cost
 from minirec_pl.data.foreign import ForeignLoader
-from minirec_pl.data.install import TrainLoader
+from minirec_pl.data.install import TrainLoader, foresee
 from minirec_pl.data.sampler import world
 from minirec_pl.errors import InputError
-from minirec_pl.random_state import restore_random_state
+from minirec_pl.random_state import isolated_random_state, restore_random_state
 from minirec_pl.selection.curriculum import shuffled_curriculum
 from minirec_pl.selection.fingerprints import fingerprints_of
 from minirec_pl.selection.ledger import SelectionLedger
-from minirec_pl.selection.ranks import agree, gather_signals
+from minirec_pl.selection.ranks import agree, gather_signals, gather_states
 from minirec_pl.selection.resume import position, restore_running_state, running_state
+from minirec_pl.selection.run_files import RunFiles
 from minirec_pl.selection.scoring import Probe, measure
 from minirec_pl.selection.signal_files import SignalFiles, read_vectors
 from minirec_pl.selection.signals import SampleSignals
@@ -99,12 +100,14 @@ class SelectionSession:
         self._steps: dict[Phase, Step] = {}
         self._restored: Mapping[str, Any] | None = None
         self._restored_step = 0
-        self._running: Mapping[str, Any] | None = None
+        self._own: Mapping[str, Any] | None = None
         self._random: Mapping[str, Any] | None = None
         self._validated = (-1, -1)
         self._files = SignalFiles()
+        self._run_files = RunFiles()
+        self._expected: tuple[int, Callable[[int], int] | None] = (0, None)
         self._folder: Path | None = None
-        self._prepared = False
+        self._prepared = self._finished = False
         self.active = True
 
     def register(self, phase: Phase, step: Step, trainer: Trainer) -> None:
@@ -121,12 +124,17 @@ class SelectionSession:
             )
         self._steps[phase] = step
         self._prepared = False
+        foresee(trainer, *self._expected)
+
+    def expect(self, warmup_epochs: int, count: Callable[[int], int] | None) -> None:
+        """Says, before it is known, how many samples the plans will hold, see `foresee`."""
+        self._expected = (warmup_epochs, count)
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
         """Called in `on_fit_start`: finds loader and sampler, takes up a checkpoint, plans the first epoch."""
         if self._prepared:
             return
-        self._prepared = True
+        self._prepared, self._finished = True, False
         self.active = trainer.overfit_batches == 0  # type: ignore[attr-defined]
         if not self.active:
             warnings.warn(
@@ -149,10 +157,13 @@ class SelectionSession:
             epoch = self._take_up(self._restored, trainer)
             self._restored = None
         self.epoch = epoch
-        if self.plan_epoch != epoch:
-            self._run(trainer, module, epoch)
-        else:
+        if self.plan_epoch == epoch:
             self.sampler.set_plan(self.plan)
+            return
+        with isolated_random_state():
+            if self._own is not None:  # scoring goes on with the random numbers that it would have had
+                restore_random_state(self._own["running"]["random"])
+            self._run(trainer, module, epoch)
 
     def advance(self, trainer: Trainer, module: LightningModule) -> None:
         """Called in `on_train_epoch_end`: plans the next epoch, once, if there is one."""
@@ -265,16 +276,20 @@ class SelectionSession:
         folder = self.folder(trainer)
         vectors = self._files.save(self.store, folder / "signals") if trainer.is_global_zero else None
         self._prune(trainer, folder)
+        embedding = self.store.vectors().get("embedding")
+        own = {
+            "loader": self._train.loader.state_dict() if isinstance(self._train.loader, ForeignLoader) else None,
+            "running": running_state(trainer, module, self._validated),
+        }
         return {
             **{name: getattr(self, name) for name in _KEPT},
             "store": self.store.state_dict(vectors=False),
             "vectors": vectors,
             "run": str(folder.absolute()),
-            "ledger": None if self.ledger is None else self.ledger.state_dict(),
+            "ledger": None if self.ledger is None else self.ledger.state_dict(embedding=embedding),
             "next_epoch": self.epoch + int(epoch_finished),
             "step": trainer.global_step,
-            "loader": self._train.loader.state_dict() if isinstance(self._train.loader, ForeignLoader) else None,
-            "running": running_state(trainer, module, self._validated),
+            "ranks": gather_states(own, trainer.strategy.root_device),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -283,11 +298,12 @@ class SelectionSession:
 
     def start(self, trainer: Trainer, module: LightningModule) -> None:
         """Called in `on_train_start`: a resumed run goes on with the random numbers and gradients it had."""
-        if self._running is not None:
-            self._random = restore_running_state(self._running, trainer, module)
-            self._running = None
-            if isinstance(self._train.loader, ForeignLoader):
+        if self._own is not None:
+            self._random = restore_running_state(self._own["running"], trainer, module)
+            if isinstance(self._train.loader, ForeignLoader) and self._own["loader"] is not None:
+                self._train.loader.load_generators(self._own["loader"])  # Lightning has given all ranks those of one
                 self._train.loader.random_state, self._random = self._random, None
+            self._own = None
 
     def begin_batch(self) -> None:
         """Called in `on_train_batch_start`: see `restore_running_state`."""
@@ -300,9 +316,15 @@ class SelectionSession:
         self._validated = position(trainer)
 
     def finish(self, trainer: Trainer) -> None:
-        """Called in `on_fit_end`."""
-        if self.ready:
+        """Called in `on_fit_end`, and when a fit is broken off; the first call counts."""
+        if self.ready and not self._finished:
+            self._finished = True
+            self.leave_files(trainer, at_once=True)
             self._prune(trainer, self.folder(trainer))
+
+    def leave_files(self, trainer: Trainer, *, at_once: bool = False) -> None:
+        """Writes what the run leaves of the last selection, see `RunFiles`."""
+        self._run_files.write(self, trainer, at_once=at_once)
 
     def _prune(self, trainer: Trainer, folder: Path) -> None:
         if trainer.is_global_zero:
@@ -315,11 +337,13 @@ class SelectionSession:
             places = [Path(state["run"]) / "signals", self.folder(trainer) / "signals"]
             vectors = read_vectors(state["vectors"], str(trainer.ckpt_path), places)
         self.store.load_state_dict({**state["store"], **vectors})
-        self.ledger = None if state["ledger"] is None else SelectionLedger.from_state_dict(state["ledger"])
+        if state["ledger"] is not None:
+            embedding = self.store.pool_view(0).embedding
+            self.ledger = SelectionLedger.from_state_dict(state["ledger"], embedding=embedding)
         for name in _KEPT:
             setattr(self, name, state[name])
-        self._running = state["running"]
-        if isinstance(self._train.loader, ForeignLoader) and state["loader"] is not None:
-            self._train.loader.load_state_dict(state["loader"])  # Lightning does so inside an epoch only
+        self._own = state["ranks"][world()[1] % len(state["ranks"])]
+        if isinstance(self._train.loader, ForeignLoader) and self._own["loader"] is not None:
+            self._train.loader.load_state_dict(self._own["loader"])  # Lightning does so inside an epoch only
         self._restored_step = int(state["step"])
         return int(state["next_epoch"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
 
+from minirec_pl.errors import InputError
 from minirec_pl.selection.selectors import Selector
 from minirec_pl.selection.session import CHECKPOINT_KEY, session_of
 
@@ -52,8 +54,14 @@ class SessionCallback(Callback):
             session_of(trainer).validated(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tidies up."""
+        """Leaves the files of the last selection and tidies up."""
         session_of(trainer).finish(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leaves the files of the last selection of a fit that is broken off."""
+        if trainer.state.fn == "fit":
+            with contextlib.suppress(InputError):
+                session_of(trainer).finish(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Saves the session, once for all callbacks."""
@@ -61,6 +69,6 @@ class SessionCallback(Callback):
             checkpoint[CHECKPOINT_KEY] = session_of(trainer).state_dict(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Hands the saved session to the new one."""
-        if CHECKPOINT_KEY in checkpoint:
+        """Hands the saved session to the new one of a fit."""
+        if CHECKPOINT_KEY in checkpoint and trainer.state.fn == "fit" and not session_of(trainer).ready:
             session_of(trainer).restore(checkpoint[CHECKPOINT_KEY])

@@ -68,6 +68,7 @@ class SignalStore:
         self.solve_threshold = solve_threshold
         self.fingerprints = dict(fingerprints or {})
         self.vectors_version = 0
+        self._lent = False  # whether a view may still read the embeddings, so that an update must not write into them
         self._seed = seed
         n = len(self.sample_ids)
         self._data = {name: torch.full((n,), empty, dtype=torch.float64) for name, empty in _SCALARS.items()}
@@ -125,6 +126,9 @@ class SignalStore:
             new = getattr(signals, name)
             if new is None:
                 continue
+            if name == "embedding" and self._lent:
+                self._data[name] = self._data[name].clone()
+                self._lent = False
             self._data.setdefault(name, torch.zeros(len(self), new.shape[1]))[rows] = new.cpu().float()[places]
             measured.append(name)
             self.vectors_version += 1
@@ -194,7 +198,8 @@ class SignalStore:
         Raises:
             InputError: If a sample is not in the pool.
         """
-        return self._signals(self._data["gradient_epoch"] >= 0).take(self._rows(as_ids(sample_ids)))
+        rows = self._rows(as_ids(sample_ids))
+        return self._signals(self._data["gradient_epoch"] >= 0, rows)
 
     def pool_view(self, epoch: int, max_age: int = 1) -> Signals:
         """What is known of the whole pool, ascending by sample_id, for a selector to read.
@@ -205,28 +210,28 @@ class SignalStore:
                 the newest epoch do.
 
         Returns:
-            A `Signals` of N rows. It shares memory with the store: read it before the next update.
+            A `Signals` of N rows. Its embedding stays as it is; the rest shares memory with the store: read it before
+            the next update.
         """
         measured = self._data["gradient_epoch"]
         oldest = min(epoch - max_age, int(measured.max()))
+        self._lent = "embedding" in self._data
         return self._signals(measured >= max(oldest, 0))
 
-    def _signals(self, fresh: Tensor) -> Signals:
+    def _signals(self, fresh: Tensor, rows: Tensor | None = None) -> Signals:
         data, solve, alignment = self._data, self._data["solve_probability"], self._data["alignment"]
-        return Signals(
-            sample_id=self.sample_ids,
-            reward_mean=data["reward_mean"],
-            reward_std=data["reward_std"],
-            n_rollouts=data["n_rollouts"],
-            solve_probability=None if solve.isnan().all() else solve,
-            solve_share=data["solve_share"],
-            gradient=data.get("gradient"),
-            gradient_known=data["gradient_epoch"] >= 0 if "gradient" in data else None,
-            gradient_fresh=fresh if "gradient" in data else None,
-            embedding=data.get("embedding"),
-            embedding_known=data["embedding_epoch"] >= 0 if "embedding" in data else None,
-            alignment=None if alignment.isnan().all() else alignment,
-        )
+        known: dict[str, Tensor] = {
+            "sample_id": self.sample_ids,
+            **{name: data[name] for name in ("reward_mean", "reward_std", "n_rollouts", "solve_share")},
+            **({} if bool(solve.isnan().all()) else {"solve_probability": solve}),
+            **({} if bool(alignment.isnan().all()) else {"alignment": alignment}),
+        }
+        if "gradient" in data:
+            known |= {"gradient": data["gradient"], "gradient_known": data["gradient_epoch"] >= 0}
+            known["gradient_fresh"] = fresh
+        if "embedding" in data:
+            known |= {"embedding": data["embedding"], "embedding_known": data["embedding_epoch"] >= 0}
+        return Signals(**(known if rows is None else {name: value[rows] for name, value in known.items()}))
 
     def _rows(self, sample_ids: Tensor) -> Tensor:
         rows = torch.searchsorted(self.sample_ids, sample_ids).clamp_max(len(self) - 1)

@@ -1,5 +1,7 @@
 """One callback in projects that know nothing of us: whatever the loader, batches stay what they were."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from foreign import Classifier, Data, N, Points, loader_of, x_and_y
@@ -230,13 +232,30 @@ def test_what_install_touches_of_lightning_is_there(make_trainer):
     assert {"instance", "name"} <= set(vars(trainer.fit_loop._data_source))
     assert callable(trainer.fit_loop._data_source.dataloader)
     assert callable(trainer.fit_loop.setup_data)
+    assert callable(trainer.fit_loop.epoch_loop._should_check_val_fx)
     module = Classifier()
     trainer.fit(module, loader_of())
     loader = loader_of()
     trainer.fit_loop._data_source.instance = loader
+    assert trainer.fit_loop._data_source.dataloader() is loader
+    vars(trainer.fit_loop._data_source)["dataloader"] = lambda: "ours"
+    assert trainer.fit_loop._data_source.dataloader() == "ours"
+    del vars(trainer.fit_loop._data_source)["dataloader"]
     assert trainer.fit_loop._data_source.dataloader() is loader
     trainer.fit_loop._combined_loader = None
     assert trainer.train_dataloader is None
     trainer.fit_loop.setup_data()
     assert trainer.train_dataloader is loader
     assert not isinstance(loader, ForeignLoader)
+
+
+def test_only_install_touches_what_lightning_keeps_private():
+    import re
+
+    package = Path(__file__).parents[2]
+    files = [*(package / "minirec_pl").rglob("*.py"), *(package / "callbacks").glob("*.py")]
+    touched = {}
+    for path in files:
+        for name in re.findall(r"(?:trainer|loop|source|strategy|connector)\.(_[a-z]\w*)", path.read_text()):
+            touched.setdefault(path.name, set()).add(name)
+    assert touched == {"install.py": {"_data_source", "_combined_loader", "_data_fetcher", "_should_check_val_fx"}}
