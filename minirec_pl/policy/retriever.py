@@ -92,7 +92,8 @@ class RetrievalPolicy(nn.Module):
             max_completion_length=max_completion_length,
             longest_item=longest_item,
         )
-        if cached_negatives < 0 or refresh_items_every_n_steps < 1 or (refresh_budget or 1) < 1:
+        budget = 1 if refresh_budget is None else refresh_budget
+        if cached_negatives < 0 or refresh_items_every_n_steps < 1 or budget < 1:
             raise InputError(
                 f"cached_negatives is {cached_negatives}, refresh_items_every_n_steps {refresh_items_every_n_steps} and "
                 f"refresh_budget {refresh_budget}: give at least 0, 1 and 1"
