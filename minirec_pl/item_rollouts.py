@@ -138,9 +138,7 @@ class ItemSampler:
                 drawn = policy.sample(prompt, batch["seen"], numbers, **self.sampling)
                 rewards, _ = self.rewards(batch, drawn.items, drawn.logps.sum(dim=-1))
                 forward += policy.fed_tokens(drawn.items)
-        measured = target_signals(
-            policy, states, batch, self.sampling["temperature"], gradient, space, self.trajectory
-        )
+        measured = target_signals(policy, states, batch, self.sampling["temperature"], gradient, space, self.trajectory)
         forward += measured.tokens
         self.cost.add("scoring", forward=forward, backward=measured.tokens, rollouts=group * len(target))
         return SampleSignals(

@@ -19,7 +19,14 @@ from minirec_pl.gradients import GradientKind, GradientSpace
 from minirec_pl.grpo import Baseline, ImportanceSamplingLevel, LossType, ScaleRewards
 from minirec_pl.item_rollouts import ItemSampler
 from minirec_pl.objective import Objective, WastedGroups
-from minirec_pl.options import check_kind, check_sampling, check_schedule, check_selectors, check_single, check_wasted_groups
+from minirec_pl.options import (
+    check_kind,
+    check_sampling,
+    check_schedule,
+    check_selectors,
+    check_single,
+    check_wasted_groups,
+)
 from minirec_pl.policy import Recommender, RetrievalPolicy
 from minirec_pl.policy.rollout import evaluation_mode
 from minirec_pl.recommender import EVALUATION_K, RecModule
@@ -234,7 +241,9 @@ class GRPORecModule(RecModule):
         }
         if isinstance(self.policy, RetrievalPolicy):
             length = self.max_completion_length or self.policy.max_completion_length
-            return ReasoningSampler(self.policy, length=length, mask_truncated=self.mask_truncated_completions, **shared)
+            return ReasoningSampler(
+                self.policy, length=length, mask_truncated=self.mask_truncated_completions, **shared
+            )
         draw: Literal["sample", "distinct", "beam"] = "distinct" if self.distinct_rollouts else self.rollouts
         pairs = self.wasted_groups == "preference_pairs"
         return ItemSampler(self.policy, draw=draw, pairs=pairs, trajectory=self.trajectory, **shared)

@@ -150,14 +150,13 @@ class Objective:
         """Log-probabilities and entropy [B, G, L], the sum of the item losses, and the tokens run."""
         assert part.texts is not None
         passed = policy.read(policy.encode(part.batch, part.texts.shape[-1]), part.texts, temperature)
-        loss = item_loss(
-            policy, part, passed.states, batch_items, self.relabel_topk, self.epsilon, self.epsilon_high
-        )
+        loss = item_loss(policy, part, passed.states, batch_items, self.relabel_topk, self.epsilon, self.epsilon_high)
         return passed.logps, passed.entropy, loss, passed.tokens + policy.batch_tokens(batch_items)
 
     def _pair_loss(self, part: RolloutBatch, target: Tensor, sampled: Tensor) -> Tensor:
         pairs = part.pairs
-        assert part.target_mask is not None and part.target_logps is not None
+        assert part.target_mask is not None
+        assert part.target_logps is not None
         chosen, rejected = target[pairs], sampled[pairs]
         return preference_loss(
             chosen,

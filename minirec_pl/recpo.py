@@ -249,5 +249,3 @@ def item_loss(
     high = epsilon if epsilon_high is None else epsilon_high
     clipped = ratio.clamp(1 - epsilon, 1 + high)
     return -torch.minimum(ratio * advantages, clipped * advantages).sum()
-
-

@@ -62,7 +62,9 @@ class WarmStartModule(RecModule):
             loss, tokens = policy.supervised_loss(batch)
             return loss, tokens
         if isinstance(policy, RetrievalPolicy):
-            raise InputError("a RetrievalPolicy learns from single samples: set data.train_on to one with a history each")
+            raise InputError(
+                "a RetrievalPolicy learns from single samples: set data.train_on to one with a history each"
+            )
         if "sequence" not in batch:
             raise InputError("WarmStartModule trains on sequences: set data.train_on to `warm`")
         return policy.sequence_nll(batch, self.dropout), policy.sequence_tokens(batch)

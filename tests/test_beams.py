@@ -30,15 +30,20 @@ def test_the_group_is_the_most_likely_items(tiny_policy, toy_data, make_trainer,
     data.setup("fit")
     policy = many_token_policy(tmp_path / "policy", data.catalogue) if many else tiny_policy()
     plain = PlainPolicy(policy)
-    part = one_step(make_trainer, GRPORecModule(policy, [popular], num_generations=5, rollouts="beam", optimizer=sgd), data)
+    part = one_step(
+        make_trainer, GRPORecModule(policy, [popular], num_generations=5, rollouts="beam", optimizer=sgd), data
+    )
     for row in range(4):
         history, seen = ([i for i in part.batch[key][row].tolist() if i >= 0] for key in ("history", "seen"))
         items = part.items[row].tolist()
-        assert len(set(items)) == 5 and not set(items) & set(seen)
+        assert len(set(items)) == 5
+        assert not set(items) & set(seen)
         logps = [float(plain.item_logp(history, seen, item).detach()) for item in items]
         assert logps == sorted(logps, reverse=True)
         if not many:
-            every = sorted((float(plain.item_logp(history, seen, i).detach()) for i in range(80) if i not in seen), reverse=True)
+            every = sorted(
+                (float(plain.item_logp(history, seen, i).detach()) for i in range(80) if i not in seen), reverse=True
+            )
             assert logps == pytest.approx(every[:5], abs=1e-4)
 
 
@@ -52,7 +57,8 @@ def test_selection_goes_by_exact_probabilities(tiny_policy, toy_data, make_train
 
     one_step(make_trainer, Module(tiny_policy(), [popular], num_generations=3, rollouts="beam"), toy_data(batch_size=4))
     signals = outputs[0]["signals"]
-    assert signals.rewards is None and signals.solve_probability is not None
+    assert signals.rewards is None
+    assert signals.solve_probability is not None
 
 
 @pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.9}, {"distinct_rollouts": True}])

@@ -111,10 +111,11 @@ def test_the_gradient_is_that_of_a_plain_loop(make_policy, toy_data, make_traine
         for row in range(len(part)):
             spread = rewards[row].std() + 1e-4 if options.get("scale_rewards") != "none" else 1.0
             advantages = ((rewards[row] - rewards[row].mean()) / spread).tolist()
-            best = sorted(range(group), key=lambda g: -advantages[g])[: options["relabel_topk"]]  # noqa: B023
+            best = sorted(range(group), key=lambda g: -advantages[g])[: options["relabel_topk"]]
             target = int(part.batch["target"][row])
             negatives = [item for item in part.batch["negatives"][row].tolist() if item not in inside]
-            assert target not in negatives and len(part.batch["negatives"][row]) == 3
+            assert target not in negatives
+            assert len(part.batch["negatives"][row]) == 3
             cached += len(negatives)
             loss = torch.zeros((), dtype=torch.float64)
             for g, text in enumerate(part.texts[row].tolist()):
@@ -128,7 +129,8 @@ def test_the_gradient_is_that_of_a_plain_loop(make_policy, toy_data, make_traine
                     loss = loss - advantages[g] * logp / (4 * group)
             trains += max(map(abs, advantages)) > 0.01
             loss.backward()
-    assert trains > 1 and cached > 3
+    assert trains > 1
+    assert cached > 3
     trained = [p for p in plain.model.parameters() if p.requires_grad]
     for ours, truth in zip(watch.gradients[0], trained, strict=True):
         torch.testing.assert_close(ours.double(), truth.grad, rtol=1e-2, atol=2e-4)
@@ -174,7 +176,8 @@ def test_rewards_get_ranks_probabilities_and_the_text(make_policy, toy_data, mak
     module = GRPORecModule(policy, [watcher], num_generations=3, optimizer=sgd)
     watch = fit(make_trainer, module, toy_data(batch_size=4), 1)
     part, (completions, target, rank, p, recommended, ids) = watch.generations[0].batches[0], calls[0]
-    assert completions == policy.words(part.texts) and len(set(completions)) > 1
+    assert completions == policy.words(part.texts)
+    assert len(set(completions)) > 1
     assert ids == part.batch["sample_id"].repeat_interleave(3).tolist()
     names = policy.catalogue.item_ids
     assert target == [names[i] for i in part.batch["target"].repeat_interleave(3).tolist()]
@@ -183,7 +186,8 @@ def test_rewards_get_ranks_probabilities_and_the_text(make_policy, toy_data, mak
     assert all((place == 1) == (best == wanted) for place, best, wanted in zip(rank, recommended, target, strict=True))
     assert watch.logged[0]["completions/mean_length"] == pytest.approx(float((part.texts >= 0).sum(-1).float().mean()))
     signals = watch.outputs[0]["signals"]
-    assert signals.solve_probability is None and torch.equal(signals.rewards, part.rewards)
+    assert signals.solve_probability is None
+    assert torch.equal(signals.rewards, part.rewards)
 
 
 def test_truncated_reasonings_can_be_left_out_of_the_token_loss(make_policy, toy_data, make_trainer):
@@ -192,7 +196,8 @@ def test_truncated_reasonings_can_be_left_out_of_the_token_loss(make_policy, toy
     part = fit(make_trainer, module, toy_data(batch_size=4), 1).generations[0].batches[0]
     ended = (part.texts == 2).any(dim=-1)
     assert torch.equal(part.mask, (part.texts >= 0) & ended[..., None])
-    assert bool((part.texts[~ended] >= 0).all()) and not bool(ended.all())
+    assert bool((part.texts[~ended] >= 0).all())
+    assert not bool(ended.all())
 
 
 def test_the_reference_is_the_adapter_switched_off(make_policy, toy_data, make_trainer):
@@ -201,7 +206,8 @@ def test_the_reference_is_the_adapter_switched_off(make_policy, toy_data, make_t
     watch = fit(make_trainer, module, toy_data(batch_size=4), 2)
     part = watch.generations[0].batches[0]
     torch.testing.assert_close(part.ref_logps, part.old_logps)
-    assert watch.logged[0]["kl"] == pytest.approx(0.0, abs=1e-6) and watch.logged[1]["kl"] > 0
+    assert watch.logged[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert watch.logged[1]["kl"] > 0
     assert module.reference is None
 
 
@@ -213,7 +219,8 @@ def test_dynamic_sampling_drops_flat_groups(make_policy, toy_data, make_trainer)
     watch = fit(make_trainer, module, toy_data(batch_size=4), 2)
     for generation in watch.generations:
         for part in generation.batches:
-            assert not bool(part.flat.any()) and bool((part.batch["sample_id"] % 2 == 1).all())
+            assert not bool(part.flat.any())
+            assert bool((part.batch["sample_id"] % 2 == 1).all())
 
 
 def scored(policy, **options):
@@ -262,9 +269,12 @@ def test_signals_are_those_of_autograd_on_each_sample_alone(folder, gradient):
             p0 = logp.exp().detach()
             slope = torch.autograd.grad(-logp.exp() / p0, state, create_graph=True)[0]
             total = torch.autograd.grad(slope @ slope, state)[0]
-        torch.testing.assert_close(signals.gradient[row].double(), total, rtol=1e-2, atol=1e-2 * float(total.norm()) + 1e-4)
+        torch.testing.assert_close(
+            signals.gradient[row].double(), total, rtol=1e-2, atol=1e-2 * float(total.norm()) + 1e-4
+        )
         torch.testing.assert_close(signals.embedding[row].double(), embedding, rtol=1e-3, atol=1e-4)
-    assert float(signals.gradient.abs().max()) > 0 and signals.solve_probability is None
+    assert float(signals.gradient.abs().max()) > 0
+    assert signals.solve_probability is None
 
 
 def test_other_ranks_targets_are_negatives(folder):
@@ -273,7 +283,8 @@ def test_other_ranks_targets_are_negatives(folder):
     there = torch.tensor([1, 4, 9, 2, 2, 8])
 
     def reduce(table):
-        assert table.shape == (2, 6) and not bool(table[1].any())
+        assert table.shape == (2, 6)
+        assert not bool(table[1].any())
         return table + torch.stack([torch.zeros(6), there.double()])
 
     made = with_negatives(policy, batches, (3, 1), (0, 2), reduce)
@@ -301,7 +312,9 @@ def test_options_that_make_no_sense_are_refused(folder, options, message):
         GRPORecModule(text_policy(folder), **options)
 
 
-@pytest.mark.parametrize("name", ["max_completion_length", "mask_truncated_completions", "negatives_across_ranks", "relabel_topk"])
+@pytest.mark.parametrize(
+    "name", ["max_completion_length", "mask_truncated_completions", "negatives_across_ranks", "relabel_topk"]
+)
 def test_options_of_texts_are_refused_with_items(tiny_policy, name):
     with pytest.raises(InputError, match=f"{name} is for policies that reason in text"):
         GRPORecModule(tiny_policy(), **{name: 5 if name in ("max_completion_length", "relabel_topk") else True})
@@ -346,7 +359,9 @@ def test_a_resumed_run_is_the_same_run(make_policy, toy_data, make_trainer, tmp_
     resumed = module()
     resumed.policy.index.vectors.fill_(1.0)
     fit(make_trainer, resumed, toy_data(batch_size=4), 6, ckpt_path=tmp_path / "kept" / "step=3.ckpt")
-    for (name, ours), truth in zip(resumed.policy.state_dict().items(), whole.policy.state_dict().values(), strict=True):
+    for (name, ours), truth in zip(
+        resumed.policy.state_dict().items(), whole.policy.state_dict().values(), strict=True
+    ):
         torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
     assert resumed.cost.tokens_forward == whole.cost.tokens_forward
 
@@ -355,14 +370,17 @@ def test_a_resumed_run_is_the_same_run(make_policy, toy_data, make_trainer, tmp_
 def test_selection_runs_on_its_signals(make_policy, toy_data, make_trainer, mode):
     from minirec_pl.selection import MiniRecSelector
 
-    module = GRPORecModule(make_policy(max_completion_length=2), [NDCGReward(20)], num_generations=2, scoring_generations=2)
+    module = GRPORecModule(
+        make_policy(max_completion_length=2), [NDCGReward(20)], num_generations=2, scoring_generations=2
+    )
     selector = MiniRecSelector(mode=mode, on_short="fill") if mode == "paper" else MiniRecSelector(mode=mode)
     callback = MiniRec(budget=12, selector=selector)
     data = toy_data(batch_size=4, warm_fraction=0.9)
     trainer = make_trainer(max_epochs=2, callbacks=[callback], limit_val_batches=1)
     trainer.fit(module, data)
     assert trainer.global_step == 6
-    assert module.cost.rollouts["training"] == 2 * 12 * 2 and module.cost.rollouts["scoring"] > 0
+    assert module.cost.rollouts["training"] == 2 * 12 * 2
+    assert module.cost.rollouts["scoring"] > 0
     assert 0 <= float(trainer.callback_metrics["val/ndcg@10"]) <= 1
 
 

@@ -14,7 +14,20 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-TITLES = ["Star Wars", "Alien", "Heat", "Fargo", "Toy Story", "Babe", "Seven", "Casino", "Jaws", "Twister", "Big", "Aladdin"]
+TITLES = [
+    "Star Wars",
+    "Alien",
+    "Heat",
+    "Fargo",
+    "Toy Story",
+    "Babe",
+    "Seven",
+    "Casino",
+    "Jaws",
+    "Twister",
+    "Big",
+    "Aladdin",
+]
 SIZES = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 KINDS = {
     "llama": {"num_key_value_heads": 2, "tie_word_embeddings": True},
@@ -29,9 +42,14 @@ def write_model(folder, kind="llama", seed=0):
     core.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    core.train_from_iterator(["You recommend items to users. The user's history, oldest first <answer>", *TITLES] * 5, trainer)
+    core.train_from_iterator(
+        ["You recommend items to users. The user's history, oldest first <answer>", *TITLES] * 5, trainer
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.chat_template = CHATML
     torch.manual_seed(seed)
@@ -72,7 +90,9 @@ def toy_batch(rows=4, seed=0, n_items=len(TITLES)):
     """Histories of unequal length with ages and some ratings."""
     random = torch.Generator().manual_seed(seed)
     history = torch.stack([torch.randperm(n_items, generator=random)[:3] for _ in range(rows)])
-    target = torch.tensor([next(i for i in range(row, n_items + row) if i % n_items not in history[row]) for row in range(rows)])
+    target = torch.tensor(
+        [next(i for i in range(row, n_items + row) if i % n_items not in history[row]) for row in range(rows)]
+    )
     rating = torch.full(history.shape, torch.nan)
     rating[:, 1] = 4.0
     history[1::2, 0] = -1
@@ -112,7 +132,9 @@ class PlainRetriever:
             ages = {90_000.0: "1 day", 7200.0: "2 hours", 30.0: "moments"}
             lines.append(f"{line}, {ages[float(batch['history_age'][row, column])]} ago")
         user = template.user.replace("{history}", "\n".join(lines))
-        parts = [f"<|im_start|>{who}\n{text}<|im_end|>\n" for who, text in (("system", template.system), ("user", user))]
+        parts = [
+            f"<|im_start|>{who}\n{text}<|im_end|>\n" for who, text in (("system", template.system), ("user", user))
+        ]
         return self.tokens("".join(parts) + "<|im_start|>assistant\n")
 
     def causal(self):

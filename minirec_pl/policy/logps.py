@@ -79,9 +79,7 @@ def completion_states(
     tokens, mask = completion_ids.flatten(0, 1), completion_mask.bool().flatten(0, 1)
     with cache_under_checkpointing(model) as shared:
         run = _shared_states if shared else _separate_states
-        states = run(
-            body_of(model), input_ids, attention_mask.to(torch.int64), tokens, mask, completion_ids.shape[1]
-        )
+        states = run(body_of(model), input_ids, attention_mask.to(torch.int64), tokens, mask, completion_ids.shape[1])
     return states.view(*completion_ids.shape, -1)
 
 

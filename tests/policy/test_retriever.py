@@ -67,11 +67,15 @@ def test_reasoning_ends_at_the_end_of_sequence_or_the_length(llama):
     policy, batch = text_policy(llama, max_completion_length=5), toy_batch()
     prompts = policy.encode(batch)
     with torch.no_grad():
-        policy.model.get_output_embeddings().weight[EOS] += 0.4 * policy.read(prompts, texts_of_all_kinds(batch)).states.mean((0, 1))
+        policy.model.get_output_embeddings().weight[EOS] += 0.4 * policy.read(
+            prompts, texts_of_all_kinds(batch)
+        ).states.mean((0, 1))
     made = policy.reason(prompts, 16, uniform=torch.rand(4, 16, 5, dtype=torch.float64))
     lengths = (made.texts >= 0).sum(dim=-1)
     ended = (made.texts == EOS).any(dim=-1)
-    assert made.texts.shape == (4, 16, 5) and bool(ended.any()) and not bool(ended.all())
+    assert made.texts.shape == (4, 16, 5)
+    assert bool(ended.any())
+    assert not bool(ended.all())
     assert bool((lengths[~ended] == 5).all())
     assert torch.equal(policy.truncated(made.texts), ~ended)
     again = policy.read(prompts, made.texts)
@@ -164,13 +168,18 @@ def test_supervised_loss_after_a_sampled_reasoning(llama):
     plain, truth = PlainRetriever(policy), []
     for row in range(4):
         items = {*batch["target"].tolist(), *negatives[row].tolist()}
-        truth.append(plain.target_logp(plain.state(batch, row, texts[row, 0].tolist()), int(batch["target"][row]), items))
+        truth.append(
+            plain.target_logp(plain.state(batch, row, texts[row, 0].tolist()), int(batch["target"][row]), items)
+        )
     assert float(loss) == pytest.approx(-float(torch.stack(truth).mean()), rel=1e-3)
     assert bool((texts >= 0).any())
 
 
 def test_a_warm_start_learns_the_pairs(llama):
-    policy, batch = text_policy(llama, noise=0.0, reason_in_warm_start=False, max_completion_length=0), toy_batch(8, seed=2)
+    policy, batch = (
+        text_policy(llama, noise=0.0, reason_in_warm_start=False, max_completion_length=0),
+        toy_batch(8, seed=2),
+    )
     first = policy.item_logps(batch).gather(1, batch["target"][:, None]).mean()
     optimizer = torch.optim.Adam(trained(policy), lr=0.02)
     for _ in range(12):
@@ -183,11 +192,14 @@ def test_a_warm_start_learns_the_pairs(llama):
 def test_negatives_depend_on_their_sample_and_never_hold_the_target():
     target, ids = torch.tensor([3, 0, 9]), torch.tensor([11, 5, 8])
     drawn = draw_negatives(10, target, ids, [7], 6)
-    assert drawn.shape == (3, 6) and not bool((drawn == target[:, None]).any())
+    assert drawn.shape == (3, 6)
+    assert not bool((drawn == target[:, None]).any())
     assert all(len(set(row)) == 6 and set(row) <= set(range(10)) for row in drawn.tolist())
     assert torch.equal(draw_negatives(10, target[1:2], ids[1:2], [7], 6), drawn[1:2])
     assert not torch.equal(draw_negatives(10, target, ids, [8], 6), drawn)
-    every = {tuple(sorted(draw_negatives(3, torch.tensor([1]), torch.tensor([i]), [0], 5)[0].tolist())) for i in range(9)}
+    every = {
+        tuple(sorted(draw_negatives(3, torch.tensor([1]), torch.tensor([i]), [0], 5)[0].tolist())) for i in range(9)
+    }
     assert every == {(0, 2)}
     assert draw_negatives(10, target, ids, [7], 0).shape == (3, 0)
 
@@ -199,8 +211,10 @@ def test_rollouts_get_items_by_schedule_and_evaluation_gets_fresh_ones(llama):
     old = policy.index.vectors.clone()
     with torch.no_grad():
         trained(policy)[0].add_(0.5)
-    assert policy.refresh_items(2) == 0 and torch.equal(policy.index.vectors, old)
-    assert policy.refresh_items(3) == whole and not torch.equal(policy.index.vectors, old)
+    assert policy.refresh_items(2) == 0
+    assert torch.equal(policy.index.vectors, old)
+    assert policy.refresh_items(3) == whole
+    assert not torch.equal(policy.index.vectors, old)
     with torch.no_grad():
         trained(policy)[0].add_(0.5)
     logps = policy.item_logps(toy_batch())
@@ -270,12 +284,15 @@ def test_blocks_do_not_change_a_ranking(monkeypatch):
     for ours, truth in zip(index.rank(states, target, seen, 0.2), whole, strict=True):
         torch.testing.assert_close(ours, truth)
     torch.testing.assert_close(index.log_softmax(states, seen, 0.2), logps)
-    assert whole.rank[2] == 0 and whole.probability[2] == 0 and whole.rank[4] == 0
+    assert whole.rank[2] == 0
+    assert whole.probability[2] == 0
+    assert whole.rank[4] == 0
     for row in (0, 1, 3, 5):
         hidden = [i for i in seen[row].tolist() if i >= 0]
         cosines = (index.vectors.double() @ (states[row] / states[row].norm()).double()).tolist()
         order = sorted((i for i in range(30) if i not in hidden), key=lambda i: (-round(cosines[i], 6), i))
-        assert order.index(int(target[row])) + 1 == int(whole.rank[row]) and order[0] == int(whole.best[row])
+        assert order.index(int(target[row])) + 1 == int(whole.rank[row])
+        assert order[0] == int(whole.best[row])
         assert float(whole.probability[row]) == pytest.approx(float(logps[row, target[row]].exp()), rel=1e-4)
 
 
@@ -287,13 +304,15 @@ def test_a_saved_policy_has_the_same_scores_and_need_not_read_its_items_again(fo
     policy.save_pretrained(tmp_path / "policy", {"rollouts": {"training": 7}})
     again = RetrievalPolicy(pretrained=str(tmp_path / "policy"))
     again.bind(toy_catalogue())
-    assert again.text == policy.text and again.training_cost == {"rollouts": {"training": 7}}
+    assert again.text == policy.text
+    assert again.training_cost == {"rollouts": {"training": 7}}
     assert len(trained(again)) == len(trained(policy))
     assert again.refresh_items() == 0
     torch.testing.assert_close(again.item_logps(batch), logps, rtol=1e-5, atol=1e-5)
     other = RetrievalPolicy(pretrained=str(tmp_path / "policy"), max_completion_length=0)
     other.bind(toy_catalogue(15))
-    assert other.refresh_items() == int(other.index.lengths.sum()) and other.max_completion_length == 0
+    assert other.refresh_items() == int(other.index.lengths.sum())
+    assert other.max_completion_length == 0
     again.save_pretrained(tmp_path / "policy")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["policy"]
 
@@ -325,12 +344,14 @@ def test_a_policy_binds_to_any_catalogue(llama):
     policy.bind(toy_catalogue())
     assert policy.index is index
     policy.bind(toy_catalogue(20))
-    assert len(policy.index) == 20 and policy.item_logps(toy_batch()).shape == (4, 20)
+    assert len(policy.index) == 20
+    assert policy.item_logps(toy_batch()).shape == (4, 20)
 
 
 def test_half_precision_vectors_and_copies(llama):
     policy, batch = text_policy(llama, item_dtype="bfloat16", max_completion_length=0), toy_batch()
-    assert policy.item_logps(batch).dtype == torch.float32 and policy.index.vectors.dtype == torch.bfloat16
+    assert policy.item_logps(batch).dtype == torch.float32
+    assert policy.index.vectors.dtype == torch.bfloat16
     other = text_policy(llama, max_completion_length=0)
     torch.testing.assert_close(policy.item_logps(batch), other.item_logps(batch), rtol=0.05, atol=0.2)
     torch.testing.assert_close(copy.deepcopy(other).item_logps(batch), other.item_logps(batch))
@@ -340,7 +361,9 @@ def test_evaluation_leaves_modes_and_random_numbers_alone(llama):
     policy = text_policy(llama).train()
     state = torch.random.get_rng_state()
     policy.item_logps(toy_batch())
-    assert torch.equal(torch.random.get_rng_state(), state) and policy.training and policy.model.training
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert policy.training
+    assert policy.model.training
     with evaluation_mode(policy):
         made = policy.reason(policy.encode(toy_batch()), sampling=Sampling("greedy"))
     assert made.texts.shape == (4, 1, 6)
