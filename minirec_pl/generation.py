@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,25 +21,33 @@ def take_rows(batch: Batch, rows: Tensor) -> dict[str, Tensor]:
     return {name: value[rows] for name, value in batch.items() if isinstance(value, Tensor)}
 
 
+def scoring_numbers(words: Sequence[int], sample_ids: Tensor, size: tuple[int, int]) -> Tensor:
+    """Uniform numbers float64 [B, *size] whose rows depend on the words and their own sample_id alone."""
+    rows = [np.random.default_rng([*words, sample_id]).random(size) for sample_id in sample_ids.tolist()]
+    return torch.from_numpy(np.stack(rows)).to(sample_ids.device)
+
+
 @dataclass
 class RolloutBatch:
     """B prompts with G rollouts each, and all that an update needs to know of them.
 
     Attributes:
         batch: the prompts, each tensor [B, ...].
-        items: int64 [B, G], item index.
+        items: int64 [B, G], item index; of a rollout that ranks items, the first.
         rewards: float32 [B, G], 0 where none applies.
         applies: bool [B, G], whether any reward applies.
         rewards_by_name: float32 [B, G] each, NaN where that reward does not apply.
         mask: bool [B, G, L], active tokens.
         entropy: float32 [B, G, L] in nats, of the groups whose entropy no update will measure, else 0.
-        target_logps: float32 [B, L], log-probabilities of the target's tokens when the rollouts were drawn.
-        target_mask: bool [B, L], tokens of the target.
+        target_logps: float32 [B, L], log-probabilities of the target's tokens when the rollouts were drawn; None where
+            the target is no completion.
+        target_mask: bool [B, L], tokens of the target; None likewise.
         old_logps: float32 [B, G, L] under the policy that sampled; None where it is updated once, and so on-policy.
         ref_logps: float32 [B, G, L] under the reference; None without one.
         advantages: float32 [B, G].
         learns: bool [B], groups that the loss depends on.
         pairs: bool [B], groups without advantage that are turned into preference pairs.
+        texts: int64 [B, G, L], tokens of the rollouts, padded with -1, where these are texts and not items.
     """
 
     batch: dict[str, Tensor]
@@ -48,13 +57,14 @@ class RolloutBatch:
     rewards_by_name: dict[str, Tensor]
     mask: Tensor
     entropy: Tensor
-    target_logps: Tensor
-    target_mask: Tensor
+    target_logps: Tensor | None
+    target_mask: Tensor | None
     old_logps: Tensor | None
     ref_logps: Tensor | None
     advantages: Tensor
     learns: Tensor
     pairs: Tensor
+    texts: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -157,10 +167,11 @@ def signals_of(drawn: Sequence[RolloutBatch], *, with_rewards: bool) -> SampleSi
     known = torch.cat([part.applies.any(dim=1) for part in drawn])
     if not bool(known.any()):
         return None
-    solved = torch.cat([part.target_logps.sum(dim=1).exp() for part in drawn])
+    exact = [part.target_logps.sum(dim=1).exp() for part in drawn if part.target_logps is not None]
+    solved = torch.cat(exact)[known] if exact else None
     rewards = torch.cat([part.known_rewards for part in drawn])
     ids = torch.cat([part.batch["sample_id"] for part in drawn])
-    return SampleSignals(ids[known], rewards[known] if with_rewards else None, solve_probability=solved[known])
+    return SampleSignals(ids[known], rewards[known] if with_rewards else None, solve_probability=solved)
 
 
 def figures_of(drawn: Sequence[RolloutBatch]) -> dict[str, Tensor]:

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from minirec_pl.collect import RolloutCollector, scoring_numbers
+from minirec_pl.collect import RolloutCollector
 from minirec_pl.data.sampler import GENERATION, GenerationSchedule
 from minirec_pl.errors import InputError
-from minirec_pl.generation import Generation, figures_of, signals_of
+from minirec_pl.generation import Generation, RolloutBatch, figures_of, signals_of
 from minirec_pl.gradients import GradientKind, GradientSpace
 from minirec_pl.grpo import Baseline, ImportanceSamplingLevel, LossType, ScaleRewards
+from minirec_pl.item_rollouts import ItemSampler
 from minirec_pl.objective import Objective, WastedGroups
-from minirec_pl.options import check_sampling, check_schedule, check_selectors, check_single, check_wasted_groups
-from minirec_pl.policy import GenerativePolicy
+from minirec_pl.options import (
+    check_kind,
+    check_sampling,
+    check_schedule,
+    check_selectors,
+    check_single,
+    check_wasted_groups,
+)
+from minirec_pl.policy import Recommender, RetrievalPolicy
 from minirec_pl.policy.rollout import evaluation_mode
-from minirec_pl.probes import target_signals
 from minirec_pl.recommender import EVALUATION_K, RecModule
+from minirec_pl.recpo import ReasoningSampler, with_negatives
 from minirec_pl.reference import adapters_off, check_sync, frozen_copy, is_fresh_lora, mix_into
-from minirec_pl.reward_calls import RewardFunction, combine_rewards, item_columns
-from minirec_pl.rewards import hit
+from minirec_pl.reward_calls import Rewarder, RewardFunction
+from minirec_pl.rewards import SoftmaxMixReward, hit
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.trajectory import Trajectory
 from minirec_pl.warm_start import WarmStartModule
@@ -34,23 +42,32 @@ __all__ = ["GRPORecModule", "WarmStartModule"]
 
 
 class GRPORecModule(RecModule):
-    """Group Relative Policy Optimization of a generative recommender (arXiv 2402.03300), option names as in TRL.
+    """Group Relative Policy Optimization of a recommender (arXiv 2402.03300), option names as in TRL.
 
-    `num_generations` items are sampled per prompt and rewarded, for all the batches of an optimizer step at once, so
-    that what its loss is averaged over is known before the first backward pass. With one update per rollout (the
-    default) the ratio is 1 when the gradient is taken. Groups that the loss does not depend on are not trained on.
+    `num_generations` rollouts, items or reasonings, are sampled per prompt and rewarded, for all the batches of an
+    optimizer step at once, so that what its loss is averaged over is known before the first backward pass. With one
+    update per rollout (the default) the ratio is 1 when the gradient is taken. Groups that the loss does not depend on
+    are not trained on. A policy that reasons and ranks is trained by RecPO, see `minirec_pl.recpo`.
 
     Args:
         policy: the recommender, usually a warm start.
-        rewards: reward functions, TRL's contract (see `minirec_pl.reward_calls`); in YAML by dotted path.
+        rewards: reward functions, TRL's contract (see `minirec_pl.reward_calls`); in YAML by dotted path. None takes
+            `hit`, and for a RetrievalPolicy `SoftmaxMixReward()`.
         reward_weights: one weight per reward; None weighs each with 1.
         num_generations: G, rollouts per prompt, at least 2.
+        rollouts: `sample` draws them; `beam` takes the items that a beam search of width G ends with (ReRe, arXiv
+            2510.12211), for a GenerativePolicy. They say little of a mean reward, see `distinct_rollouts`.
         temperature: divides the logits in sampling and in every other pass.
         top_k: sample among the k most likely tokens; None for all.
         top_p: sample among the smallest set of tokens with this mass; None for all.
+        max_completion_length: tokens of a reasoning at most; None takes that of the RetrievalPolicy.
+        mask_truncated_completions: leave the tokens of reasonings that ended at that length out of the token loss.
         distinct_rollouts: draw the items of a group without replacement; not with top_k or top_p, nor with a selector
             in mode `official`. A mean reward then says little (that of a hit is at most 1 / G), so that the exact solve
             probability stands for it in selection.
+        relabel_topk: of a RetrievalPolicy's groups, how many of the best rollouts learn the item.
+        negatives_across_ranks: compare a RetrievalPolicy's targets also with those of the same batch on other ranks,
+            whose vectors come from the cache.
         epsilon: lower clip width of the probability ratio.
         epsilon_high: upper clip width; None takes `epsilon`.
         delta: upper bound of the ratio where the advantage is negative; None for none.
@@ -84,14 +101,19 @@ class GRPORecModule(RecModule):
 
     def __init__(
         self,
-        policy: GenerativePolicy,
-        rewards: Sequence[RewardFunction] = (hit,),
+        policy: Recommender,
+        rewards: Sequence[RewardFunction] | None = None,
         reward_weights: list[float] | None = None,
         num_generations: int = 8,
+        rollouts: Literal["sample", "beam"] = "sample",
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        max_completion_length: int | None = None,
+        mask_truncated_completions: bool = False,
         distinct_rollouts: bool = False,
+        relabel_topk: int = 1,
+        negatives_across_ranks: bool = False,
         epsilon: float = 0.2,
         epsilon_high: float | None = None,
         delta: float | None = None,
@@ -124,22 +146,25 @@ class GRPORecModule(RecModule):
             importance_sampling_level=importance_sampling_level,
             scale_rewards=scale_rewards,
             baseline=baseline,
+            relabel_topk=relabel_topk,
         )
         check_sampling(num_generations, scoring_generations, temperature, top_k, top_p)
         check_schedule(num_iterations, steps_per_generation)
         check_wasted_groups(wasted_groups, oversample, distinct_rollouts, top_k, top_p)
         check_sync(beta, sync_ref_model, ref_model_sync_steps, ref_model_mixup_alpha)
-        if reward_weights is not None and len(reward_weights) != len(rewards):
-            raise InputError(
-                f"reward_weights has {len(reward_weights)} numbers for {len(rewards)} rewards: give one each"
-            )
-        self.rewards = list(rewards)
+        usual = SoftmaxMixReward() if isinstance(policy, RetrievalPolicy) else hit
+        self.rewards = [usual] if rewards is None else list(rewards)
         self.reward_weights = reward_weights
         self.num_generations = num_generations
+        self.rollouts = rollouts
         self.temperature = temperature
         self.top_k = top_k
         self.top_p = top_p
+        self.max_completion_length = max_completion_length
+        self.mask_truncated_completions = mask_truncated_completions
         self.distinct_rollouts = distinct_rollouts
+        self.relabel_topk = relabel_topk
+        self.negatives_across_ranks = negatives_across_ranks
         self.num_iterations = num_iterations
         self.steps_per_generation = steps_per_generation
         self.wasted_groups = wasted_groups
@@ -148,9 +173,10 @@ class GRPORecModule(RecModule):
         self.ref_model_sync_steps = ref_model_sync_steps
         self.ref_model_mixup_alpha = ref_model_mixup_alpha
         self.scoring_generations = scoring_generations
+        check_kind(self)
         self.rollout_seed = torch.initial_seed()
         self.rollout_step = 0
-        self.reference: GenerativePolicy | None = None
+        self.reference: Recommender | None = None
         self.trajectory = Trajectory()
         self.generation: Generation | None = None
         self._adapter_is_new = False
@@ -165,7 +191,7 @@ class GRPORecModule(RecModule):
         """Checks what depends on the Trainer."""
         if stage == "fit":
             check_schedule(self.num_iterations, self.steps_per_generation, self.trainer.accumulate_grad_batches)
-            if self.distinct_rollouts:
+            if self.distinct_rollouts or self.rollouts == "beam":
                 check_selectors(self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
@@ -199,28 +225,33 @@ class GRPORecModule(RecModule):
         if self.generation is not None:
             self.generation.to(self.device)
 
-    @property
-    def _sampling(self) -> dict[str, Any]:
-        return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-
     def _generator(self) -> torch.Generator:
         """Random numbers of a generation, which depend on (seed, rank, generations so far) alone."""
         words = np.random.SeedSequence([self.rollout_seed, self.global_rank, self.rollout_step])
         return torch.Generator(device=self.device).manual_seed(int(words.generate_state(1, np.uint64)[0]) & (2**63 - 1))
 
-    def _reward(self, batch: Mapping[str, Tensor], items: Tensor, logps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rewards [B, G] of items, NaN where none applies, and the single ones by name."""
-        columns = item_columns(batch, items, logps, self.item_ids)
-        completions = self.item_ids[items.flatten().cpu().numpy()].tolist()
-        total, by_name = combine_rewards(self.rewards, self.reward_weights, completions, columns)
-        return total.view_as(items).to(items.device), {
-            name: given.view_as(items).to(items.device) for name, given in by_name.items()
+    @property
+    def _sampler(self) -> ItemSampler | ReasoningSampler:
+        shared: dict[str, Any] = {
+            "rewards": Rewarder(self.rewards, self.reward_weights, self.item_ids),
+            "sampling": {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p},
+            "cost": self.cost,
+            "num_generations": self.num_generations,
+            "objective": self.objective,
         }
+        if isinstance(self.policy, RetrievalPolicy):
+            length = self.max_completion_length or self.policy.max_completion_length
+            return ReasoningSampler(
+                self.policy, length=length, mask_truncated=self.mask_truncated_completions, **shared
+            )
+        draw: Literal["sample", "distinct", "beam"] = "distinct" if self.distinct_rollouts else self.rollouts
+        pairs = self.wasted_groups == "preference_pairs"
+        return ItemSampler(self.policy, draw=draw, pairs=pairs, trajectory=self.trajectory, **shared)
 
-    def _reference_logps(self, batch: Mapping[str, Tensor], items: Tensor) -> Tensor:
-        policy = self.policy if self.reference is None else self.reference
+    def _reference_logps(self, rollouts: RolloutBatch) -> Tensor:
+        policy: Any = self.policy if self.reference is None else self.reference
         with evaluation_mode(policy), adapters_off(policy) if self._adapter_is_new else nullcontext():
-            return policy.completion_logps(batch, items, self.temperature)[0]
+            return self._sampler.reference_logps(policy, rollouts)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
         """One forward pass of the objective; the first of a generation makes its rollouts.
@@ -255,7 +286,7 @@ class GRPORecModule(RecModule):
             "clip_ratio/low_mean": update.clip_low,
             "clip_ratio/high_mean": update.clip_high,
             "train/loss": update.loss.detach(),
-            **({} if update.kl is None else {"kl": update.kl}),
+            **{name: v for name, v in (("kl", update.kl), ("item_loss", update.item_loss)) if v is not None},
         }
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=len(rollouts))
         first_time = position < len(generation.batches)
@@ -265,17 +296,16 @@ class GRPORecModule(RecModule):
         accumulate = self.trainer.accumulate_grad_batches
         check_schedule(self.num_iterations, self.generation_schedule.steps, accumulate)
         several = self.trainer.world_size > 1
+        if isinstance(self.policy, RetrievalPolicy):
+            self.cost.add("training", forward=self.policy.refresh_items(self.trainer.global_step))
+            ranks = (self.global_rank, self.trainer.world_size) if several and self.negatives_across_ranks else None
+            words = (self.rollout_seed, self.rollout_step)
+            batches = with_negatives(self.policy, batches, words, ranks, self._sum_over_ranks)
         collector = RolloutCollector(
-            policy=self.policy,
+            roll_out=self._sampler.roll_out,
             objective=self.objective,
-            reward=self._reward,
             reference=self._reference_logps if self.objective.beta > 0 else None,
-            num_generations=self.num_generations,
-            sampling=self._sampling,
-            distinct=self.distinct_rollouts,
-            pairs=self.wasted_groups == "preference_pairs",
             oversample=self.oversample,
-            cost=self.cost,
             reduce=self._sum_over_ranks if several else None,
         )
         self.generation, drawn = collector.collect(batches, positions, accumulate, self._generator())
@@ -286,7 +316,7 @@ class GRPORecModule(RecModule):
             values["dynamic_sampling/trained"] = torch.tensor(float(sum(map(len, self.generation.batches))))
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=size)
         self.log("train/reward", values["reward"], on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
-        return signals_of(drawn, with_rewards=not self.distinct_rollouts)
+        return signals_of(drawn, with_rewards=not self.distinct_rollouts and self.rollouts == "sample")
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         total = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")
@@ -305,6 +335,8 @@ class GRPORecModule(RecModule):
     ) -> SampleSignals:
         """Everything selection wants to know of a batch, from one forward pass in evaluation mode.
 
+        What follows is for a GenerativePolicy; a RetrievalPolicy has `minirec_pl.recpo.ReasoningSampler.signals`.
+
         Args:
             batch: prompts with `history`, `seen`, `target` and `sample_id`.
             gradient: `first` for u = -dp of the exact solve probability p; `hvp` for the published Hessian-vector
@@ -321,28 +353,9 @@ class GRPORecModule(RecModule):
         Raises:
             InputError: if `hvp` is asked for in the space `lora`, or nothing that could be followed is trained.
         """
-        target = batch["target"][:, None]
-        rewards, group = None, self.scoring_generations
-        forward = self.policy.prompt_tokens(batch) + self.policy.fed_tokens(target)
-        with evaluation_mode(self.policy):
-            prompt = self.policy.run_prompt(batch)
-            states = self.policy.completion_states(prompt, target)
-            if group > 0:
-                size = (group, self.policy.id_length)
-                numbers = scoring_numbers((self.rollout_seed, self.rollout_step), batch["sample_id"], size)
-                drawn = self.policy.sample(prompt, batch["seen"], numbers, **self._sampling)
-                rewards, _ = self._reward(batch, drawn.items, drawn.logps.sum(dim=-1))
-                forward += self.policy.fed_tokens(drawn.items)
-        measured = target_signals(
-            self.policy, states, batch, self.temperature, gradient, gradient_space, self.trajectory
-        )
-        forward += measured.tokens
-        self.cost.add("scoring", forward=forward, backward=measured.tokens, rollouts=group * len(target))
-        return SampleSignals(
-            batch["sample_id"],
-            rewards=rewards,
-            gradient=measured.gradient,
-            embedding=states.prompt.detach(),
-            solve_probability=measured.logp.exp(),
-            alignment=measured.alignment,
-        )
+        if isinstance(self.policy, RetrievalPolicy):
+            training = self._trainer is not None and self.trainer.state.fn == "fit"
+            forward = self.policy.refresh_items(self.trainer.global_step if training else None)
+            self.cost.add("scoring", forward=forward)
+        words = (self.rollout_seed, self.rollout_step)
+        return self._sampler.signals(batch, self.scoring_generations, words, gradient, gradient_space)

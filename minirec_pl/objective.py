@@ -19,8 +19,9 @@ from minirec_pl.grpo import (
     group_advantages,
     policy_loss,
 )
-from minirec_pl.policy import GenerativePolicy
+from minirec_pl.policy import Recommender, RetrievalPolicy
 from minirec_pl.preference import pair_weights, preference_loss
+from minirec_pl.recpo import item_loss
 
 WastedGroups = Literal["keep", "dynamic_sampling", "preference_pairs"]
 
@@ -32,6 +33,7 @@ class Update(NamedTuple):
         loss: what to minimise; over the micro-batches of an optimizer step it adds up to the objective of the whole.
         clip_low: see `minirec_pl.grpo.PolicyLoss`, as are `clip_high` and `kl`.
         entropy: mean over the active tokens, in nats.
+        item_loss: share of the item loss in the loss, without gradient; None for a policy that does not rank.
         tokens: run forward and backward.
     """
 
@@ -40,6 +42,7 @@ class Update(NamedTuple):
     clip_high: Tensor
     kl: Tensor | None
     entropy: Tensor
+    item_loss: Tensor | None
     tokens: int
 
 
@@ -60,6 +63,7 @@ class Objective:
     importance_sampling_level: ImportanceSamplingLevel = "token"
     scale_rewards: ScaleRewards = "group"
     baseline: Baseline = "mean"
+    relabel_topk: int = 1
 
     def __post_init__(self) -> None:
         check_objective(
@@ -89,7 +93,7 @@ class Objective:
         for batch, part in zip(batches, torch.split(advantages, [len(b) for b in batches]), strict=True):
             batch.advantages = part
 
-    def update(self, policy: GenerativePolicy, rollouts: RolloutBatch, shares: Tensor, temperature: float) -> Update:
+    def update(self, policy: Recommender, rollouts: RolloutBatch, shares: Tensor, temperature: float) -> Update:
         """One pass over the groups that the loss depends on; the others add nothing to it and are not run.
 
         Args:
@@ -102,18 +106,25 @@ class Objective:
         rows = rollouts.learns.nonzero().flatten()
         on_policy = rollouts.old_logps is None
         known = torch.zeros_like(rollouts.entropy) if rollouts.old_logps is None else rollouts.old_logps
-        logps, entropy, tokens = known, rollouts.entropy, 0
-        loss = _touch(policy)
+        logps, entropy, loss, tokens = known, rollouts.entropy, _touch(policy), 0
+        of_items = torch.zeros_like(loss.detach()) if isinstance(policy, RetrievalPolicy) else None
         if len(rows):
             part = rollouts if len(rows) == len(rollouts) else rollouts.take(rows)
-            with_target = bool(part.pairs.any())
-            items = torch.cat([part.batch["target"][:, None], part.items], dim=1) if with_target else part.items
-            new, _, new_entropy = policy.completion_logps(part.batch, items, temperature)
-            tokens = policy.prompt_tokens(part.batch) + policy.fed_tokens(items)
-            sampled = new[:, -part.items.shape[1] :]
-            logps = _place(sampled, rows, known)
-            entropy = _place(new_entropy[:, -part.items.shape[1] :], rows, entropy)
-            loss = self._pair_loss(part, new[:, 0], sampled).sum() / shares[2] if with_target else new.new_zeros(())
+            if isinstance(policy, RetrievalPolicy):
+                sampled, new_entropy, extra, tokens = self._read(policy, part, rollouts.batch["target"], temperature)
+                extra = extra / shares[1]
+                of_items = extra.detach()
+            else:
+                with_target = bool(part.pairs.any())
+                items = torch.cat([part.batch["target"][:, None], part.items], dim=1) if with_target else part.items
+                new, _, new_entropy = policy.completion_logps(part.batch, items, temperature)
+                tokens = policy.prompt_tokens(part.batch) + policy.fed_tokens(items)
+                sampled, new_entropy = (values[:, -part.items.shape[1] :] for values in (new, new_entropy))
+                extra = new.new_zeros(())
+                if with_target:
+                    extra = self._pair_loss(part, new[:, 0], sampled).sum() / shares[2]
+            loss = extra
+            logps, entropy = _place(sampled, rows, known), _place(new_entropy, rows, entropy)
         parts = policy_loss(
             logps,
             logps.detach() if on_policy else known,
@@ -127,14 +138,25 @@ class Objective:
             ref_logps=rollouts.ref_logps,
             loss_type=self.loss_type,
             importance_sampling_level=self.importance_sampling_level,
-            max_completion_length=policy.id_length,
+            max_completion_length=rollouts.mask.shape[-1],
             num_items=shares[0 if self.loss_type == "dapo" else 1],
         )
-        mean_entropy = entropy.sum() / rollouts.mask.sum().clamp(min=1)
-        return Update(parts.loss + loss, parts.clip_low, parts.clip_high, parts.kl, mean_entropy, tokens)
+        mean_entropy = entropy.masked_fill(~rollouts.mask, 0.0).sum() / rollouts.mask.sum().clamp(min=1)
+        return Update(parts.loss + loss, parts.clip_low, parts.clip_high, parts.kl, mean_entropy, of_items, tokens)
+
+    def _read(
+        self, policy: RetrievalPolicy, part: RolloutBatch, batch_items: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Log-probabilities and entropy [B, G, L], the sum of the item losses, and the tokens run."""
+        assert part.texts is not None
+        passed = policy.read(policy.encode(part.batch, part.texts.shape[-1]), part.texts, temperature)
+        loss = item_loss(policy, part, passed.states, batch_items, self.relabel_topk, self.epsilon, self.epsilon_high)
+        return passed.logps, passed.entropy, loss, passed.tokens + policy.batch_tokens(batch_items)
 
     def _pair_loss(self, part: RolloutBatch, target: Tensor, sampled: Tensor) -> Tensor:
         pairs = part.pairs
+        assert part.target_mask is not None
+        assert part.target_logps is not None
         chosen, rejected = target[pairs], sampled[pairs]
         return preference_loss(
             chosen,

@@ -8,7 +8,11 @@ from typing import Any
 
 from minirec_pl.data.sampler import GenerationSchedule
 from minirec_pl.errors import InputError
+from minirec_pl.policy import RetrievalPolicy
+from minirec_pl.reward_calls import reward_name
+from minirec_pl.rewards import hit, rank_penalty
 
+ROLLOUTS = ("sample", "beam")
 WASTED_GROUPS = ("keep", "dynamic_sampling", "preference_pairs")
 
 
@@ -90,7 +94,7 @@ def check_wasted_groups(
 
 
 def check_selectors(callbacks: Sequence[Any]) -> None:
-    """Refuses `distinct_rollouts` beside a selector in mode `official`, which goes by the mean reward.
+    """Refuses `distinct_rollouts` or beams beside a selector in mode `official`, which goes by the mean reward.
 
     Args:
         callbacks: of the Trainer.
@@ -102,6 +106,77 @@ def check_selectors(callbacks: Sequence[Any]) -> None:
         for part in (callback, *getattr(callback, "parts", ())):
             if getattr(getattr(part, "selector", None), "mode", None) == "official":
                 raise InputError(
-                    "distinct_rollouts changes what a mean reward means, and a selector in mode `official` goes by it: "
-                    "set distinct_rollouts to false, or the selector's mode to paper"
+                    "distinct_rollouts changes what a mean reward means, as do beams, and a selector in mode `official` goes "
+                    "by it: set distinct_rollouts to false and rollouts to sample, or the selector's mode to paper"
                 )
+
+
+def check_kind(module: Any) -> None:
+    """Refuses options of GRPORecModule that make no sense with its kind of policy.
+
+    Args:
+        module: with all its options.
+
+    Raises:
+        InputError: naming the option.
+    """
+    if module.reward_weights is not None and len(module.reward_weights) != len(module.rewards):
+        raise InputError(
+            f"reward_weights has {len(module.reward_weights)} numbers for {len(module.rewards)} rewards: give one each"
+        )
+    if module.rollouts not in ROLLOUTS:
+        raise InputError(f"rollouts is {module.rollouts!r}: choose one of {', '.join(ROLLOUTS)}")
+    if isinstance(module.policy, RetrievalPolicy):
+        _check_ranking(module)
+    else:
+        _check_items(module)
+
+
+def _check_ranking(module: Any) -> None:
+    refused = {
+        "rollouts": module.rollouts != "sample",
+        "distinct_rollouts": module.distinct_rollouts,
+        "wasted_groups": module.wasted_groups == "preference_pairs",
+    }
+    for name in [name for name, wrong in refused.items() if wrong]:
+        raise InputError(
+            f"{name} is for policies that generate an item, and a RetrievalPolicy generates texts: leave it out"
+        )
+    for reward in module.rewards:
+        if reward in (hit, rank_penalty):
+            raise InputError(
+                f"the reward {reward_name(reward)} compares completions with the target, and those of a "
+                "RetrievalPolicy are texts: take minirec_pl.rewards.SoftmaxMixReward or NDCGReward, which go by the "
+                "target's rank"
+            )
+    if module.scoring_generations == 0:
+        raise InputError("scoring_generations is 0: a RetrievalPolicy is scored by its rollouts, so give at least 2")
+    if not 1 <= module.relabel_topk <= module.num_generations:
+        raise InputError(
+            f"relabel_topk is {module.relabel_topk}: give 1 to num_generations ({module.num_generations}) rollouts"
+        )
+    length = module.max_completion_length
+    if (module.policy.max_completion_length if length is None else length) < 1:
+        raise InputError(
+            "max_completion_length is 0: rollouts without a text are all the same, so give at least 1 token to train on"
+        )
+
+
+def _check_items(module: Any) -> None:
+    texts = {
+        "max_completion_length": module.max_completion_length is not None,
+        "mask_truncated_completions": module.mask_truncated_completions,
+        "negatives_across_ranks": module.negatives_across_ranks,
+        "relabel_topk": module.relabel_topk != 1,
+    }
+    for name in [name for name, wrong in texts.items() if wrong]:
+        raise InputError(
+            f"{name} is for policies that reason in text, and a GenerativePolicy generates the ids of items: leave it "
+            "out"
+        )
+    narrowed = module.top_k is not None or (module.top_p or 1.0) < 1.0
+    if module.rollouts == "beam" and (module.distinct_rollouts or narrowed):
+        raise InputError(
+            "rollouts='beam' takes the most likely items, all different: set distinct_rollouts to false, top_k and "
+            "top_p to null"
+        )

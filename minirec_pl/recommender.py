@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +15,9 @@ from torchmetrics import MetricCollection
 
 from minirec_pl.cost import Cost, Phase
 from minirec_pl.errors import InputError
+from minirec_pl.generation import take_rows
 from minirec_pl.metrics import MRR, NDCG, Coverage, HitRate, target_rank, top_items
-from minirec_pl.policy import GenerativePolicy
+from minirec_pl.policy import Recommender
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from minirec_pl.data.samples import Catalogue
 
 EVALUATION_K = 10
+_SCORES = 2**24  # at a time
 
 
 class RecModule(LightningModule):
@@ -40,7 +42,7 @@ class RecModule(LightningModule):
 
     def __init__(
         self,
-        policy: GenerativePolicy,
+        policy: Recommender,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         predict_k: int = EVALUATION_K,
@@ -85,9 +87,16 @@ class RecModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def _evaluate(self, batch: Mapping[str, Tensor]) -> None:
-        scores = self.policy.item_logps(batch)
-        self.metrics.update(target_rank(scores, batch["target"], batch["seen"]), batch["sample_id"])
-        self.coverage.update(top_items(scores, EVALUATION_K, batch["seen"]))
+        for part in self._portions(batch):
+            scores = self.policy.item_logps(part)
+            self.metrics.update(target_rank(scores, part["target"], part["seen"]), part["sample_id"])
+            self.coverage.update(top_items(scores, EVALUATION_K, part["seen"]))
+
+    def _portions(self, batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """Parts of a batch whose scores of the whole catalogue stay below 64 MiB."""
+        size = max(1, _SCORES // len(self.item_ids))
+        for rows in torch.arange(len(batch["sample_id"]), device=batch["sample_id"].device).split(size):
+            yield take_rows(batch, rows)
 
     def _log_evaluation(self, stage: str) -> None:
         values = {**self.metrics.compute(), f"coverage@{EVALUATION_K}": self.coverage.compute()}
@@ -115,10 +124,13 @@ class RecModule(LightningModule):
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Top-`predict_k` unseen items: `sample_id` [B], `user` [B], `items` [B, k] item index and `scores` [B, k]."""
-        logps = self.policy.item_logps(batch)
-        items = top_items(logps, self.predict_k, batch["seen"])
-        scores = logps.gather(1, items.clamp(min=0))
-        return {"sample_id": batch["sample_id"], "user": batch["user"], "items": items, "scores": scores}
+        items, scores = [], []
+        for part in self._portions(batch):
+            logps = self.policy.item_logps(part)
+            items.append(top_items(logps, self.predict_k, part["seen"]))
+            scores.append(logps.gather(1, items[-1].clamp(min=0)))
+        made = {"items": torch.cat(items), "scores": torch.cat(scores)}
+        return {"sample_id": batch["sample_id"], "user": batch["user"], **made}
 
     def on_train_start(self) -> None:
         """Starts the clock of the training phase, also when a run goes on in the middle of an epoch."""

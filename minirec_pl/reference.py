@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from minirec_pl.errors import InputError
-from minirec_pl.policy import GenerativePolicy
+from minirec_pl.policy import Recommender
 
 
-def frozen_copy(policy: GenerativePolicy) -> GenerativePolicy:
+def frozen_copy(policy: Recommender) -> Recommender:
     """A copy in evaluation mode that is never trained."""
     return copy.deepcopy(policy).requires_grad_(False).eval()
 

@@ -1,8 +1,8 @@
 """How rewards are called: TRL's contract, checked.
 
 A reward is any callable `reward(completions, **columns) -> list[float | None]`, which gets the columns that its
-signature names. `completions` are external item ids, flat, group after group; the columns are as long (`item_columns`
-lists them). None says that the reward does not apply.
+signature names. `completions` are external item ids, or texts, flat, group after group; the columns are as long
+(`item_columns` lists them). None says that the reward does not apply.
 """
 
 import functools
@@ -10,6 +10,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -162,6 +163,65 @@ def item_columns(batch: Mapping[str, Tensor], items: Tensor, logps: Tensor | Non
     if logps is not None:
         columns["logp"] = lambda: logps.flatten().tolist()
     return columns
+
+
+@dataclass(frozen=True)
+class Rewarder:
+    """The rewards of a module, called on groups of rollouts.
+
+    Attributes:
+        fns: at least one reward.
+        weights: one per reward; None weighs each with 1.
+        item_ids: [n_items] object array of external ids.
+    """
+
+    fns: Sequence[RewardFunction]
+    weights: Sequence[float] | None
+    item_ids: Any
+
+    def __call__(
+        self,
+        batch: Mapping[str, Tensor],
+        items: Tensor,
+        logps: Tensor,
+        texts: Sequence[str] | None = None,
+        more: Columns | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rewards float32 [B, G], NaN where none applies, and the single ones by name.
+
+        Args:
+            batch: the prompts, [B, ...] each.
+            items: int64 [B, G], item index.
+            logps: float [B, G].
+            texts: [B * G], the completions; the items' ids if None.
+            more: columns beside those of `item_columns`.
+        """
+        completions = self.item_ids[items.flatten().cpu().numpy()].tolist() if texts is None else texts
+        columns = {**item_columns(batch, items, logps, self.item_ids), **(more or {})}
+        total, by_name = combine_rewards(self.fns, self.weights, completions, columns)
+        return total.view_as(items).to(items.device), {
+            name: given.view_as(items).to(items.device) for name, given in by_name.items()
+        }
+
+
+def ranking_columns(rank: Tensor, probability: Tensor, best: Tensor, item_ids: Any) -> Columns:
+    """The columns that rewards get beside those of `item_columns` from a policy that ranks for each rollout.
+
+    * `target_rank`: of the target among the unseen items, from 1; None where the user has seen it.
+    * `target_probability`: its softmax probability over the unseen items.
+    * `recommended`: external id of the item ranked first.
+
+    Args:
+        rank: int64 [B, G], 0 for None.
+        probability: float [B, G].
+        best: int64 [B, G], item index.
+        item_ids: [n_items] object array of external ids.
+    """
+    return {
+        "target_rank": lambda: [place or None for place in rank.flatten().tolist()],
+        "target_probability": lambda: probability.flatten().tolist(),
+        "recommended": lambda: item_ids[best.flatten().cpu().numpy()].tolist(),
+    }
 
 
 def _wanted(fn: RewardFunction, name: str, available: Columns) -> list[str]:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from minirec_pl.errors import InputError
-from minirec_pl.policy import GenerativePolicy
+from minirec_pl.policy import Recommender, RetrievalPolicy
 from minirec_pl.recommender import EVALUATION_K, RecModule
 
 
 class WarmStartModule(RecModule):
     """Supervised next-item training, every position of a sequence at once: the proxy policy that GRPO starts from.
 
-    Takes the batches of `RecDataModule(train_on="warm")`. Logs `train/loss`, the mean negative log-likelihood in nats.
+    Takes the batches of `RecDataModule(train_on="warm")`, or single samples where the policy has a `supervised_loss`, as a
+    RetrievalPolicy does. Logs `train/loss`, the mean negative log-likelihood in nats.
 
     Args:
         policy: the recommender to train.
@@ -34,7 +36,7 @@ class WarmStartModule(RecModule):
 
     def __init__(
         self,
-        policy: GenerativePolicy,
+        policy: Recommender,
         dropout: float = 0.0,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -46,11 +48,23 @@ class WarmStartModule(RecModule):
         self.dropout = dropout
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of the next item at every position that has one."""
-        if "sequence" not in batch:
-            raise InputError("WarmStartModule trains on sequences: set data.train_on to `warm`")
-        loss = self.policy.sequence_nll(batch, self.dropout)
-        tokens = self.policy.sequence_tokens(batch)
+        """Cross-entropy of the next item: at every position that has one, or of each sample's target."""
+        loss, tokens = self._loss(batch)
         self.cost.add(self.training_phase, forward=tokens, backward=tokens)
         self.log("train/loss", loss, on_step=True, on_epoch=False, batch_size=len(batch["target"]))
         return loss
+
+    def _loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        policy: Any = self.policy
+        if "history" in batch and hasattr(policy, "supervised_loss"):
+            if isinstance(policy, RetrievalPolicy) and policy.cached_negatives:
+                self.cost.add(self.training_phase, forward=policy.refresh_items(self.trainer.global_step))
+            loss, tokens = policy.supervised_loss(batch)
+            return loss, tokens
+        if isinstance(policy, RetrievalPolicy):
+            raise InputError(
+                "a RetrievalPolicy learns from single samples: set data.train_on to one with a history each"
+            )
+        if "sequence" not in batch:
+            raise InputError("WarmStartModule trains on sequences: set data.train_on to `warm`")
+        return policy.sequence_nll(batch, self.dropout), policy.sequence_tokens(batch)

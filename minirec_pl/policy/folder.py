@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -73,8 +75,9 @@ def read_policy(folder: Path) -> StoredPolicy:
     return StoredPolicy(model.train(), catalogue, item_tokens, stored.get("training_cost", {}))
 
 
-def write_policy(folder: Path, policy: StoredPolicy) -> None:
-    """Writes model, tokenizer and side file beside `folder`, then moves them into its place.
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, which takes its place once all has been written into it.
 
     Raises:
         InputError: if `folder` holds something else than a policy, or cannot be written; it is then left as it was.
@@ -86,15 +89,7 @@ def write_policy(folder: Path, policy: StoredPolicy) -> None:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
             new, old = Path(scratch, "new"), Path(scratch, "old")
             new.mkdir()
-            policy.model.save_pretrained(new)
-            item_tokenizer(policy.catalogue.item_ids).save_pretrained(new)
-            side = {
-                "item_ids": policy.catalogue.item_ids,
-                "titles": policy.catalogue.titles,
-                "item_tokens": policy.item_tokens.tolist(),
-                "training_cost": policy.training_cost,
-            }
-            (new / SIDE_FILE).write_text(json.dumps(side), encoding="utf-8")
+            yield new
             if folder.exists():
                 folder.rename(old)
             try:
@@ -108,3 +103,17 @@ def write_policy(folder: Path, policy: StoredPolicy) -> None:
         raise InputError(
             f"cannot write the policy to '{folder}' ({reason}); free the disk or choose another"
         ) from error
+
+
+def write_policy(folder: Path, policy: StoredPolicy) -> None:
+    """Writes model, tokenizer and side file, see `replaced_folder`."""
+    with replaced_folder(folder) as new:
+        policy.model.save_pretrained(new)
+        item_tokenizer(policy.catalogue.item_ids).save_pretrained(new)
+        side = {
+            "item_ids": policy.catalogue.item_ids,
+            "titles": policy.catalogue.titles,
+            "item_tokens": policy.item_tokens.tolist(),
+            "training_cost": policy.training_cost,
+        }
+        (new / SIDE_FILE).write_text(json.dumps(side), encoding="utf-8")

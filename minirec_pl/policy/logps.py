@@ -65,16 +65,31 @@ def completion_logps(
     Raises:
         InputError: if a prompt is empty.
     """
-    shape, mask = completion_ids.shape, completion_mask.bool().flatten(0, 1)
-    tokens, attention_mask = completion_ids.flatten(0, 1), attention_mask.to(torch.int64)
-    active = mask.flatten().nonzero().flatten()
+    states = completion_states(model, input_ids, attention_mask, completion_ids, completion_mask)
+    return token_logps(model, states, completion_ids, completion_mask, temperature)
+
+
+def completion_states(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
+) -> Tensor:
+    """The last hidden states that produce the tokens of completions, float [B, G, L, D], from one pass.
+
+    Args and exceptions are those of `completion_logps`, as is what the completions of a group share.
+    """
+    tokens, mask = completion_ids.flatten(0, 1), completion_mask.bool().flatten(0, 1)
     with cache_under_checkpointing(model) as shared:
         run = _shared_states if shared else _separate_states
-        states = run(body_of(model), input_ids, attention_mask, tokens, mask, shape[1])
-    states, targets = states.flatten(0, 1).index_select(0, active), tokens.flatten().index_select(0, active)
+        states = run(body_of(model), input_ids, attention_mask.to(torch.int64), tokens, mask, completion_ids.shape[1])
+    return states.view(*completion_ids.shape, -1)
+
+
+def token_logps(model: Any, states: Tensor, tokens: Tensor, mask: Tensor, temperature: float = 1.0) -> TokenLogps:
+    """As `completion_logps`, from the states [..., D] that produce the tokens int64 [...]."""
+    active = mask.bool().flatten().nonzero().flatten()
+    states, targets = states.flatten(0, -2).index_select(0, active), tokens.flatten().index_select(0, active)
     logps, entropy = head_logps(head_of(model), states, targets, temperature)
     return TokenLogps(
-        *(values.new_zeros(mask.numel()).index_copy(0, active, values).view(shape) for values in (logps, entropy))
+        *(values.new_zeros(mask.numel()).index_copy(0, active, values).view(mask.shape) for values in (logps, entropy))
     )
 
 

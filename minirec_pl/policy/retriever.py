@@ -1,0 +1,314 @@
+"""The policy that reasons in text, then recommends from the hidden state behind an answer marker."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from minirec_pl.data.samples import Catalogue
+from minirec_pl.errors import InputError
+from minirec_pl.policy.generation import Sampling, eos_token_ids, generate
+from minirec_pl.policy.item_index import ItemIndex, Ranking, draw_negatives
+from minirec_pl.policy.language_model import LanguageModel
+from minirec_pl.policy.prompt import EncodedPrompts, PromptTemplate
+from minirec_pl.policy.reasoning import Reasoning, ReasoningPass, kept_tokens, read_reasoning, unit
+from minirec_pl.policy.retriever_folder import RetrieverText, read_retriever, stored_vectors, write_retriever
+from minirec_pl.policy.rollout import evaluation_mode
+
+Batch = Mapping[str, Tensor]
+
+
+class RetrievalPolicy(nn.Module):
+    """A language model that thinks about a user in words and then ranks the catalogue (R2ec, arXiv 2505.16994).
+
+    A chat prompt with the history is answered by a reasoning, which ends with the model's end of sequence or at
+    `max_completion_length`; then the answer marker is put. With h the last hidden state there and v_j that of item j's
+    text, which the same model reads, followed by the same marker, the score of item j is cos(h, v_j) /
+    `similarity_temperature`, and the policy's choice is the softmax over the items the user has not seen.
+
+    Give either `language_model` or `pretrained`. Options that are None are those of `pretrained`, or the default.
+
+    Args:
+        language_model: which model, and what of it is trained.
+        pretrained: a folder that `save_pretrained` wrote.
+        prompt: the texts of the prompt; default `PromptTemplate()`.
+        answer_marker: text put after the reasoning, and after an item's text; default `<answer>`.
+        item_prompt: what the model reads of an item, with `{text}` for its text; default `{text}`.
+        similarity_temperature: divides the cosines; default 0.02.
+        max_completion_length: tokens of a reasoning at most; 0 recommends at once; default 256.
+        longest_item: tokens that are kept of an item; default 128.
+        cached_negatives: items from the cache that each sample's target is compared with in training, besides the
+            other targets of the batch.
+        reason_in_warm_start: learn the supervised stage after a sampled reasoning, as in evaluation; false learns it
+            right after the prompt, which is cheaper.
+        refresh_items_every_n_steps: optimizer steps after which rollouts get items encoded anew. Evaluation always
+            takes vectors of the present weights.
+        refresh_budget: tokens of such a refresh, stalest items first, among equals the shortest; None takes all.
+        item_dtype: of the cached vectors.
+
+    Raises:
+        InputError: if both or neither of `language_model` and `pretrained` are given, one cannot be had, or an option
+            is out of range.
+    """
+
+    index: ItemIndex
+    marker: Tensor
+
+    def __init__(
+        self,
+        language_model: LanguageModel | None = None,
+        pretrained: str | None = None,
+        prompt: PromptTemplate | None = None,
+        answer_marker: str | None = None,
+        item_prompt: str | None = None,
+        similarity_temperature: float | None = None,
+        max_completion_length: int | None = None,
+        longest_item: int | None = None,
+        cached_negatives: int = 0,
+        reason_in_warm_start: bool = True,
+        refresh_items_every_n_steps: int = 100,
+        refresh_budget: int | None = None,
+        item_dtype: Literal["float32", "bfloat16"] = "float32",
+    ) -> None:
+        super().__init__()
+        self.folder = None if pretrained is None else Path(pretrained)
+        text = RetrieverText()
+        self.training_cost: dict[str, Any] = {}
+        if self.folder is not None and language_model is None:
+            stored = read_retriever(self.folder)
+            language_model, text, self.training_cost = stored.language_model, stored.text, stored.training_cost
+        elif self.folder is not None or language_model is None:
+            raise InputError("RetrievalPolicy takes exactly one of `language_model` and `pretrained` (a folder)")
+        self.text = text.updated(
+            prompt=prompt,
+            answer_marker=answer_marker,
+            item_prompt=item_prompt,
+            similarity_temperature=similarity_temperature,
+            max_completion_length=max_completion_length,
+            longest_item=longest_item,
+        )
+        budget = 1 if refresh_budget is None else refresh_budget
+        if cached_negatives < 0 or refresh_items_every_n_steps < 1 or budget < 1:
+            raise InputError(
+                f"cached_negatives is {cached_negatives}, refresh_items_every_n_steps {refresh_items_every_n_steps} and "
+                f"refresh_budget {refresh_budget}: give at least 0, 1 and 1"
+            )
+        self.language_model = language_model
+        self.cached_negatives = cached_negatives
+        self.reason_in_warm_start = reason_in_warm_start
+        self.refresh_items_every_n_steps = refresh_items_every_n_steps
+        self.refresh_budget = refresh_budget
+        self.item_dtype = getattr(torch, item_dtype)
+        self.catalogue: Catalogue | None = None
+        self.model, self.tokenizer = language_model.load()
+        marker = self.tokenizer(self.text.answer_marker, add_special_tokens=False)["input_ids"]
+        if not marker:
+            raise InputError("answer_marker is no token: give a text, for example <answer>")
+        self.register_buffer("marker", torch.tensor(marker), persistent=False)
+
+    @property
+    def max_completion_length(self) -> int:
+        """Tokens of a reasoning at most."""
+        return self.text.max_completion_length
+
+    @property
+    def similarity_temperature(self) -> float:
+        """Divides the cosines."""
+        return self.text.similarity_temperature
+
+    @torch.inference_mode(False)
+    def bind(self, catalogue: Catalogue) -> None:
+        """Ties the policy to a catalogue, any, since items are known by their texts."""
+        now = self.catalogue
+        if now is not None and now.fingerprint == catalogue.fingerprint and now.texts == catalogue.texts:
+            return
+        texts = [self.text.item_prompt.replace("{text}", text) for text in catalogue.texts]
+        ids = self.tokenizer(texts)["input_ids"]
+        tokens = [item[: self.text.longest_item] + self.marker.tolist() for item in ids]
+        width = self.model.get_input_embeddings().embedding_dim
+        device = next(self.model.parameters()).device
+        self.index = ItemIndex(tokens, width, self.item_dtype, self.tokenizer.pad_token_id).to(device)
+        self.catalogue = catalogue
+        vectors = None if self.folder is None else stored_vectors(self.folder, self.index)
+        if vectors is not None:
+            self.index.vectors.copy_(vectors)
+            self.index.step.zero_()
+            self.index.encoded_with.fill_(self._weights())
+
+    def save_pretrained(self, folder: str | Path, training_cost: Mapping[str, Any] | None = None) -> None:
+        """Writes adapters (or the whole model), tokenizer, options and item vectors, replacing the folder whole or not.
+
+        The vectors are left out if they are not those of the present weights; they are then made again.
+
+        Args:
+            folder: the folder to write; an older policy there is replaced.
+            training_cost: what training this policy cost, kept with it so that later runs can state the sum.
+
+        Raises:
+            InputError: if the folder cannot be written or holds something else.
+        """
+        fresh = self.catalogue is not None and bool((self.index.encoded_with == self._weights()).all())
+        write_retriever(
+            Path(folder),
+            model=self.model,
+            tokenizer=self.tokenizer,
+            language_model=self.language_model,
+            text=self.text,
+            index=self.index if fresh else None,
+            training_cost=dict(training_cost or self.training_cost),
+        )
+
+    def _weights(self) -> float:
+        """A number that changes with the trained weights."""
+        sums = [p.detach().sum(dtype=torch.float64) for p in self.model.parameters() if p.requires_grad]
+        return math.fsum((place + 1) * float(value) for place, value in enumerate(sums))
+
+    def refresh_items(self, step: int | None = None) -> int:
+        """Encodes the items that are due, see `ItemIndex.due`.
+
+        Args:
+            step: optimizer steps so far, to go by the schedule; None for vectors of the present weights.
+
+        Returns:
+            Tokens that went through the model.
+        """
+        weights = self._weights()
+        due = self.index.due(weights, step, self.refresh_items_every_n_steps, self.refresh_budget)
+        with evaluation_mode(self):
+            return self.index.refresh(self.model, due, weights, step)
+
+    def encode(self, batch: Batch, length: int | None = None) -> EncodedPrompts:
+        """The prompts of a batch as tokens.
+
+        Args:
+            batch: `history` int64 [B, W] and what else `PromptTemplate.encode` knows.
+            length: tokens of a reasoning that must fit after them; None for `max_completion_length`.
+
+        Raises:
+            InputError: if one is too long for the model.
+        """
+        assert self.catalogue is not None
+        room = (self.max_completion_length if length is None else length) + len(self.marker)
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = None if context is None else context - room
+        return self.text.prompt.encode(self.tokenizer, batch, self.catalogue, longest)
+
+    @torch.no_grad()
+    def reason(
+        self,
+        prompts: EncodedPrompts,
+        num_generations: int = 1,
+        *,
+        length: int | None = None,
+        sampling: Sampling | None = None,
+        uniform: Tensor | None = None,
+    ) -> Reasoning:
+        """Reasonings of each prompt, in evaluation mode.
+
+        Args:
+            prompts: from `encode`.
+            num_generations: G.
+            length: L, tokens at most; None for `max_completion_length`.
+            sampling: how tokens are chosen; plain sampling if None.
+            uniform: float64 [B, G, L] in [0, 1), one number for each token; torch's global generator if None.
+        """
+        length = self.max_completion_length if length is None else length
+        size = (len(prompts.row), num_generations, length)
+        texts = torch.full(size, -1, device=prompts.row.device)
+        if length == 0:
+            return Reasoning(texts, texts.float())
+        rows = (part.index_select(0, prompts.row) for part in (prompts.input_ids, prompts.mask))
+        made = generate(self.model, *rows, num_generations, length, sampling=sampling, uniform=uniform)
+        logps, longest = made.logps.new_zeros(size), made.ids.shape[-1]
+        texts[..., :longest] = made.ids.masked_fill(~made.mask, -1)
+        logps[..., :longest] = made.logps
+        return Reasoning(texts, logps)
+
+    def read(
+        self, prompts: EncodedPrompts, texts: Tensor, temperature: float = 1.0, *, with_logps: bool = True
+    ) -> ReasoningPass:
+        """One pass over prompts, texts int64 [B, G, L] and marker, with gradient; see `read_reasoning`."""
+        return read_reasoning(self.model, prompts, texts, self.marker, temperature, with_logps=with_logps)
+
+    def words(self, texts: Tensor) -> list[str]:
+        """Texts int64 [..., L], padded with -1, in words, flat."""
+        rows = [[token for token in row if token >= 0] for row in texts.flatten(0, -2).tolist()]
+        decoded: list[str] = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return decoded
+
+    def truncated(self, texts: Tensor) -> Tensor:
+        """Which texts int64 [..., L] ended at the length and not with an end of sequence, bool [...]."""
+        return kept_tokens(texts, eos_token_ids(self.model)) == texts.shape[-1]
+
+    def rank(self, states: Tensor, target: Tensor, seen: Tensor) -> Ranking:
+        """The targets int64 [B] among all unseen items, for the states [B, G, D] of each sample; fields are [B, G]."""
+        group = states.shape[1]
+        rows = (values.repeat_interleave(group, dim=0) for values in (target, seen))
+        ranking = self.index.rank(states.flatten(0, 1), *rows, self.similarity_temperature)
+        return Ranking(*(values.view(-1, group) for values in ranking))
+
+    def item_logps(self, batch: Batch) -> Tensor:
+        """Log-probability of every item after greedy reasoning, float32 [B, n_items]; the lowest value for seen ones.
+
+        Besides the result, at most 64 MiB of scores exist at a time.
+        """
+        self.refresh_items()
+        with evaluation_mode(self):
+            prompts = self.encode(batch)
+            texts = self.reason(prompts, sampling=Sampling("greedy")).texts
+            states = self.read(prompts, texts, with_logps=False).states[:, 0]
+            return self.index.log_softmax(states, batch["seen"], self.similarity_temperature)
+
+    def target_logps(self, states: Tensor, target: Tensor, batch_items: Tensor, negatives: Tensor) -> Tensor:
+        """Log-probability of targets among the items of a batch and cached negatives, float [R].
+
+        Gradient goes through the states and the batch's items, which are encoded here, not through the cache. An item
+        counts once, however often it is there.
+
+        Args:
+            states: float [R, D].
+            target: int64 [R], each among the batch's items.
+            batch_items: int64 [n], any of them may repeat.
+            negatives: int64 [R, K], padded with -1.
+        """
+        items = batch_items.unique()
+        users = unit(states)
+        logits = users @ self.index.encode(self.model, items).to(users.dtype).T
+        if negatives.shape[1]:
+            ordered = negatives.sort(dim=1).values
+            again = nn.functional.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
+            closed = again | (ordered < 0) | torch.isin(ordered, items)
+            others = self.index.vectors[ordered.clamp(min=0)].to(users.dtype)
+            cosines = torch.bmm(others, users[..., None])[..., 0]
+            logits = torch.cat([logits, cosines.masked_fill(closed, -torch.inf)], dim=1)
+        logps = (logits / self.similarity_temperature).log_softmax(dim=1)
+        return logps.gather(1, torch.searchsorted(items, target)[:, None])[:, 0]
+
+    def batch_tokens(self, items: Tensor) -> int:
+        """Tokens that `target_logps` feeds through the model for the batch's items int64 [n]."""
+        return int(self.index.lengths[items.unique().cpu()].sum())
+
+    def supervised_loss(self, batch: Batch) -> tuple[Tensor, int]:
+        """Contrastive loss of a warm start: mean of -log p of each target, see `target_logps`.
+
+        Args:
+            batch: single samples with `history`, `target` and `sample_id`.
+
+        Returns:
+            The loss in nats, and the tokens that went through the model, sampled ones included.
+        """
+        length = self.max_completion_length if self.reason_in_warm_start else 0
+        prompts, target = self.encode(batch, length), batch["target"]
+        texts = self.reason(prompts, length=length).texts
+        passed = self.read(prompts, texts, with_logps=False)
+        words = torch.randint(2**31, (1,)).tolist()
+        assert self.catalogue is not None
+        negatives = draw_negatives(len(self.catalogue), target, batch["sample_id"], words, self.cached_negatives)
+        logps = self.target_logps(passed.states[:, 0], target, target, negatives)
+        sampled = passed.tokens - len(target) * len(self.marker) if length else 0
+        return -logps.mean(), passed.tokens + sampled + self.batch_tokens(target)
