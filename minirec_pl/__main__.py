@@ -16,7 +16,11 @@ TRAINER_COMMANDS = {
     "predict": "top-K recommendations as parquet",
     "score": "the signals of the pool, for `minirec select`",
 }
-OWN_HELP = {**TRAINER_COMMANDS, "select": "pick a subset from signals: ledger, plan, diagnostics, picture"}
+OWN_HELP = {
+    **TRAINER_COMMANDS,
+    "select": "pick a subset from signals: ledger, plan, diagnostics, picture",
+    "export": "a policy's language model as an ordinary Hugging Face folder, adapters merged in",
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -42,15 +46,24 @@ def _dispatch(argv: list[str]) -> int:
 
         select(argv[1:])
         return 0
+    if argv and argv[0] == "export":
+        from minirec_pl.export import run as export
+
+        export(argv[1:])
+        return 0
     parser = _parser()
     if not argv:
         parser.print_help(sys.stderr)
         return 2
     options = parser.parse_args(argv)
-    if options.command == "fetch":
+    if options.command == "fetch" and options.dataset == "smollm2-135m":
+        from minirec_pl.policy.smollm2 import fetch_smollm2
+
+        fetch_smollm2(Path(options.to or "models"))
+    elif options.command == "fetch":
         from minirec_pl.data.fetch import fetch_ml_100k
 
-        fetch_ml_100k(Path(options.to))
+        fetch_ml_100k(Path(options.to or "data"))
     else:
         from minirec_pl.quickstart import quickstart
 
@@ -65,10 +78,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in OWN_HELP.items():
         commands.add_parser(name, help=f"{text}; see `minirec {name} --help`")
-    fetch = commands.add_parser("fetch", help="download a public data set", description="Downloads a public data set.")
-    fetch.add_argument("dataset", choices=["ml-100k"], help="which data set")
+    fetch = commands.add_parser(
+        "fetch",
+        help="download a public data set or language model",
+        description="Downloads a public data set or language model.",
+    )
+    fetch.add_argument("dataset", choices=["ml-100k", "smollm2-135m"], help="which data set or model")
     fetch.add_argument(
-        "--to", default="data", metavar="DIR", help="folder that gets a folder per data set (default: data)"
+        "--to", metavar="DIR", help="folder that gets a folder of its name (default: data, or models for a model)"
     )
     quick = commands.add_parser(
         "quickstart",
