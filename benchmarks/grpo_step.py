@@ -23,9 +23,11 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from grpo_models import fetch_smollm2
+from grpo_models import SMOLLM2_FOLDER
 from grpo_report import write_report
 from grpo_sides import Work
+
+from minirec_pl.policy.smollm2 import fetch_smollm2
 
 RESULTS = Path(__file__).parent / "results"
 SIDES = ("ours", "trl")
@@ -98,7 +100,7 @@ def main(arguments=None):
     parser.add_argument("--report", action="store_true", help="also write benchmarks/results/grpo_step.md and .png")
     options = parser.parse_args(arguments)
     if options.case == "smollm2":
-        fetch_smollm2()
+        fetch_smollm2(SMOLLM2_FOLDER.parent)
     result = {"case": options.case, "machine": machine()}
     shapes = {
         name: compare(shape, options.rounds, options.steps, options.threads)

@@ -20,6 +20,7 @@ OWN_HELP = {
     **TRAINER_COMMANDS,
     "select": "pick a subset from signals: ledger, plan, diagnostics, picture",
     "data": "describe: what the data of a config hold",
+    "export": "a policy's language model as an ordinary Hugging Face folder, adapters merged in",
 }
 
 
@@ -53,15 +54,24 @@ def _dispatch(argv: list[str]) -> int:
 
         describe(argv[2:])
         return 0
+    if argv and argv[0] == "export":
+        from minirec_pl.export import run as export
+
+        export(argv[1:])
+        return 0
     parser = _parser()
     if not argv:
         parser.print_help(sys.stderr)
         return 2
     options = parser.parse_args(argv)
-    if options.command == "fetch":
+    if options.command == "fetch" and options.dataset == "smollm2-135m":
+        from minirec_pl.policy.smollm2 import fetch_smollm2
+
+        fetch_smollm2(Path(options.to or "models"))
+    elif options.command == "fetch":
         from minirec_pl.data.fetch import fetch_ml_100k
 
-        fetch_ml_100k(Path(options.to))
+        fetch_ml_100k(Path(options.to or "data"))
     else:
         from minirec_pl.quickstart import quickstart
 
@@ -77,10 +87,14 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in OWN_HELP.items():
         command = "data describe" if name == "data" else name
         commands.add_parser(name, help=f"{text}; see `minirec {command} --help`")
-    fetch = commands.add_parser("fetch", help="download a public data set", description="Downloads a public data set.")
-    fetch.add_argument("dataset", choices=["ml-100k"], help="which data set")
+    fetch = commands.add_parser(
+        "fetch",
+        help="download a public data set or language model",
+        description="Downloads a public data set or language model.",
+    )
+    fetch.add_argument("dataset", choices=["ml-100k", "smollm2-135m"], help="which data set or model")
     fetch.add_argument(
-        "--to", default="data", metavar="DIR", help="folder that gets a folder per data set (default: data)"
+        "--to", metavar="DIR", help="folder that gets a folder of its name (default: data, or models for a model)"
     )
     quick = commands.add_parser(
         "quickstart",

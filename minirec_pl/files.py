@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -96,3 +97,38 @@ def write_json(path: Path, value: Any) -> None:
     """Writes JSON, replacing the file whole or not at all."""
     text = json.dumps(value, indent=2) + "\n"
     write_atomically(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+
+def replace_folder(folder: Path, write: Callable[[Path], object], *, holds: str, what: str) -> None:
+    """Writes a folder beside `folder`, then moves it into its place.
+
+    Args:
+        folder: the folder to make or replace; missing parents are made.
+        write: fills the empty folder it is given.
+        holds: a file that an older folder must have to be replaced.
+        what: what the folder holds, for messages.
+
+    Raises:
+        InputError: if `folder` holds something else, or cannot be written; it is then left as it was.
+    """
+    if folder.exists() and not (folder / holds).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"'{folder}' exists and holds no {what}: give a new folder, so that nothing else is deleted")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+            new, old = Path(scratch, "new"), Path(scratch, "old")
+            new.mkdir()
+            write(new)
+            if folder.exists():
+                folder.rename(old)
+            try:
+                new.rename(folder)
+            except OSError:
+                if old.exists():
+                    old.rename(folder)
+                raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(
+            f"cannot write the {what} to '{folder}' ({reason}); free the disk or choose another"
+        ) from error

@@ -39,6 +39,7 @@ class HeadStep(NamedTuple):
         bias: float [V], added to the dot products; None for none.
         temperature: divides the logits.
         cosine: whether the head compares the unit state, h / |h|, with the vectors, which are unit vectors then.
+        softcap: c where logits z become c tanh(z / c) before the temperature (Gemma 2), else None.
     """
 
     hidden: Tensor
@@ -48,6 +49,7 @@ class HeadStep(NamedTuple):
     bias: Tensor | None = None
     temperature: float = 1.0
     cosine: bool = False
+    softcap: float | None = None
 
 
 def head_gradient(
@@ -133,8 +135,12 @@ def head_signal(steps: Sequence[HeadStep], kind: Literal["first", "hvp"]) -> tup
         (u [B, D], log p [B]), float64 for float64 states and float32 otherwise, detached.
 
     Raises:
-        InputError: if shapes do not fit or a target is not a position among the vectors.
+        InputError: if shapes do not fit, a target is not a position among the vectors, or `hvp` meets a softcap.
     """
+    if kind == "hvp" and any(step.softcap is not None for step in steps):
+        raise InputError(
+            "gradient='hvp' is not for models that cap their logits, as Gemma 2 does: set gradient='first'"
+        )
     return _signal(steps, kind)
 
 
@@ -147,7 +153,7 @@ class StepSoftmax(NamedTuple):
         vectors: as in the step.
         dots: [B, M], of the states and the vectors.
         p: [B, M]; 0 in rows without a possible target.
-        residual: [B, M], y - p; 0 likewise.
+        residual: [B, M], y - p, times the slope of a softcap; 0 likewise.
         logp: [B].
     """
 
@@ -184,6 +190,9 @@ def step_softmax(step: HeadStep) -> StepSoftmax:
     dots = logits = _dots(hidden, vectors)
     if step.bias is not None:
         logits = logits + step.bias.to(dtype)
+    if step.softcap is not None:
+        squashed = torch.tanh(logits / step.softcap)
+        logits, slope = step.softcap * squashed, 1 - squashed.square()
     logits = logits / step.temperature
     target = step.target.clamp(min=0)[:, None]
     if step.allowed is not None:
@@ -193,7 +202,8 @@ def step_softmax(step: HeadStep) -> StepSoftmax:
     one = possible[:, None].to(dtype)
     p = logps.exp() * one
     logp = logps.gather(1, target)[:, 0].masked_fill(~possible, -torch.inf).masked_fill(~there, 0.0)
-    return StepSoftmax(hidden, scale, vectors, dots, p, (-p).scatter_add_(1, target, one), logp)
+    residual = (-p).scatter_add_(1, target, one)
+    return StepSoftmax(hidden, scale, vectors, dots, p, residual if step.softcap is None else residual * slope, logp)
 
 
 def _dots(directions: Tensor, vectors: Tensor) -> Tensor:

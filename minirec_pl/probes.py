@@ -15,6 +15,7 @@ from minirec_pl.gradients import GradientKind, GradientSpace, HeadStep, head_sig
 from minirec_pl.head_probe import HeadProbe
 from minirec_pl.per_sample import PROJECTED_SIZE, per_sample_gradients, project_gradients
 from minirec_pl.policy import GenerativePolicy
+from minirec_pl.policy.causal_lm import body_of, head_of
 from minirec_pl.policy.rollout import CompletionStates, evaluation_mode
 from minirec_pl.trajectory import Trajectory, gradient_alignment, head_alignment
 
@@ -83,7 +84,7 @@ def target_signals(
         return _on_parameters(policy, batch, steps, logp, trajectory if gradient == "trajectory" else None)
     alignment = None
     if gradient == "trajectory":
-        head: Tensor = policy.model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
+        head = head_of(policy.model).weight
         if not head.requires_grad:
             raise InputError(
                 "gradient='trajectory' follows the weight of the head, which is not trained here: set gradient_space="
@@ -107,8 +108,7 @@ def target_steps(
         batch: `seen` and `target`.
         temperature: divides the logits.
     """
-    trie, target = policy.trie, batch["target"]
-    head: nn.Linear = policy.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    trie, target, head = policy.trie, batch["target"], head_of(policy.model)
     counts = trie.available_below(batch["seen"])
     low = torch.zeros_like(target)
     high = low + trie.n_items
@@ -119,7 +119,7 @@ def target_steps(
         allowed = trie.allowed_children(depth, low, high, counts)
         bias = None if head.bias is None else head.bias.detach().index_select(0, tokens)
         vectors = head.weight.detach().index_select(0, tokens)
-        steps.append(HeadStep(hidden, vectors, child, allowed, bias, temperature))
+        steps.append(HeadStep(hidden, vectors, child, allowed, bias, temperature, softcap=head.softcap))
         low, high = lows[child.clamp(min=0)], highs[child.clamp(min=0)]
     return steps
 
@@ -134,14 +134,11 @@ class _TargetLogp(nn.Module):
 
     def forward(self, tokens: Tensor, child: Tensor, *allowed: Tensor) -> Tensor:
         """Scalar, of tokens int64 [T + L - 1], child int64 [L] and allowed bool [V] for each of L choices."""
-        model = self.policy.model
-        states = model.base_model(input_ids=tokens[None], use_cache=False).last_hidden_state[0, -len(allowed) :]
-        head: nn.Linear = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        body, head = body_of(self.policy.model), head_of(self.policy.model)
+        states = body(input_ids=tokens[None], use_cache=False).last_hidden_state[0, -len(allowed) :]
         parts = []
         for depth, mask in enumerate(allowed):
-            rows = self.policy.trie.level(depth)[0]
-            bias = None if head.bias is None else head.bias.index_select(0, rows)
-            logits = nn.functional.linear(states[depth], head.weight.index_select(0, rows), bias).float()
+            logits = head.logits(states[depth], self.policy.trie.level(depth)[0])
             logits = (logits / self.temperature).masked_fill(~mask, torch.finfo(logits.dtype).min)
             parts.append(logits.log_softmax(dim=0).gather(0, child[depth, None]))
         return torch.cat(parts).sum()
@@ -186,7 +183,8 @@ def _equal_lengths(
     policy: GenerativePolicy, batch: Mapping[str, Tensor], values: int
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Samples whose prompts and ids are of one length: (rows, unpadded tokens with the id but for its last, L)."""
-    prompts, mask = policy.encode(batch["history"])
+    encoded = policy.encode(batch)
+    prompts, mask = encoded.input_ids[encoded.row], encoded.mask[encoded.row]
     ids = policy.trie.item_tokens[batch["target"]]
     lengths = torch.stack([mask.sum(dim=1), (ids >= 0).sum(dim=1)], dim=1)
     alike = defaultdict(list)

@@ -56,7 +56,7 @@ _LARGEST_FILE: Final = 16 * 2**20  # bytes; the real ones have 2 MB at most
 _Files = dict[str, bytes]
 
 
-class _SourceError(Exception):
+class SourceError(Exception):
     """One source failed; the next may do."""
 
 
@@ -176,9 +176,9 @@ def _obtain(scratch: Path, console: Console) -> tuple[str, _Files]:
             files = read(scratch, console)
             wrong = [name for name, digest in CANONICAL_SHA256.items() if _sha256(files[name]) != digest]
             if wrong:
-                raise _SourceError(f"the SHA-256 of {wrong[0]} is not the expected one")
+                raise SourceError(f"the SHA-256 of {wrong[0]} is not the expected one")
             return source, files
-        except _SourceError as error:
+        except SourceError as error:
             console.print(f"{source}: {error}.", soft_wrap=True, markup=False)
             reasons.append(f"{source}: {error}")
     raise InputError(
@@ -203,21 +203,40 @@ def _from_grouplens(scratch: Path, console: Console) -> _Files:
     except (OSError, http.client.HTTPException) as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
-        raise _SourceError(f"no download ({error})") from None
+        raise SourceError(f"no download ({error})") from None
     return _convert_members(archive, "ml-100k/u.", ("data", "item", "user"), convert_grouplens)
 
 
 def _from_wheel(scratch: Path, console: Console) -> _Files:
+    prefix = "recbole/dataset_example/ml-100k/ml-100k."
+    return _convert_members(
+        pip_download(RECBOLE_WHEEL, scratch, console), prefix, ("inter", "item", "user"), convert_recbole
+    )
+
+
+def pip_download(requirement: str, scratch: Path, console: Console) -> Path:
+    """Download a wheel, without what it depends on, through pip.
+
+    Args:
+        requirement: Name and version, as ``name==1.2``.
+        scratch: Folder for the wheel.
+        console: Shows that it is at work.
+
+    Returns:
+        The wheel.
+
+    Raises:
+        SourceError: No wheel arrived.
+    """
     options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--quiet", "--retries", "2"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), RECBOLE_WHEEL]
-    with console.status(f"pip download {RECBOLE_WHEEL}"):
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), requirement]
+    with console.status(f"pip download {requirement}"):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = sorted(scratch.glob("recbole-*.whl"))
+    wheels = sorted(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         message = (done.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
-        raise _SourceError(f"pip download failed ({message})")
-    prefix = "recbole/dataset_example/ml-100k/ml-100k."
-    return _convert_members(wheels[0], prefix, ("inter", "item", "user"), convert_recbole)
+        raise SourceError(f"pip download failed ({message})")
+    return wheels[0]
 
 
 def _convert_members(
@@ -227,11 +246,11 @@ def _convert_members(
         with zipfile.ZipFile(archive) as opened:
             members = [opened.getinfo(prefix + suffix) for suffix in suffixes]
             if any(member.file_size > _LARGEST_FILE for member in members):
-                raise _SourceError("a file in the archive is far too large")
+                raise SourceError("a file in the archive is far too large")
             first, second, third = (opened.read(member) for member in members)
         return convert(first, second, third)
     except (KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise _SourceError(f"the archive is damaged or not the one expected ({error})") from None
+        raise SourceError(f"the archive is damaged or not the one expected ({error})") from None
 
 
 def _install(files: _Files, source: str, staging: Path, target: Path) -> None:

@@ -189,7 +189,9 @@ def run_prompt(
     return Prompt(states.index_select(0, row), row, mask, cache, body)
 
 
-def run_prompts(body: Callable[..., Any], input_ids: Tensor, mask: Tensor) -> Prompt:
+def run_prompts(
+    body: Callable[..., Any], input_ids: Tensor, mask: Tensor, row: Tensor | None = None, keep_cache: bool = True
+) -> Prompt:
     """As `run_prompt`, in batches of similar length.
 
     Raises:
@@ -201,16 +203,17 @@ def run_prompts(body: Callable[..., Any], input_ids: Tensor, mask: Tensor) -> Pr
     longest, buckets = int(lengths.max()), length_buckets(lengths)
     input_ids, mask = input_ids[:, -longest:], mask[:, -longest:].to(torch.int64)
     if len(buckets) == 1:
-        return run_prompt(body, input_ids, mask)
+        return run_prompt(body, input_ids, mask, row, keep_cache)
     starts = [longest - int(lengths[rows].max()) for rows in buckets]
     parts = [
-        run_prompt(body, input_ids[rows, start:], mask[rows, start:])
+        run_prompt(body, input_ids[rows, start:], mask[rows, start:], keep_cache=keep_cache)
         for rows, start in zip(buckets, starts, strict=True)
     ]
     order = torch.argsort(torch.cat(buckets))
-    states = torch.cat([part.states for part in parts]).index_select(0, order)
-    row = torch.arange(len(states), device=states.device)
-    return Prompt(states, row, mask, join_prompts([part.cache for part in parts], order), body)
+    row = torch.arange(len(order), device=order.device) if row is None else row
+    states = torch.cat([part.states for part in parts]).index_select(0, order[row])
+    cache = join_prompts([part.cache for part in parts], order) if keep_cache else None
+    return Prompt(states, row, mask, cache, body)
 
 
 def run_completions(prompt: Prompt, sample: Tensor, tokens: Tensor, fed: Tensor) -> Tensor:

@@ -203,7 +203,8 @@ def generate(
         head: TokenHead
         if isinstance(constraint, TokenTrie):
             nothing = torch.full((len(input_ids), 1), -1, device=input_ids.device)
-            head = TrieHead(head_of(model), constraint, nothing, sampling.temperature, sampling.top_k, sampling.top_p)
+            options = (sampling.temperature, sampling.top_k, sampling.top_p)
+            head = TrieHead(head_of(model), constraint, nothing, *options, to_leaves=True)
         else:
             head = VocabularyHead(head_of(model), sampling, input_ids, attention_mask, ends, constraint)
         if sampling.strategy == "beam":

@@ -11,9 +11,21 @@ from torch import Tensor, nn
 
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.errors import InputError
-from minirec_pl.policy.causal_lm import body_of, head_of, run_completions, run_prompt
+from minirec_pl.policy.causal_lm import (
+    body_of,
+    cache_under_checkpointing,
+    head_of,
+    run_completions,
+    run_prompt,
+    run_prompts,
+)
 from minirec_pl.policy.decoding import TokenRows, decode, decode_beams
-from minirec_pl.policy.folder import StoredPolicy, read_policy, write_policy
+from minirec_pl.policy.folder import Chat, StoredPolicy, read_policy, write_policy
+from minirec_pl.policy.item_codes import SemanticIds
+from minirec_pl.policy.item_ids import ID_KINDS, IdKind, load_with_ids
+from minirec_pl.policy.language_model import LanguageModel
+from minirec_pl.policy.prompt import EncodedPrompts, PromptTemplate
+from minirec_pl.policy.ranking import item_scores
 from minirec_pl.policy.rollout import CompletionStates, Prompt, Rollouts, evaluation_mode
 from minirec_pl.policy.supervised import check_positions, pairs_as_prompts, sequence_nll
 from minirec_pl.policy.tiny import SPECIAL_TOKENS, build_tiny, check_model
@@ -26,58 +38,97 @@ Batch = Mapping[str, Tensor]
 class GenerativePolicy(nn.Module):
     """A causal language model that generates an item id constrained to the catalogue.
 
-    Give either `pretrained`, a folder that `save_pretrained` wrote, or `config`, from which a small model with one
-    token per item is built as soon as the catalogue is known (`bind`).
+    Give one of `pretrained`, a folder that `save_pretrained` wrote; `language_model`, which is prompted in words by its
+    chat template and gets the ids of `item_ids`; and `config`, from which a small model with one token per item is
+    built. The last two wait until the catalogue is known (`bind`).
 
     Args:
-        pretrained: a Hugging Face folder with the side file `minirec.json` (catalogue and item ids).
+        pretrained: a Hugging Face folder with the side file `minirec.json` (catalogue, item ids, prompt).
         config: `model_type` (default "llama") and keys of that model's transformers config, e.g. `hidden_size`.
+        language_model: any causal language model of the hub or of a folder.
+        item_ids: what a language model writes for an item: its `title`, the new tokens of a `semantic` id, or one new
+            `token` of its own, with which a single forward pass ranks the whole catalogue. See `minirec_pl.policy.item_ids`.
+        semantic_ids: how semantic ids are made; the defaults of `SemanticIds` if None.
+        prompt: what a language model is asked; the defaults of `PromptTemplate` if None.
+        evaluation_beams: rank only the items that a beam search of this width ends with, since the exact
+            log-probabilities of all ids of several tokens take a large model long; the others follow in the order of
+            the catalogue, and metrics at ranks beyond the width mean nothing. None ranks all of them exactly.
 
     Raises:
-        InputError: if both or neither are given, the folder or its side file is missing or damaged, or transformers
-            refuses the config.
+        InputError: if not exactly one of the three is given, an option does not go with it, the folder or its side file
+            is missing or damaged, or transformers refuses the config.
     """
 
+    model: Any
     trie: TokenTrie
 
-    def __init__(self, pretrained: str | None = None, config: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        config: dict[str, Any] | None = None,
+        language_model: LanguageModel | None = None,
+        item_ids: IdKind = "title",
+        semantic_ids: SemanticIds | None = None,
+        prompt: PromptTemplate | None = None,
+        evaluation_beams: int | None = None,
+    ) -> None:
         super().__init__()
-        if (pretrained is None) == (config is None):
-            raise InputError("GenerativePolicy takes exactly one of `pretrained` (a folder) and `config` (a new model)")
-        self.config = config
+        if (pretrained is not None) + (config is not None) + (language_model is not None) != 1:
+            raise InputError(
+                "GenerativePolicy takes exactly one of `pretrained` (a folder), `config` (a new model) and "
+                "`language_model`"
+            )
+        if item_ids not in ID_KINDS:
+            raise InputError(f"item_ids is {item_ids!r}: choose one of {', '.join(ID_KINDS)}")
+        if semantic_ids is not None and (language_model is None or item_ids != "semantic"):
+            raise InputError("semantic_ids goes with a language_model and item_ids 'semantic': leave it out")
+        if prompt is not None and language_model is None:
+            raise InputError("prompt goes with a language_model; a folder of `pretrained` has its own: leave it out")
+        if evaluation_beams is not None and evaluation_beams < 1:
+            raise InputError(f"evaluation_beams is {evaluation_beams}: give at least 1, or null for an exact ranking")
+        self.config, self.language_model = config, language_model
+        self.item_ids: IdKind = item_ids
+        self.semantic_ids = semantic_ids
+        self.prompt = prompt or PromptTemplate()
+        self.evaluation_beams = evaluation_beams
         self.training_cost: dict[str, Any] = {}
         self.catalogue: Catalogue | None = None
+        self.chat: Chat | None = None
         if pretrained is not None:
-            stored = read_policy(Path(pretrained))
-            self.model, self.training_cost = stored.model, stored.training_cost
-            self._bind(stored.catalogue, stored.item_tokens)
+            self._take(read_policy(Path(pretrained)))
 
-    def _bind(self, catalogue: Catalogue, item_tokens: Tensor) -> None:
-        check_model(self.model)
-        self.trie = TokenTrie(item_tokens)
-        self.pad_token_id = int(self.model.config.pad_token_id)
-        self.bos_token_id = int(self.model.config.bos_token_id)
-        self.catalogue = catalogue
+    def _take(self, stored: StoredPolicy) -> None:
+        check_model(stored.model)
+        self.model, self.training_cost, self.chat = stored.model, stored.training_cost, stored.chat
+        self.trie = TokenTrie(stored.item_tokens)
+        config = self.model.config
+        self.pad_token_id = int(config.pad_token_id)
+        self.bos_token_id = self.pad_token_id if config.bos_token_id is None else int(config.bos_token_id)
+        self.catalogue = stored.catalogue
 
     def bind(self, catalogue: Catalogue) -> None:
-        """Ties the policy to a catalogue: builds the model of a `config`, or checks that a loaded one fits.
+        """Ties the policy to a catalogue: builds or loads its model, or checks that a loaded one fits.
 
         Raises:
-            InputError: if the policy was trained for another catalogue.
+            InputError: if the policy was trained for another catalogue, or the language model cannot be had.
         """
-        if self.catalogue is None:
+        if self.catalogue is not None:
+            if self.catalogue.fingerprint != catalogue.fingerprint:
+                raise InputError(
+                    f"the policy was trained for a catalogue of {len(self.catalogue)} items and the data has "
+                    f"{len(catalogue)} (or other ids): train a warm start on this data set, or point "
+                    "`data.path` to the old one"
+                )
+        elif self.language_model is not None:
+            semantic = self.semantic_ids or SemanticIds()
+            self._take(load_with_ids(self.language_model, catalogue, self.item_ids, semantic, self.prompt))
+        else:
             assert self.config is not None
-            self.model = build_tiny(self.config, len(SPECIAL_TOKENS) + len(catalogue))
-            self._bind(catalogue, torch.arange(len(catalogue))[:, None] + len(SPECIAL_TOKENS))
-        elif self.catalogue.fingerprint != catalogue.fingerprint:
-            raise InputError(
-                f"the policy was trained for a catalogue of {len(self.catalogue)} items and the data has "
-                f"{len(catalogue)} (or other ids): train a warm start on this data set, or point "
-                "`data.path` to the old one"
-            )
+            model = build_tiny(self.config, len(SPECIAL_TOKENS) + len(catalogue))
+            self._take(StoredPolicy(model, catalogue, torch.arange(len(catalogue))[:, None] + len(SPECIAL_TOKENS), {}))
 
     def save_pretrained(self, folder: str | Path, training_cost: Mapping[str, Any] | None = None) -> None:
-        """Writes model, tokenizer and side file as one Hugging Face folder, replacing it whole or not at all.
+        """Writes model, or its adapters, tokenizer and side file as one folder, replacing it whole or not at all.
 
         Args:
             folder: the folder to write; an older policy there is replaced.
@@ -88,28 +139,33 @@ class GenerativePolicy(nn.Module):
         """
         if self.catalogue is None:
             raise InputError("the policy has no catalogue yet: fit it, or call bind(catalogue), before saving")
-        stored = StoredPolicy(
-            self.model, self.catalogue, self.trie.item_tokens, dict(training_cost or self.training_cost)
-        )
-        write_policy(Path(folder), stored)
+        cost = dict(training_cost or self.training_cost)
+        write_policy(Path(folder), StoredPolicy(self.model, self.catalogue, self.trie.item_tokens, cost, self.chat))
 
     @property
     def id_length(self) -> int:
         """L, the largest number of tokens in an item id."""
         return self.trie.depth
 
-    def encode(self, history: Tensor) -> tuple[Tensor, Tensor]:
-        """Prompts as tokens: a start token, then the ids of the history, oldest first, padded on the left.
+    def encode(self, batch: Batch) -> EncodedPrompts:
+        """The different prompts of a batch as tokens, padded on the left, and which of them each sample has.
+
+        A language model's are words, see `PromptTemplate.encode`. The others are a start token, then the ids of the
+        history, oldest first; neighbours with the same history share one.
 
         Args:
-            history: int64 [B, W], item index padded with -1 anywhere.
-
-        Returns:
-            input_ids int64 [B, T] and attention_mask int64 [B, T].
+            batch: with `history` int64 [B, W], item index padded with -1 anywhere.
 
         Raises:
             InputError: if prompt and item id together are longer than the model's positions.
         """
+        if self.chat is not None:
+            assert self.catalogue is not None
+            positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+            longest = None if positions is None else positions - self.id_length + 1
+            tokenizer, prompt, ids = self.chat.tokenizer, self.chat.prompt, self.chat.id_texts
+            return prompt.encode(tokenizer, batch, self.catalogue, longest, ids)
+        history, row = torch.unique_consecutive(batch["history"], dim=0, return_inverse=True)
         tokens = torch.where(history[..., None] >= 0, self.trie.item_tokens[history.clamp(min=0)], -1).flatten(1)
         tokens = nn.functional.pad(tokens, (1, 0), value=self.bos_token_id)
         real = tokens >= 0
@@ -117,42 +173,43 @@ class GenerativePolicy(nn.Module):
         tokens = tokens[:, tokens.shape[1] - int(real.sum(dim=1).max()) :]
         check_positions(self.model, tokens.shape[1] + self.id_length - 1)
         mask = (tokens >= 0).to(torch.int64)
-        return torch.where(mask.bool(), tokens, self.pad_token_id), mask
+        return EncodedPrompts(torch.where(mask.bool(), tokens, self.pad_token_id), mask, row)
 
     def prompt_states(self, batch: Batch) -> Tensor:
-        """Last hidden state of each prompt, float [B, D]; neighbours with the same history are run once."""
+        """Last hidden state of each prompt, float [B, D]; equal prompts are run once."""
         return self.run_prompt(batch).states
 
     def prompt_tokens(self, batch: Batch) -> int:
         """Tokens that `run_prompt` feeds through the model, padding not counted."""
-        return int(self.encode(torch.unique_consecutive(batch["history"], dim=0))[1].sum())
+        return int(self.encode(batch).mask.sum())
 
     def run_prompt(self, batch: Batch) -> Prompt:
-        """Runs the prompts of `history` int64 [B, W] through the model."""
-        history, row = torch.unique_consecutive(batch["history"], dim=0, return_inverse=True)
-        input_ids, mask = self.encode(history)
-        return run_prompt(body_of(self.model), input_ids, mask, row, keep_cache=self.id_length > 1)
+        """Runs the prompts of a batch (see `encode`) through the model."""
+        run = run_prompt if self.chat is None else run_prompts
+        return run(body_of(self.model), *self.encode(batch), keep_cache=self.id_length > 1)
 
     def completion_states(self, prompt: Prompt, items: Tensor) -> CompletionStates:
-        """Runs G completions on the cache of each prompt, differentiably.
+        """Runs G completions on the cache of each prompt, differentiably, as far as their tokens are not certain.
 
         Args:
             prompt: from `run_prompt`.
             items: int64 [B, G], item index.
         """
         n_rows, group = items.shape
-        if self.id_length == 1:
-            return CompletionStates(prompt.states, prompt.states.new_empty(n_rows, group, 0, prompt.states.shape[-1]))
-        tokens = self.trie.item_tokens[items.flatten()]
-        fed = tokens[:, 1:] >= 0
-        tokens = torch.where(fed, tokens[:, :-1], self.pad_token_id)
+        length, width = self.trie.decided[items.flatten()] - 1, prompt.states.shape[-1]
+        most = int(length.max())
+        if most < 1:
+            return CompletionStates(prompt.states, prompt.states.new_zeros(n_rows, group, self.id_length - 1, width))
+        fed = torch.arange(most, device=items.device) < length[:, None]
+        tokens = torch.where(fed, self.trie.item_tokens[items.flatten(), :most], self.pad_token_id)
         sample = torch.arange(n_rows, device=items.device).repeat_interleave(group)
         rest = run_completions(prompt, sample, tokens, fed)
-        return CompletionStates(prompt.states, rest.view(n_rows, group, -1, rest.shape[-1]))
+        rest = nn.functional.pad(rest, (0, 0, 0, self.id_length - 1 - most))
+        return CompletionStates(prompt.states, rest.view(n_rows, group, self.id_length - 1, width))
 
     def fed_tokens(self, items: Tensor) -> int:
-        """Tokens of the ids of `items` that are fed through the model: all but the last of each id."""
-        return int((self.trie.item_tokens[items][..., 1:] >= 0).sum())
+        """Tokens of the ids of `items` that are fed: all but the last one that is not certain, see `TokenTrie`."""
+        return int((self.trie.decided[items] - 1).sum())
 
     def root_logps(self, states: Tensor, seen: Tensor, temperature: float = 1.0) -> Tensor:
         """Log-probabilities of the first id token, float32 [B, n_first_tokens], of prompts with `states` [B, D]."""
@@ -182,7 +239,13 @@ class GenerativePolicy(nn.Module):
 
     def completion_logps(self, batch: Batch, items: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """`head_logps` of the batch's prompts: (logps, mask, entropy), each [B, G, L]."""
-        states = self.completion_states(self.run_prompt(batch), items)
+        with cache_under_checkpointing(self.model) as shared:
+            if not shared and self.id_length > 1:
+                raise InputError(
+                    f"{type(self.model).__name__} has no cache under gradient checkpointing: set "
+                    "language_model.gradient_checkpointing to false"
+                )
+            states = self.completion_states(self.run_prompt(batch), items)
         return self.head_logps(states, items, batch["seen"], temperature)
 
     def generate(
@@ -257,32 +320,36 @@ class GenerativePolicy(nn.Module):
         return rollouts
 
     def _rollouts(self, rows: TokenRows, group: int) -> Rollouts:
-        items = self.trie.items_of(rows.tokens.masked_fill(~rows.mask, -1))
-        shape = (-1, group, self.id_length)
-        return Rollouts(items.view(-1, group), rows.logps.view(shape), rows.mask.view(shape))
+        items = self.trie.items_of(rows.tokens.masked_fill(~rows.mask, -1)).view(-1, group)
+        mask = (self.trie.item_tokens[items] >= 0) & (items >= 0)[..., None]
+        return Rollouts(items, rows.logps.view_as(mask), mask)
 
     def item_logps(self, batch: Batch, chunk: int = 4096) -> Tensor:
-        """Exact log-probability of every item, float32 [B, n_items]; seen items get the lowest finite value.
+        """Log-probability of every item, float32 [B, n_items]; seen items get the lowest finite value.
 
-        One forward pass for one-token ids; longer ids are teacher-forced, `chunk` completions at a time, on the cache
-        of the prompts.
+        Exact: one forward pass for one-token ids; longer ids are teacher-forced, at most `chunk` completions at a time,
+        on the cache of the prompts. With `evaluation_beams` longer ids that no beam ends with get the lowest value too.
         """
-        with evaluation_mode(self):
-            prompt, seen = self.run_prompt(batch), batch["seen"]
-            if self.id_length == 1:
-                scores = self.root_logps(prompt.states, seen)[:, self.trie.child_of[:, 0]]
-            else:
-                rows = len(seen)
-                every = torch.arange(self.trie.n_items, device=seen.device).expand(rows, -1)
-                parts = torch.split(every, max(1, chunk // rows), dim=1)
-                states = (self.completion_states(prompt, part) for part in parts)
-                logps = (self.head_logps(*pair, seen)[0].sum(dim=-1) for pair in zip(states, parts, strict=True))
-                scores = torch.cat(list(logps), dim=1)
-            return scores.clamp(min=torch.finfo(torch.float32).min)
+        return item_scores(self, batch, chunk)
+
+    def supervised_loss(self, batch: Batch) -> tuple[Tensor, int]:
+        """The loss of a warm start on single samples, and the tokens that were run for it.
+
+        Args:
+            batch: what `encode` takes, and `target` int64 [B].
+
+        Returns:
+            Mean negative log-likelihood of the target's id after the prompt among the ids of the whole catalogue, in
+            nats, a scalar with gradient; tokens, padding not counted.
+        """
+        target = batch["target"]
+        nothing = torch.full((len(target), 1), -1, device=target.device)
+        logps, _, _ = self.completion_logps({**batch, "seen": nothing}, target[:, None])
+        return -logps.sum() / len(target), self.prompt_tokens(batch) + self.fed_tokens(target)
 
     def sequence_tokens(self, batch: Batch) -> int:
         """Tokens that `sequence_nll` feeds through the model, padding not counted."""
-        if self.id_length == 1:
+        if self.id_length == 1 and self.chat is None:
             return int((batch["sequence"] >= 0).sum()) + len(batch["sequence"])
         return self.prompt_tokens(pairs_as_prompts(batch)) + self.fed_tokens(batch["target"])
 
@@ -293,6 +360,6 @@ class GenerativePolicy(nn.Module):
             batch: `sequence` int64 [B, T] item index right-padded with -1, and pairs `row`, `position`, `target` [P]:
                 the state after `sequence[row, position]` predicts `target`.
             dropout: probability, in training mode, of dropping an input embedding or a last hidden state value;
-                one-token ids only.
+                for one-token ids of a `config` only.
         """
         return sequence_nll(self, batch, dropout)

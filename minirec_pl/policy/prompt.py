@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +15,14 @@ from minirec_pl.data.samples import Catalogue
 from minirec_pl.errors import InputError
 
 _UNITS = (("year", 31_557_600), ("month", 2_629_800), ("day", 86_400), ("hour", 3_600), ("minute", 60))
-_FIELDS = {"system": set(), "user": {"history"}, "item": {"number", "title", "text"}, "rating": {"rating"}, "age": {"age"}}
+_FIELDS: dict[str, dict[str, Any]] = {  # what each text may hold, with an example
+    "system": {},
+    "user": {"history": ""},
+    "item": {"number": 1, "title": "", "text": "", "id": ""},
+    "rating": {"rating": "4"},
+    "age": {"age": "1 day"},
+}
+_COLUMNS = ("history", "history_rating", "history_age")
 
 
 class EncodedPrompts(NamedTuple):
@@ -47,25 +55,31 @@ def time_ago(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The texts of a prompt, rendered by the tokenizer's own chat template.
+    """The texts of a prompt, rendered by the tokenizer's own chat template. Braces are doubled, as in `str.format`.
 
     Args:
         system: what the model is told first; empty for nothing. Goes before `user` where a chat template has no system.
         user: the request; `{history}` stands for the lines of the history, oldest first.
-        item: a line of the history; `{number}` from 1, `{title}`, `{text}` (all of the item's text).
+        item: a line of the history; `{number}` from 1, `{title}`, `{text}` (all of the item's text), and `{id}`, what a
+            generative policy writes for the item.
         rating: put after a line whose rating is known; `{rating}`.
         age: put after a line whose time is known; `{age}`, for example `3 days`.
-        answer: how the model's answer begins.
+        answer: how the model's answer begins, as it stands.
         longest_title: characters that are kept of a title or text.
 
     Raises:
         InputError: for a text with an unknown or missing placeholder.
+
+    Example:
+        >>> catalogue = Catalogue(["a", "b"], ["Ape", "Bee"])
+        >>> batch = {"history": torch.tensor([[-1, 1, 0]]), "history_age": torch.tensor([[0.0, 172_800.0, 60.0]])}
+        >>> print(PromptTemplate().history_text(batch, 0, catalogue))
+        1. Bee, 2 days ago
+        2. Ape, 1 minute ago
     """
 
     system: str = "You recommend items to users."
-    user: str = (
-        "The user's history, oldest first:\n{history}\n\nWhat will the user choose next? Think about what the user likes."
-    )
+    user: str = "The user's history, oldest first:\n{history}\n\nWhat will the user choose next? Think about what the user likes."
     item: str = "{number}. {title}"
     rating: str = ", rated {rating}"
     age: str = ", {age} ago"
@@ -74,41 +88,60 @@ class PromptTemplate:
 
     def __post_init__(self) -> None:
         for name, known in _FIELDS.items():
+            text = getattr(self, name)
             try:
-                found = {part[1] for part in string.Formatter().parse(getattr(self, name)) if part[1] is not None}
+                found = {part[1] for part in string.Formatter().parse(text) if part[1] is not None}
+                unknown = sorted(found - known.keys())
+                if not unknown:
+                    text.format(**known)
             except ValueError as error:
                 raise InputError(f"prompt.{name} cannot be read ({error}): write {{{{ for a brace") from error
-            unknown = sorted(found - known)
             if unknown:
-                takes = ", ".join(f"{{{field}}}" for field in sorted(known)) or "no placeholder"
+                takes = ", ".join(f"{{{field}}}" for field in known) or "no placeholder"
                 raise InputError(f"prompt.{name} has the placeholder {{{unknown[0]}}}: it takes {takes}")
-        if "{history}" not in self.user:
-            raise InputError("prompt.user does not say where the history goes: put {history} into it")
+            if name == "user" and not found:
+                raise InputError("prompt.user does not say where the history goes: put {history} into it")
         if self.longest_title < 1:
             raise InputError(f"prompt.longest_title is {self.longest_title}: keep at least 1 character")
 
-    def history_text(self, batch: Mapping[str, Tensor], row: int, catalogue: Catalogue) -> str:
+    def history_text(
+        self, batch: Mapping[str, Tensor], row: int, catalogue: Catalogue, ids: Sequence[str] | None = None
+    ) -> str:
         """The lines of one sample's history.
 
         Args:
-            batch: `history` [B, W] padded with -1; where there are, `history_rating` [B, W] and `history_age` [B, W].
+            batch: `history` [B, W] padded with -1; where there are, `history_rating` [B, W] and `history_age` [B, W] in
+                seconds, NaN where unknown.
             row: which sample.
             catalogue: of titles and texts.
+            ids: what stands for each item where the template says `{id}`; the external ids if None.
         """
-        columns = [i for i, item in enumerate(batch["history"][row].tolist()) if item >= 0]
-        lines = []
-        for number, column in enumerate(columns, start=1):
-            item = int(batch["history"][row, column])
-            title = catalogue.item_ids[item] if catalogue.titles is None else catalogue.titles[item]
-            line = self.item.format(number=number, title=self._cut(title), text=self._cut(catalogue.texts[item]))
-            if self.rating and "history_rating" in batch and not batch["history_rating"][row, column].isnan():
-                line += self.rating.format(rating=f"{float(batch['history_rating'][row, column]):g}")
-            if self.age and "history_age" in batch:
-                line += self.age.format(age=time_ago(float(batch["history_age"][row, column])))
+        known = {name: batch[name][row].tolist() for name in _COLUMNS if name in batch}
+        lines: list[str] = []
+        for column, item in enumerate(known["history"]):
+            if item < 0:
+                continue
+            line = self.item.format(
+                number=len(lines) + 1,
+                title=self.title_of(catalogue, item),
+                text=self.cut(catalogue.texts[item]),
+                id=(catalogue.item_ids if ids is None else ids)[item],
+            )
+            rating, age = (known[name][column] if name in known else math.nan for name in _COLUMNS[1:])
+            if not math.isnan(rating):
+                line += self.rating.format(rating=f"{rating:g}")
+            if not math.isnan(age):
+                line += self.age.format(age=time_ago(age))
             lines.append(line)
         return "\n".join(lines)
 
-    def _cut(self, text: str) -> str:
+    def title_of(self, catalogue: Catalogue, item: int) -> str:
+        """The title of an item, cut; its external id where it has none."""
+        title = "" if catalogue.titles is None else " ".join(catalogue.titles[item].split())
+        return self.cut(title or catalogue.item_ids[item])
+
+    def cut(self, text: str) -> str:
+        """The first `longest_title` characters, the last of them an ellipsis where some are lost."""
         return text if len(text) <= self.longest_title else f"{text[: self.longest_title - 1].rstrip()}…"
 
     def render(self, tokenizer: Any, history: str) -> str:
@@ -117,50 +150,62 @@ class PromptTemplate:
         Raises:
             InputError: if the tokenizer has no chat template.
         """
-        user = self.user.replace("{history}", history)
         if tokenizer.chat_template is None:
             raise InputError(
                 "the tokenizer has no chat template: take an instruction-tuned model, or put a chat_template.jinja into "
                 "its folder"
             )
-        messages = [{"role": "user", "content": user}]
-        if self.system:
-            with_system = [{"role": "system", "content": self.system}, *messages]
+        system, user = self.system.format(), self.user.format(history=history)
+        if system:
+            with_system = [{"role": "system", "content": system}, {"role": "user", "content": user}]
             try:
-                return self._apply(tokenizer, with_system)
+                text = self._apply(tokenizer, with_system)
             except Exception as error:
                 # Templates refuse the role by raising an error of jinja.
                 if type(error).__module__.partition(".")[0] != "jinja2":
                     raise
-                messages = [{"role": "user", "content": f"{self.system}\n\n{user}"}]
-        return self._apply(tokenizer, messages)
+                text = ""
+            if system.strip() in text:
+                return text
+            user = f"{system}\n\n{user}"
+        return self._apply(tokenizer, [{"role": "user", "content": user}])
 
     def _apply(self, tokenizer: Any, messages: list[dict[str, str]]) -> str:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return text + self.answer
 
     def encode(
-        self, tokenizer: Any, batch: Mapping[str, Tensor], catalogue: Catalogue, longest: int | None = None
+        self,
+        tokenizer: Any,
+        batch: Mapping[str, Tensor],
+        catalogue: Catalogue,
+        longest: int | None = None,
+        ids: Sequence[str] | None = None,
     ) -> EncodedPrompts:
-        """Prompts of a batch as tokens, on the batch's device.
+        """Prompts of a batch as tokens, on the batch's device. Special tokens inside an item's text are left out.
 
         Args:
             tokenizer: of the model.
             batch: see `history_text`; `sample_id` [B] for messages.
             catalogue: of titles and texts.
             longest: tokens that a prompt may have; None for any number.
+            ids: see `history_text`.
 
         Raises:
             InputError: if a prompt is longer, naming its sample.
         """
-        texts = [
-            self.render(tokenizer, self.history_text(batch, row, catalogue)) for row in range(len(batch["history"]))
-        ]
+        columns = {name: batch[name].cpu() for name in _COLUMNS if name in batch}
+        texts = []
+        for row in range(len(batch["history"])):
+            history = self.history_text(columns, row, catalogue, ids)
+            for token in tokenizer.all_special_tokens:
+                history = history.replace(token, "")
+            texts.append(self.render(tokenizer, history))
         place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        ids: list[list[int]] = tokenizer(list(place), add_special_tokens=False)["input_ids"]
-        width = max(map(len, ids))
+        tokens: list[list[int]] = tokenizer(list(place), add_special_tokens=False)["input_ids"]
+        width = max(map(len, tokens))
         if longest is not None and width > longest:
-            prompt = max(range(len(ids)), key=lambda i: len(ids[i]))
+            prompt = max(range(len(tokens)), key=lambda i: len(tokens[i]))
             sample = next(row for row, text in enumerate(texts) if place[text] == prompt)
             name = f" of sample {int(batch['sample_id'][sample])}" if "sample_id" in batch else ""
             raise InputError(
@@ -168,10 +213,10 @@ class PromptTemplate:
                 "data.history_window or prompt.longest_title"
             )
         device = batch["history"].device
-        input_ids = torch.full((len(ids), width), tokenizer.pad_token_id)
-        mask = torch.zeros(len(ids), width, dtype=torch.int64)
-        for i, tokens in enumerate(ids):
-            input_ids[i, width - len(tokens) :] = torch.tensor(tokens)
-            mask[i, width - len(tokens) :] = 1
-        row = torch.tensor([place[text] for text in texts])
-        return EncodedPrompts(input_ids.to(device), mask.to(device), row.to(device))
+        input_ids = torch.full((len(tokens), width), tokenizer.pad_token_id)
+        mask = torch.zeros(len(tokens), width, dtype=torch.int64)
+        for i, prompt_tokens in enumerate(tokens):
+            input_ids[i, width - len(prompt_tokens) :] = torch.tensor(prompt_tokens)
+            mask[i, width - len(prompt_tokens) :] = 1
+        row_of = torch.tensor([place[text] for text in texts])
+        return EncodedPrompts(input_ids.to(device), mask.to(device), row_of.to(device))

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minirec_pl.errors import InputError
-from minirec_pl.policy.folder import SIDE_FILE, replaced_folder
+from minirec_pl.files import replace_folder
+from minirec_pl.policy.folder import SIDE_FILE
 from minirec_pl.policy.item_index import ItemIndex
 from minirec_pl.policy.language_model import LanguageModel, save_language_model
 from minirec_pl.policy.prompt import PromptTemplate
@@ -107,7 +108,8 @@ def write_retriever(
     Raises:
         InputError: if `folder` holds something else than a policy, or cannot be written; it is then left as it was.
     """
-    with replaced_folder(folder) as new:
+
+    def write(new: Path) -> None:
         save_language_model(model, tokenizer, new)
         side = {
             "kind": _KIND,
@@ -122,6 +124,8 @@ def write_retriever(
         if index is not None:
             metadata = {"weights": _weights_digest(new), "items": index.fingerprint}
             save_file({"vectors": index.vectors.cpu().contiguous()}, new / ITEMS_FILE, metadata=metadata)
+
+    replace_folder(folder, write, holds=SIDE_FILE, what="policy")
 
 
 def stored_vectors(folder: Path, index: ItemIndex) -> Tensor | None:

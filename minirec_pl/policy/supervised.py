@@ -40,7 +40,7 @@ def pairs_as_prompts(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def sequence_nll(policy: GenerativePolicy, batch: Mapping[str, Tensor], dropout: float) -> Tensor:
     """See `GenerativePolicy.sequence_nll`."""
     sequence, row, position, target = (batch[key] for key in ("sequence", "row", "position", "target"))
-    if policy.id_length > 1:
+    if policy.id_length > 1 or policy.chat is not None:
         logps, _, _ = policy.completion_logps(pairs_as_prompts(batch), target[:, None])
         return -logps.sum() / max(1, len(target))
     first_tokens, head = policy.trie.item_tokens[:, 0], head_of(policy.model)

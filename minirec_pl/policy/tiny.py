@@ -9,6 +9,7 @@ import torch
 
 from minirec_pl.errors import InputError
 from minirec_pl.policy.causal_lm import body_of, head_of, run_prompt
+from minirec_pl.policy.generation import eos_token_ids
 from minirec_pl.policy.rollout import evaluation_mode
 
 if TYPE_CHECKING:
@@ -88,9 +89,10 @@ def check_model(model: Any) -> None:
         InputError: if it has no start or padding token, takes no padding, positions or cache, or its logits differ.
     """
     name, config = type(model).__name__, model.config
-    if config.pad_token_id is None or config.bos_token_id is None:
+    start = next((token for token in (config.bos_token_id, *eos_token_ids(model)) if token is not None), None)
+    if config.pad_token_id is None or start is None:
         raise InputError(f"{name} has no pad or no start token: set pad_token_id and bos_token_id in its config")
-    tokens = torch.tensor([[config.pad_token_id, config.bos_token_id]], device=model.device)
+    tokens = torch.tensor([[config.pad_token_id, start]], device=model.device)
     mask = torch.tensor([[0, 1]], device=model.device)
     try:
         with evaluation_mode(model):

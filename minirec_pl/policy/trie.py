@@ -19,6 +19,10 @@ class TokenTrie(nn.Module):
         item_tokens: int64 [n_items, L], the tokens of each item, right-padded with -1. No id may be a prefix of
             another: end ids of unequal length with a closing token.
 
+    Attributes:
+        decided: int64 [n_items], how many tokens it takes to tell an item from all others. Those that follow are
+            certain, so that no hidden state is needed for them.
+
     Raises:
         InputError: if an id is empty or has a gap, or two items share an id or one id is a prefix of another.
     """
@@ -27,6 +31,7 @@ class TokenTrie(nn.Module):
     order: Tensor
     rank: Tensor
     child_of: Tensor
+    decided: Tensor
 
     def __init__(self, item_tokens: Tensor) -> None:
         super().__init__()
@@ -49,7 +54,7 @@ class TokenTrie(nn.Module):
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("rank", torch.argsort(order), persistent=False)
         self._check_prefix_free(ordered, order)
-        child_of = torch.full((n_items, self.depth), -1)
+        child_of, decided = torch.full((n_items, self.depth), -1), torch.full((n_items,), self.depth)
         starts = torch.zeros(n_items, dtype=torch.bool)
         starts[0] = True
         for column in range(self.depth):
@@ -59,10 +64,13 @@ class TokenTrie(nn.Module):
             group = torch.cumsum(starts & alive, 0) - 1
             size = torch.bincount(group[alive], minlength=len(first))
             child_of[order[alive], column] = group[alive]
+            alone = order[alive][size[group[alive]] == 1]
+            decided[alone] = decided[alone].clamp(max=column + 1)
             self.register_buffer(f"token_{column}", ordered[first, column], persistent=False)
             self.register_buffer(f"low_{column}", first, persistent=False)
             self.register_buffer(f"high_{column}", first + size, persistent=False)
         self.register_buffer("child_of", child_of, persistent=False)
+        self.register_buffer("decided", decided, persistent=False)
 
     @staticmethod
     def _check_prefix_free(ordered: Tensor, order: Tensor) -> None:
@@ -79,18 +87,23 @@ class TokenTrie(nn.Module):
         """Number of items in the catalogue."""
         return int(self.item_tokens.shape[0])
 
+    @property
+    def widest(self) -> int:
+        """Most nodes at one depth."""
+        return max(len(self.level(depth)[0]) for depth in range(self.depth))
+
     def level(self, depth: int) -> tuple[Tensor, Tensor, Tensor]:
         """Children at one depth: token, low and high of each, int64 [n_children]."""
         return getattr(self, f"token_{depth}"), getattr(self, f"low_{depth}"), getattr(self, f"high_{depth}")
 
     def items_of(self, tokens: Tensor) -> Tensor:
-        """The items with these ids.
+        """The items with these ids, or whose ids alone begin so.
 
         Args:
             tokens: int64 [R, L], padded with -1 on the right.
 
         Returns:
-            int64 [R], item index; -1 where no item has the id.
+            int64 [R], item index; -1 where there is no such item.
         """
         node = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
         item, base = torch.full_like(node, -1), int(self.item_tokens.max()) + 1
@@ -101,7 +114,8 @@ class TokenTrie(nn.Module):
             place = torch.searchsorted(keys, node * base + tokens[:, depth]).clamp(max=len(keys) - 1)
             real = tokens[:, depth] >= 0
             node, item = torch.where(real, place, node), torch.where(real, self.order[low[place]], item)
-        found = (self.item_tokens[item] == tokens).all(dim=1) & (item >= 0)
+        length = (tokens >= 0).sum(dim=1)
+        found = ((self.item_tokens[item] == tokens) | (tokens < 0)).all(dim=1) & (length >= self.decided[item])
         return torch.where(found, item, -1)
 
     def available_below(self, seen: Tensor) -> Tensor:

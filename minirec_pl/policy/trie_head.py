@@ -11,7 +11,9 @@ from minirec_pl.policy.trie import TokenTrie
 
 
 class TrieHead:
-    """Candidates are the children of a row's node that still lead to an allowed item; ends at the leaves.
+    """Candidates are the children of a row's node that still lead to an allowed item.
+
+    A row ends at its leaf, or as soon as a single item is left below its node.
 
     Args:
         head: of the model; only the rows of the candidates' tokens are multiplied.
@@ -20,6 +22,7 @@ class TrieHead:
         temperature: divides the logits.
         top_k: keep the k most likely tokens at each step; None keeps all.
         top_p: keep the smallest set of tokens with this mass; None keeps all.
+        to_leaves: go on to the leaf although what follows is certain.
     """
 
     def __init__(
@@ -30,8 +33,10 @@ class TrieHead:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        to_leaves: bool = False,
     ) -> None:
         self.head, self.trie, self.temperature, self.top_k, self.top_p = head, trie, temperature, top_k, top_p
+        self.to_leaves = to_leaves
         self.counts, self.sample, self.depth = (
             trie.available_below(seen),
             torch.arange(len(seen), device=seen.device),
@@ -53,6 +58,8 @@ class TrieHead:
         self.depth += 1
         if self.depth == self.trie.depth:
             return tokens[candidates], torch.ones_like(candidates, dtype=torch.bool)
+        if not self.to_leaves:
+            return tokens[candidates], self.high - self.low == 1
         return tokens[candidates], self.trie.child_of[self.trie.order[self.low], self.depth] < 0
 
     def select(self, source: Tensor) -> None:
@@ -114,11 +121,13 @@ def item_logps(
     counts = counts.repeat_interleave(group, dim=0) if trie.depth > 1 else counts
     for depth in range(1, trie.depth):
         _, lows, highs = trie.level(depth - 1)
-        parent = child[:, :, depth - 1].flatten().clamp(min=0)
-        after = states.rest[:, :, depth - 1].flatten(0, 1)
-        rows = child_logps(head, trie, after, depth, lows[parent], highs[parent], counts, temperature)
-        logps.append(rows.gather(1, child[:, :, depth].flatten()[:, None].clamp(min=0)).view_as(items))
-        entropies.append(_entropy(rows.detach()).view_as(items))
+        # Elsewhere the token is certain: its log-probability and the entropy are 0.
+        open_ = (trie.decided[items] > depth).flatten().nonzero().flatten()
+        parent, taken = (child[:, :, column].flatten()[open_] for column in (depth - 1, depth))
+        after = states.rest[:, :, depth - 1].flatten(0, 1).index_select(0, open_)
+        rows = child_logps(head, trie, after, depth, lows[parent], highs[parent], counts[open_], temperature)
+        for kind, values in ((logps, rows.gather(1, taken[:, None])[:, 0]), (entropies, _entropy(rows.detach()))):
+            kind.append(values.new_zeros(items.numel()).index_copy(0, open_, values).view_as(items))
     mask = child >= 0
     values = (torch.stack(kind, dim=-1).masked_fill(~mask, 0.0) for kind in (logps, entropies))
     return next(values), mask, next(values)

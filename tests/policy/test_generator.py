@@ -38,7 +38,8 @@ def watch_fed_tokens(policy):
 def test_prompts_are_a_start_token_and_the_ids_oldest_first(tmp_path):
     policy = many_token_policy(tmp_path / "policy", 4)
     ids = [[t for t in row if t >= 0] for row in policy.trie.item_tokens.tolist()]
-    tokens, mask = policy.encode(torch.tensor([[-1, 2], [3, 0], [1, -1]]))
+    tokens, mask, row = policy.encode({"history": torch.tensor([[-1, 2], [3, 0], [3, 0], [1, -1]])})
+    assert row.tolist() == [0, 1, 1, 2]
     for row, items in zip(range(3), ([2], [3, 0], [1]), strict=True):
         expected = [1, *(token for item in items for token in ids[item])]
         padding = tokens.shape[1] - len(expected)

@@ -80,4 +80,15 @@ def test_items_are_found_by_their_ids(ids):
     assert trie.items_of(wrong).tolist() == [-1] * len(ids)
     short = tokens.clone()
     short[torch.arange(len(ids)), (tokens >= 0).sum(dim=1) - 1] = -1
-    assert trie.items_of(short).tolist() == [-1] * len(ids)
+    last = [len(row) - 1 for row in ids]
+    alone = [all(other[:n] != row[:n] for other in ids if other is not row) for row, n in zip(ids, last, strict=True)]
+    assert trie.items_of(short).tolist() == [i if n and alone[i] else -1 for i, n in enumerate(last)]
+
+
+def test_an_item_is_decided_where_its_id_differs_from_all_others():
+    ids = unequal_ids(30)
+    for item, decided in enumerate(TokenTrie(padded(ids)).decided.tolist()):
+        others = [tokens for i, tokens in enumerate(ids) if i != item]
+        assert all(tokens[:decided] != ids[item][:decided] for tokens in others)
+        assert any(tokens[: decided - 1] == ids[item][: decided - 1] for tokens in others)
+    assert TokenTrie(torch.tensor([[5, 8, 2]])).decided.tolist() == [1]

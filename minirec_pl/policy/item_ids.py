@@ -1,0 +1,162 @@
+"""What a pretrained language model writes for an item: its title, codes of its meaning, or a token of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minirec_pl.data.samples import Catalogue
+from minirec_pl.errors import InputError
+from minirec_pl.policy.folder import Chat, StoredPolicy
+from minirec_pl.policy.item_codes import SemanticIds, code_names, read_embeddings, residual_codes
+from minirec_pl.policy.language_model import LanguageModel, grow
+from minirec_pl.policy.prompt import PromptTemplate
+from minirec_pl.policy.text_states import text_states
+from minirec_pl.policy.tiny import item_token
+
+IdKind = Literal["title", "semantic", "token"]
+ID_KINDS = ("title", "semantic", "token")
+
+
+class ItemIds(NamedTuple):
+    """The ids of a catalogue.
+
+    Attributes:
+        tokens: int64 [n_items, L], padded with -1.
+        texts: the same for people and for prompts, [n_items].
+    """
+
+    tokens: Tensor
+    texts: list[str]
+
+
+def title_ids(tokenizer: Any, catalogue: Catalogue, prompt: PromptTemplate) -> ItemIds:
+    """The tokens of each title as prompts show it, and the end of a sequence.
+
+    Titles that come to the same tokens get a number in the order of the catalogue, from the second one on: ` (2)`.
+    """
+    titles = [prompt.title_of(catalogue, item) for item in range(len(catalogue))]
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        rows: list[list[int]] = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return rows
+
+    taken: set[tuple[int, ...]] = set()
+    numbers: dict[str, int] = {}
+    ids, texts = [], []
+    for title, row in zip(titles, encode(titles), strict=True):
+        text = title
+        while tuple(row) in taken:
+            numbers[title] = numbers.get(title, 1) + 1
+            text = f"{title} ({numbers[title]})"
+            row = encode([text])[0]
+        taken.add(tuple(row))
+        ids.append([*row, tokenizer.eos_token_id])
+        texts.append(text)
+    return ItemIds(_padded(ids), texts)
+
+
+def added_ids(
+    model: Any, tokenizer: Any, catalogue: Catalogue, kind: Literal["semantic", "token"], options: SemanticIds
+) -> tuple[ItemIds, list[int]]:
+    """Ids of new tokens, which are added to model and tokenizer, and these tokens.
+
+    A new token's row in the embedding, and in the head where that has its own, starts in the direction of the mean of
+    the text tokens of the items that have it, as long as the other rows are on average.
+
+    Args:
+        model: without adapters.
+        tokenizer: its tokenizer.
+        catalogue: of titles and texts.
+        kind: `semantic`, see `SemanticIds`, or `token`, one for each item.
+        options: of `semantic`.
+    """
+    if kind == "token":
+        names = [[item_token(item_id)] for item_id in catalogue.item_ids]
+    else:
+        if options.embeddings is None:
+            embeddings = text_states(model, tokenizer, catalogue.texts)
+        else:
+            embeddings = read_embeddings(Path(options.embeddings), len(catalogue))
+        names = code_names(residual_codes(embeddings, options.levels, options.codes, options.seed))
+    text_tokens: list[list[int]] = tokenizer(
+        list(catalogue.texts), add_special_tokens=False, split_special_tokens=True
+    )["input_ids"]
+    new = _add_tokens(model, tokenizer, sorted({name for row in names for name in row}))
+    tokens = [[new[name] for name in row] for row in names]
+    _start_rows(model, tokens, [row or [tokenizer.eos_token_id] for row in text_tokens])
+    return ItemIds(_padded(tokens), ["".join(row) for row in names]), sorted(new.values())
+
+
+def _padded(ids: Sequence[Sequence[int]]) -> Tensor:
+    width = max(map(len, ids))
+    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in ids])
+
+
+def _add_tokens(model: Any, tokenizer: Any, names: list[str]) -> dict[str, int]:
+    from tokenizers import AddedToken
+
+    known = tokenizer.get_vocab()
+    twice = [name for name in names if name in known]
+    if twice:
+        raise InputError(
+            f"the tokenizer has the token {twice[0]} already: take a model that was not trained with item ids, or go "
+            "on with its policy folder as `pretrained`"
+        )
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])
+    grow(model, tokenizer)
+    return dict(zip(names, tokenizer.convert_tokens_to_ids(names), strict=True))
+
+
+@torch.no_grad()
+def _start_rows(model: Any, ids: list[list[int]], texts: list[list[int]]) -> None:
+    ends = [model.get_input_embeddings().weight]
+    if not model.config.get_text_config().tie_word_embeddings:
+        ends.append(model.get_output_embeddings().weight)
+    lengths = torch.tensor([len(text) for text in texts])
+    used, places = torch.unique(torch.tensor([token for text in texts for token in text]), return_inverse=True)
+    tokens, column = torch.unique(torch.tensor([token for row in ids for token in row]), return_inverse=True)
+    item = torch.arange(len(ids)).repeat_interleave(torch.tensor([len(row) for row in ids]))
+    for weight in ends:
+        known = weight[used.to(weight.device)].float().cpu()
+        starts = torch.cumsum(lengths, 0) - lengths
+        of_items = torch.nn.functional.embedding_bag(places, known, starts, mode="mean")
+        rows = torch.zeros(len(tokens), known.shape[1]).index_add_(0, column, of_items[item])
+        rows = torch.nn.functional.normalize(rows, dim=1) * known.norm(dim=1).mean()
+        weight[tokens.to(weight.device)] = rows.to(weight)
+
+
+def load_with_ids(
+    language_model: LanguageModel, catalogue: Catalogue, kind: IdKind, options: SemanticIds, prompt: PromptTemplate
+) -> StoredPolicy:
+    """A language model ready to write the ids of a catalogue.
+
+    Args:
+        language_model: which.
+        catalogue: of titles and texts.
+        kind: of the ids.
+        options: of `semantic` ids.
+        prompt: what will be asked; titles are cut as it cuts them.
+
+    Raises:
+        InputError: if the model cannot be had, or has no chat template.
+    """
+    made: list[ItemIds] = []
+
+    def extend(model: Any, tokenizer: Any) -> list[int]:
+        prompt.render(tokenizer, "")
+        if kind == "title":
+            made.append(title_ids(tokenizer, catalogue, prompt))
+            return []
+        ids, new = added_ids(model, tokenizer, catalogue, kind, options)
+        made.append(ids)
+        return new
+
+    model, tokenizer = language_model.load(extend)
+    return StoredPolicy(
+        model, catalogue, made[0].tokens, {}, Chat(language_model, tokenizer, prompt, kind, made[0].texts)
+    )

@@ -1,0 +1,234 @@
+import json
+
+import pytest
+import torch
+from chat_models import LORA, chat_folder, chat_tokenizer
+from tiny_llm import prompts
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from minirec_pl import InputError
+from minirec_pl.policy import Sampling, completion_logps, generate
+from minirec_pl.policy.causal_lm import head_of
+from minirec_pl.policy.language_model import PROJECTIONS, LanguageModel, Lora, grow, save_language_model
+
+KINDS = ["llama", "qwen2", "gemma2"]
+IDS, MASK = prompts(5, 9, vocabulary=300)
+
+
+def shaken_adapters(model):
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "trainable_tokens" in name:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def logits_of(model):
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=IDS, attention_mask=MASK).logits[MASK.bool()].float()
+
+
+def add_tokens(model, tokenizer):
+    tokenizer.add_tokens(["<a_0>", "<a_1>"])
+    grow(model, tokenizer)
+    return tokenizer.convert_tokens_to_ids(["<a_0>", "<a_1>"])
+
+
+def loaded(folder, dtype="float32", lora=LORA, extend=None, **options):
+    return LanguageModel(str(folder), dtype, lora, **options).load(extend)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_adapters_change_nothing_and_are_all_that_learns(tmp_path, kind):
+    folder = chat_folder(tmp_path / "base", kind)
+    plain, _ = loaded(folder, lora=None)
+    model, tokenizer = loaded(folder)
+    torch.testing.assert_close(logits_of(model), logits_of(plain), rtol=0, atol=1e-5)
+    assert tokenizer.eos_token_id == 2
+    assert all(parameter.requires_grad for parameter in plain.parameters())
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert {name.split(".")[-4] for name in trained if "lora" in name} == set(PROJECTIONS)
+    assert all("lora_" in name for name in trained)
+    assert {m.scaling["default"] for m in model.modules() if hasattr(m, "lora_A")} == {LORA.alpha / LORA.r}
+
+
+@pytest.mark.parametrize("new_tokens", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_adapters_give_equal_logits(tmp_path, kind, new_tokens):
+    folder = chat_folder(tmp_path / "base", kind)
+    model, tokenizer = loaded(folder, extend=add_tokens if new_tokens else None)
+    shaken_adapters(model)
+    truth = logits_of(model)
+    save_language_model(model, tokenizer, tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 120_000
+    again, tokenizer_again = loaded(tmp_path / "adapter", lora=None)
+    assert torch.equal(logits_of(again), truth)
+    assert tokenizer_again.get_vocab() == tokenizer.get_vocab()
+    assert tokenizer_again.chat_template == tokenizer.chat_template
+    for one, other in ((model, again), (again, model)):
+        names = {name for name, parameter in one.named_parameters() if parameter.requires_grad}
+        assert names == {name for name, parameter in other.named_parameters() if parameter.requires_grad}
+    save_language_model(model, tokenizer, tmp_path / "merged", merge=True)
+    assert torch.equal(logits_of(model), truth)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits_of(merged), truth, rtol=1e-4, atol=1e-4)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == len(tokenizer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_new_tokens_learn_at_both_ends(tmp_path, kind):
+    folder = chat_folder(tmp_path / "base", kind)
+    model, tokenizer = loaded(folder, extend=add_tokens)
+    new = tokenizer.convert_tokens_to_ids(["<a_0>", "<a_1>"])
+    full, _ = loaded(folder, lora=None, extend=add_tokens)
+    full.load_state_dict({n.replace("base_layer.", ""): p for n, p in _plain_names(model).items()}, strict=False)
+    completions, weight = torch.tensor([[[new[0], 40, new[1]]], [[41, new[1], 2]]]), torch.tensor([[1.0, 2.0, -1.0]])
+    for each in (model, full):
+        each.eval()
+        logps = completion_logps(each, IDS, MASK, completions, torch.ones_like(completions, dtype=torch.bool)).logps
+        (logps * weight).sum().backward()
+    ends = [full.get_input_embeddings().weight.grad]
+    if not full.config.tie_word_embeddings:
+        ends.append(full.get_output_embeddings().weight.grad)
+    rows = [p.grad for n, p in model.named_parameters() if "trainable_tokens" in n]
+    assert len(rows) == len(ends)
+    for ours, truth in zip(rows, ends, strict=True):
+        torch.testing.assert_close(ours, truth[new], rtol=1e-3, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == ("lora_" in name or "trainable_tokens" in name), name
+
+
+def _plain_names(model):
+    state = model.get_base_model().state_dict()
+    return {name.replace("token_adapter.", ""): value for name, value in state.items() if "lora" not in name}
+
+
+def test_the_head_sees_the_trained_rows(tmp_path):
+    model, tokenizer = loaded(chat_folder(tmp_path / "base"), extend=add_tokens)
+    new = tokenizer.convert_tokens_to_ids(["<a_0>", "<a_1>"])
+    rows = next(p for n, p in model.named_parameters() if "trainable_tokens" in n)
+    with torch.no_grad():
+        rows.add_(1.0)
+    assert torch.equal(head_of(model).weight[new], rows)
+
+
+def test_a_whole_model_goes_there_and_back(tmp_path):
+    model, tokenizer = loaded(chat_folder(tmp_path / "base"), lora=None, extend=add_tokens)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(0.1)
+    save_language_model(model, tokenizer, tmp_path / "whole")
+    assert (tmp_path / "whole" / "model.safetensors").is_file()
+    again, _ = loaded(tmp_path / "whole", lora=None)
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
+def test_half_precision(tmp_path):
+    folder = chat_folder(tmp_path / "base")
+    exact, half = (logits_of(loaded(folder, dtype)[0]) for dtype in ("float32", "bfloat16"))
+    model, _ = loaded(folder, "bfloat16", extend=add_tokens)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    torch.testing.assert_close(half, exact, rtol=0.1, atol=0.1 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_checkpointing_with_sampling_in_between_leaves_gradients_equal(tmp_path, kind, dtype):
+    folder = chat_folder(tmp_path / "base", kind)
+    random = torch.Generator().manual_seed(0)
+    completions, weight = torch.randint(6, 300, (2, 3, 4), generator=random), torch.randn(2, 3, 4, generator=random)
+    gradients, drawn = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model, _ = loaded(folder, dtype, gradient_checkpointing=checkpointing)
+        shaken_adapters(model)
+        mask = torch.ones_like(completions, dtype=torch.bool)
+        logps = completion_logps(model, IDS, MASK, completions, mask).logps
+        numbers = torch.Generator().manual_seed(1)
+        drawn.append(generate(model, IDS, MASK, 3, 4, sampling=Sampling(), generator=numbers).ids)
+        assert model.training
+        (logps * weight).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    scale = gradients[0].abs().max()
+    if dtype == "float32":
+        torch.testing.assert_close(gradients[1] / scale, gradients[0] / scale, rtol=1e-4, atol=1e-4)
+    else:  # layers that recompute do so in half precision, the others may be widened
+        assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.98
+    assert torch.equal(*drawn)
+
+
+def test_a_model_that_is_not_to_be_had(tmp_path):
+    with pytest.raises(InputError, match=r"'someone/some-model' is neither .* give models/some-model as the name"):
+        LanguageModel("someone/some-model").load()
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_folders_that_cannot_be_used(tmp_path):
+    def broken(name, what):
+        folder = chat_folder(tmp_path / name)
+        what(folder)
+        return folder
+
+    cases = (
+        ("no-model", lambda f: (f / "model.safetensors").unlink(), "the model in '.*no-model' cannot be read"),
+        ("cut", lambda f: (f / "model.safetensors").write_bytes(b"{}"), "the model in '.*cut' cannot be read"),
+        ("config", lambda f: (f / "config.json").write_text("{"), "config' cannot be read"),
+        ("deeper", lambda f: edit(f / "config.json", num_hidden_layers=3), r"lacks weights \(model.layers.2"),
+        ("no-end", lambda f: edit(f / "tokenizer_config.json", eos_token=None), "no-end' has no end-of-sequence token"),
+        ("code", lambda f: edit(f / "config.json", auto_map={"AutoModelForCausalLM": "x.Y"}, model_type="x"), "code"),
+        ("small", lambda f: chat_folder(f, vocabulary=300), "has token 329 and the model a vocabulary of 300"),
+    )
+    for name, what, message in cases:
+        with pytest.raises(InputError, match=message) as info:
+            loaded(broken(name, what))
+        assert "\n" not in str(info.value)
+
+
+def test_options_that_peft_refuses(tmp_path):
+    folder = chat_folder(tmp_path / "base")
+    for lora, message in (
+        (Lora(target_modules=["attention"]), "refused by peft .*mend"),
+        (Lora(r=0), "refused by peft"),
+    ):
+        with pytest.raises(InputError, match=message):
+            loaded(folder, lora=lora)
+
+
+def test_adapters_that_cannot_be_used(tmp_path):
+    model, tokenizer = loaded(chat_folder(tmp_path / "base"))
+    save_language_model(model, tokenizer, tmp_path / "adapter")
+    with pytest.raises(InputError, match="has adapters already: leave out lora"):
+        loaded(tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    good = config.read_text()
+    edit(config, base_model_name_or_path=str(chat_folder(tmp_path / "wide", hidden_size=32)))
+    with pytest.raises(InputError, match="the adapter in '.*adapter' does not fit its model"):
+        loaded(tmp_path / "adapter", lora=None)
+    edit(config, base_model_name_or_path="someone/gone")
+    with pytest.raises(InputError, match="the model 'someone/gone' is neither"):
+        loaded(tmp_path / "adapter", lora=None)
+    edit(config, base_model_name_or_path=None)
+    with pytest.raises(InputError, match="names no model"):
+        loaded(tmp_path / "adapter", lora=None)
+    config.write_text("{")
+    with pytest.raises(InputError, match=r"adapter_config\.json' cannot be read"):
+        loaded(tmp_path / "adapter", lora=None)
+    config.write_text(good)
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"{}")
+    with pytest.raises(InputError, match="does not fit its model"):
+        loaded(tmp_path / "adapter", lora=None)
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path):
+    folder = chat_folder(tmp_path / "base")
+    chat_tokenizer(pad_token=None).save_pretrained(folder)
+    edit(folder / "config.json", pad_token_id=None, eos_token_id=None)
+    (folder / "generation_config.json").unlink()
+    model, tokenizer = loaded(folder)
+    assert tokenizer.pad_token_id == model.config.pad_token_id == model.generation_config.eos_token_id == 2
