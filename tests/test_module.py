@@ -423,13 +423,14 @@ def test_the_space_lora_is_charged_a_backward_pass_of_each_sample(policy, toy_da
 
 def test_tokens_equal_a_count_by_hand(policy, toy_data, make_trainer):
     length = [sum(t >= 0 for t in row) for row in policy.trie.item_tokens.tolist()]
+    decided = policy.trie.decided.tolist()
     index = {item: i for i, item in enumerate(policy.catalogue.item_ids)}
     data, reward = toy_data(batch_size=6), Recorder()
     module = GRPORecModule(policy, [reward], num_generations=3, scoring_generations=2)
     watch = fit(make_trainer, module, data, 2)
 
     def fed(items):
-        return sum(length[item] - 1 for item in items)
+        return sum(decided[item] - 1 for item in items)
 
     def prompts(batch, kept=None):
         rows = [tuple(i for i in row if i >= 0) for row in batch["history"].tolist()]

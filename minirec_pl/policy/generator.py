@@ -47,7 +47,7 @@ class GenerativePolicy(nn.Module):
         config: `model_type` (default "llama") and keys of that model's transformers config, e.g. `hidden_size`.
         language_model: any causal language model of the hub or of a folder.
         item_ids: what a language model writes for an item: its `title`, the new tokens of a `semantic` id, or one new
-            `token` of its own, with which a single forward pass ranks the whole catalogue. See `minirec_pl.policy.item_ids`.
+            `token` of its own, with which a single forward pass ranks the whole catalogue.
         semantic_ids: how semantic ids are made; the defaults of `SemanticIds` if None.
         prompt: what a language model is asked; the defaults of `PromptTemplate` if None.
         evaluation_beams: rank only the items that a beam search of this width ends with, since the exact

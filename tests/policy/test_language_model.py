@@ -208,7 +208,7 @@ def test_adapters_that_cannot_be_used(tmp_path):
     config = tmp_path / "adapter" / "adapter_config.json"
     good = config.read_text()
     edit(config, base_model_name_or_path=str(chat_folder(tmp_path / "wide", hidden_size=32)))
-    with pytest.raises(InputError, match="the adapter in '.*adapter' does not fit its model"):
+    with pytest.raises(InputError, match=r"the adapter in '.*adapter' does not fit its model"):
         loaded(tmp_path / "adapter", lora=None)
     edit(config, base_model_name_or_path="someone/gone")
     with pytest.raises(InputError, match="the model 'someone/gone' is neither"):
