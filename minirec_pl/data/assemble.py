@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from minirec_pl.data.columns import Columns
@@ -16,6 +17,7 @@ from minirec_pl.data.tables import Table, clean_text, ids_of, in_seconds, number
 from minirec_pl.errors import InputError
 
 Report = Counter[str]
+T = TypeVar("T", bound=np.generic)
 PARTS: Final = {
     "train": "train",
     "val": "validation",
@@ -126,7 +128,7 @@ def from_sequences(rows: Table, items: Table | None, item_text: Sequence[str]) -
     report["history items that are not in the item table: dropped"] += int((~inside & kept[owner]).sum())
     borders = np.cumsum(np.bincount(owner[inside], minlength=len(lengths)))[:-1]
 
-    def per_row(values: FloatArray | IntArray) -> list[FloatArray | IntArray]:
+    def per_row(values: npt.NDArray[T]) -> list[npt.NDArray[T]]:
         return [part for part, keep in zip(np.split(values[inside], borders), kept, strict=True) if keep]
 
     parts = _parts(rows)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
 from minirec_pl.data.batches import Batch, gather_padded
 from minirec_pl.data.samples import NO_ITEM, FloatArray, IntArray, SampleTable
+
+T = TypeVar("T", bound=np.generic)
 
 
 class SequenceTable(SampleTable):
@@ -154,5 +158,6 @@ class WarmSequenceDataset(Dataset[Batch]):
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 
 
-def _joined(arrays: Sequence[IntArray] | Sequence[FloatArray]) -> IntArray:
-    return np.concatenate(arrays) if len(arrays) else np.empty(0, dtype=np.int64)
+def _joined(arrays: Sequence[npt.NDArray[T]]) -> npt.NDArray[T]:
+    joined: npt.NDArray[T] = np.concatenate(arrays)
+    return joined

@@ -68,7 +68,7 @@ def facts_of(data: RecDataModule) -> Facts:
             "different items among these": _count(len(np.unique(target[cold]))),
             "test samples of users that are not in train": _share(~trained),
         },
-        "not served": {
+        "not served, dropped or mended": {
             "no earlier interaction: history only": _count(counts["no_history"]),
             "the user had the item before: history only": _count(counts["repeats"]),
             **{what: _count(count) for what, count in data.report.items() if count},
