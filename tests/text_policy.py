@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy import LanguageModel, Lora, RetrievalPolicy
+from minirec_pl.policy.prompt import time_ago
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -125,12 +126,13 @@ class PlainRetriever:
         for column, item in enumerate(batch["history"][row].tolist()):
             if item < 0:
                 continue
-            line = f"{len(lines) + 1}. {catalogue.titles[item]}"
-            rating = float(batch["history_rating"][row, column])
+            titles = catalogue.item_ids if catalogue.titles is None else catalogue.titles
+            titles = catalogue.item_ids if catalogue.titles is None else catalogue.titles
+            line = f"{len(lines) + 1}. {titles[item]}"
+            rating = float(batch["history_rating"][row, column]) if "history_rating" in batch else math.nan
             if not math.isnan(rating):
                 line += f", rated {rating:g}"
-            ages = {90_000.0: "1 day", 7200.0: "2 hours", 30.0: "moments"}
-            lines.append(f"{line}, {ages[float(batch['history_age'][row, column])]} ago")
+            lines.append(f"{line}, {time_ago(float(batch['history_age'][row, column]))} ago")
         user = template.user.replace("{history}", "\n".join(lines))
         parts = [
             f"<|im_start|>{who}\n{text}<|im_end|>\n" for who, text in (("system", template.system), ("user", user))
