@@ -66,7 +66,7 @@ def write_model(folder, kind="llama", seed=0):
     return folder
 
 
-def toy_catalogue(count=len(TITLES)):
+def toy_catalogue(count=12):
     titles = [TITLES[i % len(TITLES)] + ("" if i < len(TITLES) else f" {i}") for i in range(count)]
     return Catalogue([f"i{i}" for i in range(count)], titles)
 
@@ -87,7 +87,7 @@ def text_policy(folder, lora=True, catalogue=None, noise=0.3, **options):
     return policy
 
 
-def toy_batch(rows=4, seed=0, n_items=len(TITLES)):
+def toy_batch(rows=4, seed=0, n_items=12):
     """Histories of unequal length with ages and some ratings."""
     random = torch.Generator().manual_seed(seed)
     history = torch.stack([torch.randperm(n_items, generator=random)[:3] for _ in range(rows)])
