@@ -15,6 +15,7 @@ from minirec_pl.policy import RetrievalPolicy
 from minirec_pl.policy.item_index import draw_negatives
 from minirec_pl.recpo import SIGNAL_NEGATIVES, with_negatives
 from minirec_pl.rewards import NDCGReward, SoftmaxMixReward, hit
+from minirec_pl.samplers import sampler_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"),
@@ -245,11 +246,11 @@ def test_signals_are_those_of_autograd_on_each_sample_alone(folder, gradient):
         torch.testing.assert_close(alone.rewards[0], signals.rewards[row], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(alone.gradient[0], signals.gradient[row], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(alone.embedding[0], signals.embedding[row], rtol=1e-4, atol=1e-5)
-    numbers = module._sampler.draw(batch, torch.zeros(4, 3, 4, dtype=torch.float64)).texts
+    numbers = sampler_of(module).draw(batch, torch.zeros(4, 3, 4, dtype=torch.float64)).texts
     assert numbers.shape == (4, 3, 4)
     from minirec_pl.generation import scoring_numbers
 
-    texts = module._sampler.draw(batch, scoring_numbers((5, 0), batch["sample_id"], (3, 4))).texts
+    texts = sampler_of(module).draw(batch, scoring_numbers((5, 0), batch["sample_id"], (3, 4))).texts
     others = draw_negatives(12, batch["target"], batch["sample_id"], [5], SIGNAL_NEGATIVES)
     for row in range(4):
         target, rewards = int(batch["target"][row]), signals.rewards[row].double()
@@ -332,7 +333,7 @@ def test_signals_that_do_not_exist_are_refused(folder):
             module.sample_signals(toy_batch(), **options)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_it_learns(folder, make_trainer, seed):
     def adam(parameters):
         return torch.optim.Adam(parameters, lr=0.02)
@@ -344,7 +345,7 @@ def test_it_learns(folder, make_trainer, seed):
     trainer = make_trainer(max_epochs=1, log_every_n_steps=1, callbacks=[watch])
     trainer.fit(module, torch.utils.data.DataLoader([toy_batch(8, seed=seed)] * 14, batch_size=None))
     rewards = [logged["reward"] for logged in watch.logged]
-    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
+    assert sum(rewards[-2:]) > sum(rewards[:2]) + 0.2
 
 
 def test_a_resumed_run_is_the_same_run(make_policy, text_data, make_trainer, tmp_path):

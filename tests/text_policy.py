@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from minirec_pl.data.samples import Catalogue
-from minirec_pl.policy import LanguageModel, Lora, RetrievalPolicy
+from minirec_pl.policy import LanguageModel, Lora, PromptTemplate, RetrievalPolicy
 from minirec_pl.policy.prompt import time_ago
 
 CHATML = (
@@ -76,7 +76,8 @@ def text_policy(folder, lora=True, catalogue=None, noise=0.3, **options):
     torch.manual_seed(3)
     adapters = Lora(r=2, alpha=4, dropout=0.0) if lora else None
     model = LanguageModel(str(folder), dtype="float32", lora=adapters)
-    usual = {"max_completion_length": 6, "similarity_temperature": 0.1}
+    short = PromptTemplate(system="Be brief.", user="{history}\nNext?")
+    usual = {"max_completion_length": 6, "similarity_temperature": 0.1, "prompt": short}
     policy = RetrievalPolicy(model, **{**usual, **options})
     if lora and noise:
         with torch.no_grad():
