@@ -17,7 +17,6 @@ from minirec_pl.errors import InputError
 from minirec_pl.generation import Generation, RolloutBatch, figures_of, signals_of
 from minirec_pl.gradients import GradientKind, GradientSpace
 from minirec_pl.grpo import Baseline, ImportanceSamplingLevel, LossType, ScaleRewards
-from minirec_pl.item_rollouts import ItemSampler
 from minirec_pl.objective import Objective, WastedGroups
 from minirec_pl.options import (
     check_kind,
@@ -30,10 +29,11 @@ from minirec_pl.options import (
 from minirec_pl.policy import Recommender, RetrievalPolicy
 from minirec_pl.policy.rollout import evaluation_mode
 from minirec_pl.recommender import EVALUATION_K, RecModule
-from minirec_pl.recpo import ReasoningSampler, with_negatives
+from minirec_pl.recpo import with_negatives
 from minirec_pl.reference import adapters_off, check_sync, frozen_copy, is_fresh_lora, mix_into
-from minirec_pl.reward_calls import Rewarder, RewardFunction
+from minirec_pl.reward_calls import RewardFunction
 from minirec_pl.rewards import SoftmaxMixReward, hit
+from minirec_pl.samplers import sampler_of
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.trajectory import Trajectory
 from minirec_pl.warm_start import WarmStartModule
@@ -230,28 +230,10 @@ class GRPORecModule(RecModule):
         words = np.random.SeedSequence([self.rollout_seed, self.global_rank, self.rollout_step])
         return torch.Generator(device=self.device).manual_seed(int(words.generate_state(1, np.uint64)[0]) & (2**63 - 1))
 
-    @property
-    def _sampler(self) -> ItemSampler | ReasoningSampler:
-        shared: dict[str, Any] = {
-            "rewards": Rewarder(self.rewards, self.reward_weights, self.item_ids),
-            "sampling": {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p},
-            "cost": self.cost,
-            "num_generations": self.num_generations,
-            "objective": self.objective,
-        }
-        if isinstance(self.policy, RetrievalPolicy):
-            length = self.max_completion_length or self.policy.max_completion_length
-            return ReasoningSampler(
-                self.policy, length=length, mask_truncated=self.mask_truncated_completions, **shared
-            )
-        draw: Literal["sample", "distinct", "beam"] = "distinct" if self.distinct_rollouts else self.rollouts
-        pairs = self.wasted_groups == "preference_pairs"
-        return ItemSampler(self.policy, draw=draw, pairs=pairs, trajectory=self.trajectory, **shared)
-
     def _reference_logps(self, rollouts: RolloutBatch) -> Tensor:
         policy: Any = self.policy if self.reference is None else self.reference
         with evaluation_mode(policy), adapters_off(policy) if self._adapter_is_new else nullcontext():
-            return self._sampler.reference_logps(policy, rollouts)
+            return sampler_of(self).reference_logps(policy, rollouts)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
         """One forward pass of the objective; the first of a generation makes its rollouts.
@@ -302,7 +284,7 @@ class GRPORecModule(RecModule):
             words = (self.rollout_seed, self.rollout_step)
             batches = with_negatives(self.policy, batches, words, ranks, self._sum_over_ranks)
         collector = RolloutCollector(
-            roll_out=self._sampler.roll_out,
+            roll_out=sampler_of(self).roll_out,
             objective=self.objective,
             reference=self._reference_logps if self.objective.beta > 0 else None,
             oversample=self.oversample,
@@ -358,4 +340,4 @@ class GRPORecModule(RecModule):
             forward = self.policy.refresh_items(self.trainer.global_step if training else None)
             self.cost.add("scoring", forward=forward)
         words = (self.rollout_seed, self.rollout_step)
-        return self._sampler.signals(batch, self.scoring_generations, words, gradient, gradient_space)
+        return sampler_of(self).signals(batch, self.scoring_generations, words, gradient, gradient_space)

@@ -106,8 +106,8 @@ def check_selectors(callbacks: Sequence[Any]) -> None:
         for part in (callback, *getattr(callback, "parts", ())):
             if getattr(getattr(part, "selector", None), "mode", None) == "official":
                 raise InputError(
-                    "distinct_rollouts changes what a mean reward means, as do beams, and a selector in mode `official` goes "
-                    "by it: set distinct_rollouts to false and rollouts to sample, or the selector's mode to paper"
+                    "distinct_rollouts changes what a mean reward means, as do beams, and a selector in mode official "
+                    "goes by it: set distinct_rollouts to false and rollouts to sample, or the selector's mode to paper"
                 )
 
 

@@ -95,7 +95,7 @@ class RecModule(LightningModule):
     def _portions(self, batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         """Parts of a batch whose scores of the whole catalogue stay below 64 MiB."""
         size = max(1, _SCORES // len(self.item_ids))
-        for rows in torch.arange(len(batch["sample_id"]), device=batch["sample_id"].device).split(size):
+        for rows in torch.split(torch.arange(len(batch["sample_id"]), device=batch["sample_id"].device), size):
             yield take_rows(batch, rows)
 
     def _log_evaluation(self, stage: str) -> None:

@@ -17,8 +17,8 @@ from minirec_pl.recommender import EVALUATION_K, RecModule
 class WarmStartModule(RecModule):
     """Supervised next-item training, every position of a sequence at once: the proxy policy that GRPO starts from.
 
-    Takes the batches of `RecDataModule(train_on="warm")`, or single samples where the policy has a `supervised_loss`, as a
-    RetrievalPolicy does. Logs `train/loss`, the mean negative log-likelihood in nats.
+    Takes the batches of `RecDataModule(train_on="warm")`, or single samples where the policy has a `supervised_loss`,
+    as a RetrievalPolicy does. Logs `train/loss`, the mean negative log-likelihood in nats.
 
     Args:
         policy: the recommender to train.

@@ -63,7 +63,7 @@ def test_selection_goes_by_exact_probabilities(tiny_policy, toy_data, make_train
 
 @pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.9}, {"distinct_rollouts": True}])
 def test_options_of_sampling_are_refused_with_beams(tiny_policy, options):
-    with pytest.raises(InputError, match="rollouts='beam' takes the most likely items|draws from the whole"):
+    with pytest.raises(InputError, match=r"takes the most likely items|draws from the whole"):
         GRPORecModule(tiny_policy(), rollouts="beam", **options)
     with pytest.raises(InputError, match="rollouts is 'best'"):
         GRPORecModule(tiny_policy(), rollouts="best")

@@ -15,6 +15,7 @@ from minirec_pl.policy import RetrievalPolicy
 from minirec_pl.policy.item_index import draw_negatives
 from minirec_pl.recpo import SIGNAL_NEGATIVES, with_negatives
 from minirec_pl.rewards import NDCGReward, SoftmaxMixReward, hit
+from minirec_pl.samplers import sampler_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"),
@@ -36,7 +37,7 @@ class Watch(Callback):
         self.gradients.append([p.grad.clone() for p in pl_module.policy.parameters() if p.requires_grad])
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.generations.append(pl_module.generation)
+        self.generations.append(getattr(pl_module, "generation", None))
         self.outputs.append(outputs)
         self.logged.append({name: float(value) for name, value in trainer.logged_metrics.items()})
 
@@ -47,9 +48,15 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def make_policy(folder, toy_data):
+def text_data(toy_data):
+    """The toy data with histories short enough for the model."""
+    return lambda **options: toy_data(**{"history_window": 3, **options})
+
+
+@pytest.fixture
+def make_policy(folder, text_data):
     """A policy on the toy data's catalogue, whose items have words for ids."""
-    data = toy_data()
+    data = text_data()
     data.setup("fit")
     return lambda **options: text_policy(folder, catalogue=data.catalogue, **{"max_completion_length": 4, **options})
 
@@ -87,17 +94,17 @@ def plain_rewards(plain, part, k, weight):
     [
         ("dapo", 1, {"relabel_topk": 1}),
         ("grpo", 2, {"relabel_topk": 2, "temperature": 1.3}),
-        ("dr_grpo", 2, {"relabel_topk": 4, "scale_rewards": "none"}),
+        ("dr_grpo", 2, {"relabel_topk": 4}),
     ],
 )
-def test_the_gradient_is_that_of_a_plain_loop(make_policy, toy_data, make_trainer, loss_type, accumulate, options):
-    group, k, weight = 4, 20, 0.6
+def test_the_gradient_is_that_of_a_plain_loop(make_policy, text_data, make_trainer, loss_type, accumulate, options):
+    group, k, weight = 4, 80, 0.6
     policy = make_policy(cached_negatives=3)
     plain = PlainRetriever(policy)
     module = GRPORecModule(
         policy, [SoftmaxMixReward(k, weight)], num_generations=group, optimizer=sgd, loss_type=loss_type, **options
     )
-    watch = fit(make_trainer, module, toy_data(batch_size=4 // accumulate), 1, accumulate_grad_batches=accumulate)
+    watch = fit(make_trainer, module, text_data(batch_size=4 // accumulate), 1, accumulate_grad_batches=accumulate)
     parts = watch.generations[0].batches
     assert len(parts) == accumulate
     tokens = sum(int((part.texts >= 0).sum()) for part in parts)
@@ -109,8 +116,7 @@ def test_the_gradient_is_that_of_a_plain_loop(make_policy, toy_data, make_traine
         torch.testing.assert_close(part.rewards.double(), rewards.double(), rtol=1e-3, atol=1e-4)
         inside = sorted(set(part.batch["target"].tolist()))
         for row in range(len(part)):
-            spread = rewards[row].std() + 1e-4 if options.get("scale_rewards") != "none" else 1.0
-            advantages = ((rewards[row] - rewards[row].mean()) / spread).tolist()
+            advantages = ((rewards[row] - rewards[row].mean()) / (rewards[row].std() + 1e-4)).tolist()
             best = sorted(range(group), key=lambda g: -advantages[g])[: options["relabel_topk"]]
             target = int(part.batch["target"][row])
             negatives = [item for item in part.batch["negatives"][row].tolist() if item not in inside]
@@ -127,29 +133,29 @@ def test_the_gradient_is_that_of_a_plain_loop(make_policy, toy_data, make_traine
                     vectors = torch.stack([*map(plain.item, inside), *cache[negatives]])
                     logp = (vectors @ user / policy.similarity_temperature).log_softmax(dim=0)[inside.index(target)]
                     loss = loss - advantages[g] * logp / (4 * group)
-            trains += max(map(abs, advantages)) > 0.01
+            trains += max(map(abs, advantages)) > 0.001
             loss.backward()
     assert trains > 1
     assert cached > 3
     trained = [p for p in plain.model.parameters() if p.requires_grad]
     for ours, truth in zip(watch.gradients[0], trained, strict=True):
-        torch.testing.assert_close(ours.double(), truth.grad, rtol=1e-2, atol=2e-4)
+        torch.testing.assert_close(ours.double(), truth.grad, rtol=1e-2, atol=1e-4)
     assert max(float(gradient.abs().max()) for gradient in watch.gradients[0]) > 1e-2
     assert watch.logged[0]["item_loss"] != 0
 
 
-def test_micro_batches_add_up_where_all_share_their_negatives(make_policy, toy_data, make_trainer):
+def test_micro_batches_add_up_where_all_share_their_negatives(make_policy, text_data, make_trainer):
     """With one target for all, no sample is another's negative, and micro-batches are the whole batch."""
     gradients = []
     for accumulate in (1, 2, 4):
-        data = toy_data(batch_size=4 // accumulate)
+        data = text_data(batch_size=4 // accumulate)
         data.setup("fit")
         module = GRPORecModule(make_policy(cached_negatives=5), num_generations=3, optimizer=sgd)
         module.rollout_seed = 11
 
         class OneTarget(Callback):
             def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-                for part in batch.get("generation", {"batches": [batch]})["batches"]:
+                for part in batch.get("generation", {}).get("batches", []):
                     part["target"].fill_(7)
                 batch["target"].fill_(7)
 
@@ -165,7 +171,7 @@ def test_micro_batches_add_up_where_all_share_their_negatives(make_policy, toy_d
             torch.testing.assert_close(ours, truth, rtol=1e-3, atol=1e-5)
 
 
-def test_rewards_get_ranks_probabilities_and_the_text(make_policy, toy_data, make_trainer):
+def test_rewards_get_ranks_probabilities_and_the_text(make_policy, text_data, make_trainer):
     calls = []
 
     def watcher(completions, target, target_rank, target_probability, recommended, sample_id, logp):
@@ -174,7 +180,7 @@ def test_rewards_get_ranks_probabilities_and_the_text(make_policy, toy_data, mak
 
     policy = make_policy()
     module = GRPORecModule(policy, [watcher], num_generations=3, optimizer=sgd)
-    watch = fit(make_trainer, module, toy_data(batch_size=4), 1)
+    watch = fit(make_trainer, module, text_data(batch_size=4), 1)
     part, (completions, target, rank, p, recommended, ids) = watch.generations[0].batches[0], calls[0]
     assert completions == policy.words(part.texts)
     assert len(set(completions)) > 1
@@ -190,20 +196,20 @@ def test_rewards_get_ranks_probabilities_and_the_text(make_policy, toy_data, mak
     assert torch.equal(signals.rewards, part.rewards)
 
 
-def test_truncated_reasonings_can_be_left_out_of_the_token_loss(make_policy, toy_data, make_trainer):
+def test_truncated_reasonings_can_be_left_out_of_the_token_loss(make_policy, text_data, make_trainer):
     policy = make_policy()
     module = GRPORecModule(policy, num_generations=4, optimizer=sgd, mask_truncated_completions=True)
-    part = fit(make_trainer, module, toy_data(batch_size=4), 1).generations[0].batches[0]
+    part = fit(make_trainer, module, text_data(batch_size=4), 1).generations[0].batches[0]
     ended = (part.texts == 2).any(dim=-1)
     assert torch.equal(part.mask, (part.texts >= 0) & ended[..., None])
     assert bool((part.texts[~ended] >= 0).all())
     assert not bool(ended.all())
 
 
-def test_the_reference_is_the_adapter_switched_off(make_policy, toy_data, make_trainer):
+def test_the_reference_is_the_adapter_switched_off(make_policy, text_data, make_trainer):
     policy = make_policy(noise=0.0)
     module = GRPORecModule(policy, num_generations=3, optimizer=sgd, beta=0.1, num_iterations=2)
-    watch = fit(make_trainer, module, toy_data(batch_size=4), 2)
+    watch = fit(make_trainer, module, text_data(batch_size=4), 2)
     part = watch.generations[0].batches[0]
     torch.testing.assert_close(part.ref_logps, part.old_logps)
     assert watch.logged[0]["kl"] == pytest.approx(0.0, abs=1e-6)
@@ -211,12 +217,12 @@ def test_the_reference_is_the_adapter_switched_off(make_policy, toy_data, make_t
     assert module.reference is None
 
 
-def test_dynamic_sampling_drops_flat_groups(make_policy, toy_data, make_trainer):
+def test_dynamic_sampling_drops_flat_groups(make_policy, text_data, make_trainer):
     def some(completions, sample_id):
         return [float(len(text)) if sample % 2 else 0.0 for text, sample in zip(completions, sample_id, strict=True)]
 
     module = GRPORecModule(make_policy(), [some], num_generations=4, optimizer=sgd, wasted_groups="dynamic_sampling")
-    watch = fit(make_trainer, module, toy_data(batch_size=4), 2)
+    watch = fit(make_trainer, module, text_data(batch_size=4), 2)
     for generation in watch.generations:
         for part in generation.batches:
             assert not bool(part.flat.any())
@@ -240,11 +246,11 @@ def test_signals_are_those_of_autograd_on_each_sample_alone(folder, gradient):
         torch.testing.assert_close(alone.rewards[0], signals.rewards[row], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(alone.gradient[0], signals.gradient[row], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(alone.embedding[0], signals.embedding[row], rtol=1e-4, atol=1e-5)
-    numbers = module._sampler.draw(batch, torch.zeros(4, 3, 4, dtype=torch.float64)).texts
+    numbers = sampler_of(module).draw(batch, torch.zeros(4, 3, 4, dtype=torch.float64)).texts
     assert numbers.shape == (4, 3, 4)
     from minirec_pl.generation import scoring_numbers
 
-    texts = module._sampler.draw(batch, scoring_numbers((5, 0), batch["sample_id"], (3, 4))).texts
+    texts = sampler_of(module).draw(batch, scoring_numbers((5, 0), batch["sample_id"], (3, 4))).texts
     others = draw_negatives(12, batch["target"], batch["sample_id"], [5], SIGNAL_NEGATIVES)
     for row in range(4):
         target, rewards = int(batch["target"][row]), signals.rewards[row].double()
@@ -327,23 +333,22 @@ def test_signals_that_do_not_exist_are_refused(folder):
             module.sample_signals(toy_batch(), **options)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_it_learns(folder, toy_data, make_trainer, seed):
-    data = toy_data(batch_size=8)
-    data.setup("fit")
-    policy = text_policy(folder, catalogue=data.catalogue, noise=0.0, max_completion_length=2, cached_negatives=16)
-
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_it_learns(folder, make_trainer, seed):
     def adam(parameters):
-        return torch.optim.Adam(parameters, lr=0.01)
+        return torch.optim.Adam(parameters, lr=0.02)
 
     torch.manual_seed(seed)
-    module = GRPORecModule(policy, [SoftmaxMixReward(80, 0.5)], num_generations=4, optimizer=adam)
-    watch = fit(make_trainer, module, data, 25)
+    policy = text_policy(folder, noise=0.0, max_completion_length=2, cached_negatives=4)
+    module = GRPORecModule(policy, [SoftmaxMixReward(12, 0.5)], num_generations=4, optimizer=adam)
+    watch = Watch()
+    trainer = make_trainer(max_epochs=1, log_every_n_steps=1, callbacks=[watch])
+    trainer.fit(module, torch.utils.data.DataLoader([toy_batch(8, seed=seed)] * 14, batch_size=None))
     rewards = [logged["reward"] for logged in watch.logged]
-    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.03
+    assert sum(rewards[-2:]) > sum(rewards[:2]) + 0.2
 
 
-def test_a_resumed_run_is_the_same_run(make_policy, toy_data, make_trainer, tmp_path):
+def test_a_resumed_run_is_the_same_run(make_policy, text_data, make_trainer, tmp_path):
     def adam(parameters):
         return torch.optim.Adam(parameters, lr=0.01)
 
@@ -355,10 +360,10 @@ def test_a_resumed_run_is_the_same_run(make_policy, toy_data, make_trainer, tmp_
     whole = module()
     options = {"enable_checkpointing": True}
     save = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=3, save_top_k=-1, filename="{step}")
-    fit(make_trainer, whole, toy_data(batch_size=4), 6, [save], **options)
+    fit(make_trainer, whole, text_data(batch_size=4), 6, [save], **options)
     resumed = module()
     resumed.policy.index.vectors.fill_(1.0)
-    fit(make_trainer, resumed, toy_data(batch_size=4), 6, ckpt_path=tmp_path / "kept" / "step=3.ckpt")
+    fit(make_trainer, resumed, text_data(batch_size=4), 6, ckpt_path=tmp_path / "kept" / "step=3.ckpt")
     for (name, ours), truth in zip(
         resumed.policy.state_dict().items(), whole.policy.state_dict().values(), strict=True
     ):
@@ -367,7 +372,7 @@ def test_a_resumed_run_is_the_same_run(make_policy, toy_data, make_trainer, tmp_
 
 
 @pytest.mark.parametrize("mode", ["paper", "official"])
-def test_selection_runs_on_its_signals(make_policy, toy_data, make_trainer, mode):
+def test_selection_runs_on_its_signals(make_policy, text_data, make_trainer, mode):
     from minirec_pl.selection import MiniRecSelector
 
     module = GRPORecModule(
@@ -375,7 +380,7 @@ def test_selection_runs_on_its_signals(make_policy, toy_data, make_trainer, mode
     )
     selector = MiniRecSelector(mode=mode, on_short="fill") if mode == "paper" else MiniRecSelector(mode=mode)
     callback = MiniRec(budget=12, selector=selector)
-    data = toy_data(batch_size=4, warm_fraction=0.9)
+    data = text_data(batch_size=4, warm_fraction=0.9)
     trainer = make_trainer(max_epochs=2, callbacks=[callback], limit_val_batches=1)
     trainer.fit(module, data)
     assert trainer.global_step == 6
@@ -384,25 +389,25 @@ def test_selection_runs_on_its_signals(make_policy, toy_data, make_trainer, mode
     assert 0 <= float(trainer.callback_metrics["val/ndcg@10"]) <= 1
 
 
-def test_a_warm_start_trains_from_single_samples_and_is_saved_for_grpo(make_policy, toy_data, make_trainer, tmp_path):
+def test_a_warm_start_trains_from_single_samples_and_is_saved_for_grpo(make_policy, text_data, make_trainer, tmp_path):
     def adam(parameters):
         return torch.optim.Adam(parameters, lr=0.01)
 
     policy = make_policy(cached_negatives=4, max_completion_length=2)
     module = WarmStartModule(policy, optimizer=adam)
-    watch = fit(make_trainer, module, toy_data(batch_size=8), 15)
+    watch = fit(make_trainer, module, text_data(batch_size=8), 15)
     losses = [logged["train/loss"] for logged in watch.logged]
     assert sum(losses[-4:]) < sum(losses[:4])
     assert module.cost.tokens_backward["warm_start"] > 0
     policy.save_pretrained(tmp_path / "warm", module.cost.state_dict())
     trained = GRPORecModule(RetrievalPolicy(pretrained=str(tmp_path / "warm")), num_generations=2, optimizer=sgd)
-    fit(make_trainer, trained, toy_data(batch_size=4), 1)
+    fit(make_trainer, trained, text_data(batch_size=4), 1)
     assert trained.cost.tokens_forward["warm_start"] == module.cost.tokens_forward["warm_start"]
 
 
-def test_a_warm_start_on_sequences_is_refused(make_policy, toy_data, make_trainer):
+def test_a_warm_start_on_sequences_is_refused(make_policy, text_data, make_trainer):
     with pytest.raises(InputError, match="a RetrievalPolicy learns from single samples"):
-        fit(make_trainer, WarmStartModule(make_policy()), toy_data(train_on="warm"), 1)
+        fit(make_trainer, WarmStartModule(make_policy()), text_data(train_on="warm"), 1)
 
 
 def test_evaluation_goes_through_a_large_batch_in_portions(folder, monkeypatch):

@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from minirec_pl.data.samples import Catalogue
-from minirec_pl.policy import LanguageModel, Lora, RetrievalPolicy
+from minirec_pl.policy import LanguageModel, Lora, PromptTemplate, RetrievalPolicy
+from minirec_pl.policy.prompt import time_ago
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -65,7 +66,7 @@ def write_model(folder, kind="llama", seed=0):
     return folder
 
 
-def toy_catalogue(count=len(TITLES)):
+def toy_catalogue(count=12):
     titles = [TITLES[i % len(TITLES)] + ("" if i < len(TITLES) else f" {i}") for i in range(count)]
     return Catalogue([f"i{i}" for i in range(count)], titles)
 
@@ -75,7 +76,8 @@ def text_policy(folder, lora=True, catalogue=None, noise=0.3, **options):
     torch.manual_seed(3)
     adapters = Lora(r=2, alpha=4, dropout=0.0) if lora else None
     model = LanguageModel(str(folder), dtype="float32", lora=adapters)
-    usual = {"max_completion_length": 6, "similarity_temperature": 0.1}
+    short = PromptTemplate(system="Be brief.", user="{history}\nNext?")
+    usual = {"max_completion_length": 6, "similarity_temperature": 0.1, "prompt": short}
     policy = RetrievalPolicy(model, **{**usual, **options})
     if lora and noise:
         with torch.no_grad():
@@ -86,7 +88,7 @@ def text_policy(folder, lora=True, catalogue=None, noise=0.3, **options):
     return policy
 
 
-def toy_batch(rows=4, seed=0, n_items=len(TITLES)):
+def toy_batch(rows=4, seed=0, n_items=12):
     """Histories of unequal length with ages and some ratings."""
     random = torch.Generator().manual_seed(seed)
     history = torch.stack([torch.randperm(n_items, generator=random)[:3] for _ in range(rows)])
@@ -125,12 +127,13 @@ class PlainRetriever:
         for column, item in enumerate(batch["history"][row].tolist()):
             if item < 0:
                 continue
-            line = f"{len(lines) + 1}. {catalogue.titles[item]}"
-            rating = float(batch["history_rating"][row, column])
+            titles = catalogue.item_ids if catalogue.titles is None else catalogue.titles
+            titles = catalogue.item_ids if catalogue.titles is None else catalogue.titles
+            line = f"{len(lines) + 1}. {titles[item]}"
+            rating = float(batch["history_rating"][row, column]) if "history_rating" in batch else math.nan
             if not math.isnan(rating):
                 line += f", rated {rating:g}"
-            ages = {90_000.0: "1 day", 7200.0: "2 hours", 30.0: "moments"}
-            lines.append(f"{line}, {ages[float(batch['history_age'][row, column])]} ago")
+            lines.append(f"{line}, {time_ago(float(batch['history_age'][row, column]))} ago")
         user = template.user.replace("{history}", "\n".join(lines))
         parts = [
             f"<|im_start|>{who}\n{text}<|im_end|>\n" for who, text in (("system", template.system), ("user", user))

@@ -1,4 +1,4 @@
-"""Items encoded by a language model from their texts: unit vectors, kept, refreshed bit by bit, and compared with users."""
+"""Items encoded by a language model from their texts: unit vectors, refreshed bit by bit, compared with users."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class ItemIndex(nn.Module):
         """Cosines over temperature, float32 [R, n_items], of hidden states [R, D] and all items, without gradient."""
         users = unit(states.detach()).float()
         made = users.new_empty(len(users), len(self))
-        for part in torch.arange(len(self)).split(max(1, _VALUES // self.vectors.shape[1])):
+        for part in torch.split(torch.arange(len(self)), max(1, _VALUES // self.vectors.shape[1])):
             columns = slice(int(part[0]), int(part[-1]) + 1)
             torch.mm(users, self.vectors[columns].float().T, out=made[:, columns])
         return made.div_(temperature)

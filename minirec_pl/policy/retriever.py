@@ -95,7 +95,7 @@ class RetrievalPolicy(nn.Module):
         budget = 1 if refresh_budget is None else refresh_budget
         if cached_negatives < 0 or refresh_items_every_n_steps < 1 or budget < 1:
             raise InputError(
-                f"cached_negatives is {cached_negatives}, refresh_items_every_n_steps {refresh_items_every_n_steps} and "
+                f"cached_negatives is {cached_negatives}, refresh_items_every_n_steps {refresh_items_every_n_steps}, "
                 f"refresh_budget {refresh_budget}: give at least 0, 1 and 1"
             )
         self.language_model = language_model
@@ -222,8 +222,8 @@ class RetrievalPolicy(nn.Module):
         texts = torch.full(size, -1, device=prompts.row.device)
         if length == 0:
             return Reasoning(texts, texts.float())
-        rows = (part.index_select(0, prompts.row) for part in (prompts.input_ids, prompts.mask))
-        made = generate(self.model, *rows, num_generations, length, sampling=sampling, uniform=uniform)
+        ids, mask = (part.index_select(0, prompts.row) for part in (prompts.input_ids, prompts.mask))
+        made = generate(self.model, ids, mask, num_generations, length, sampling=sampling, uniform=uniform)
         logps, longest = made.logps.new_zeros(size), made.ids.shape[-1]
         texts[..., :longest] = made.ids.masked_fill(~made.mask, -1)
         logps[..., :longest] = made.logps
@@ -248,8 +248,8 @@ class RetrievalPolicy(nn.Module):
     def rank(self, states: Tensor, target: Tensor, seen: Tensor) -> Ranking:
         """The targets int64 [B] among all unseen items, for the states [B, G, D] of each sample; fields are [B, G]."""
         group = states.shape[1]
-        rows = (values.repeat_interleave(group, dim=0) for values in (target, seen))
-        ranking = self.index.rank(states.flatten(0, 1), *rows, self.similarity_temperature)
+        target, seen = (values.repeat_interleave(group, dim=0) for values in (target, seen))
+        ranking = self.index.rank(states.flatten(0, 1), target, seen, self.similarity_temperature)
         return Ranking(*(values.view(-1, group) for values in ranking))
 
     def item_logps(self, batch: Batch) -> Tensor:
@@ -276,7 +276,7 @@ class RetrievalPolicy(nn.Module):
             batch_items: int64 [n], any of them may repeat.
             negatives: int64 [R, K], padded with -1.
         """
-        items = batch_items.unique()
+        items = torch.unique(batch_items)
         users = unit(states)
         logits = users @ self.index.encode(self.model, items).to(users.dtype).T
         if negatives.shape[1]:
@@ -291,7 +291,7 @@ class RetrievalPolicy(nn.Module):
 
     def batch_tokens(self, items: Tensor) -> int:
         """Tokens that `target_logps` feeds through the model for the batch's items int64 [n]."""
-        return int(self.index.lengths[items.unique().cpu()].sum())
+        return int(self.index.lengths[torch.unique(items).cpu()].sum())
 
     def supervised_loss(self, batch: Batch) -> tuple[Tensor, int]:
         """Contrastive loss of a warm start: mean of -log p of each target, see `target_logps`.

@@ -44,7 +44,7 @@ class RetrieverText:
             raise InputError("item_prompt does not say where the item's text goes: put {text} into it")
         if not 0 < self.similarity_temperature < math.inf:
             raise InputError(
-                f"similarity_temperature is {self.similarity_temperature}: it divides the cosines, so it must be above 0"
+                f"similarity_temperature is {self.similarity_temperature}: it divides the cosines, so give one above 0"
             )
         if self.max_completion_length < 0 or self.longest_item < 1:
             raise InputError(
@@ -133,7 +133,7 @@ def stored_vectors(folder: Path, index: ItemIndex) -> Tensor | None:
     if not (folder / ITEMS_FILE).is_file():
         return None
     try:
-        with safe_open(folder / ITEMS_FILE, framework="pt") as stored:  # type: ignore[no-untyped-call]
+        with safe_open(folder / ITEMS_FILE, framework="pt") as stored:
             metadata = stored.metadata() or {}
             if metadata.get("items") != index.fingerprint or metadata.get("weights") != _weights_digest(folder):
                 return None

@@ -298,7 +298,7 @@ def test_blocks_do_not_change_a_ranking(monkeypatch):
 
 @pytest.mark.parametrize("lora", [True, False])
 def test_a_saved_policy_has_the_same_scores_and_need_not_read_its_items_again(folder, tmp_path, lora):
-    prompt = PromptTemplate(system="Be brief.")
+    prompt = PromptTemplate(system="Be kind.")
     policy, batch = text_policy(folder, lora=lora, prompt=prompt, max_completion_length=3), toy_batch()
     logps = policy.item_logps(batch)
     policy.save_pretrained(tmp_path / "policy", {"rollouts": {"training": 7}})
@@ -408,6 +408,6 @@ def test_folders_that_hold_no_retrieval_policy_are_refused(llama, tmp_path, tiny
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_by_its_sample(llama):
-    policy = text_policy(llama, max_completion_length=450)
+    policy = text_policy(llama, max_completion_length=500)
     with pytest.raises(InputError, match=r"the prompt of sample \d+ has \d+ tokens"):
         policy.item_logps(toy_batch())
