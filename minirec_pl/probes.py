@@ -157,9 +157,11 @@ def _on_parameters(
     moved = None if trajectory is None else trajectory.displacement(trained)
     function = _TargetLogp(policy, steps[0].temperature)
 
+    places = _places(function, trained)
+
     def target_logp(parameters: dict[str, Tensor], *row: Tensor) -> Tensor:
-        renamed = {f"policy.{name}": parameter for name, parameter in parameters.items()}
-        value: Tensor = torch.func.functional_call(function, renamed, row)
+        renamed = {place: parameters[name] for place, name in places.items()}
+        value: Tensor = torch.func.functional_call(function, renamed, row, tie_weights=False)
         return value
 
     signal = logp.new_zeros(len(logp), PROJECTED_SIZE)
@@ -177,6 +179,21 @@ def _on_parameters(
     if alignment is not None:
         alignment = alignment.masked_fill(logp.isneginf(), 0.0)
     return TargetSignals(signal.float(), logp, alignment, spent)
+
+
+def _places(module: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, str]:
+    """The name in `trained` of each place of the module that holds one of these parameters.
+
+    A parameter may be in several modules (tied embeddings), and a module in several others (peft's rows of new
+    tokens): that one is named once, since `functional_call` would not put its parameter back where it is named twice.
+    """
+    names = {id(parameter): name for name, parameter in trained.items()}
+    return {
+        f"{path}.{attribute}": names[id(parameter)]
+        for path, part in module.named_modules()
+        for attribute, parameter in part._parameters.items()
+        if id(parameter) in names
+    }
 
 
 def _equal_lengths(
