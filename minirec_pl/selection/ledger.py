@@ -80,7 +80,7 @@ class SelectionLedger:
         self.fingerprints = dict(fingerprints or {})
         self._embedding: torch.Tensor | None = None
         self._table: pd.DataFrame | None = _checked(table, source)
-        whole = self._table.fillna(_MISSING).astype({name: "int64" for name in _MISSING} | {"reason": "object"})
+        whole = self._table.fillna(_MISSING).astype(dict.fromkeys(_MISSING, "int64") | {"reason": "object"})
         self.columns: dict[str, npt.NDArray[Any]] = {name: whole[name].to_numpy(copy=True) for name in _DTYPES}
 
     @classmethod
