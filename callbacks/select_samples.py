@@ -27,7 +27,7 @@ class SelectSamples(SessionCallback):
     """Trains each epoch on the samples a selector picks, or on those of a ledger written before.
 
     Leaves `ledger.parquet` (every sample's scores, rank and reason), `diagnostics.json` and `signals.safetensors` of
-    the last selection in the run folder when the fit ends or is broken off (before that at most once a minute), and warns
+    the last selection in the run folder when the fit ends or is broken off (before, at most once a minute), and warns
     at the first selection where the scores are degenerate.
 
     Args:

@@ -148,35 +148,44 @@ class LazyGreedy:
         """
         unit = self._unit.take(rows)
         distance, score, margin = self._distance[rows], self._score[rows], self._margin[rows]
-        value, closed = distance * score, np.zeros(len(rows))
-        column: dict[int, Floats] = {}
+        value, widest = distance * score, float(margin.max())
+        cosine: dict[int, torch.Tensor] = {}
         chosen: list[int] = []
         while len(self.picks) < k:
-            best = value.max() if level is None else level
-            tied = value + margin >= best
-            place = int(tied.argmax())
-            if best <= rival or not tied[place]:
+            place = int(value.argmax())
+            best = float(value[place]) if level is None else level
+            if best <= rival or value[place] + margin[place] < best:
                 break
-            if place not in column:
+            if level is not None or (place and value[:place].max() + widest >= best):
+                place = int((value + margin >= best).argmax())
+            if place not in cosine:
+                alive = np.flatnonzero(value + margin > rival)
+                if 4 * len(alive) < 3 * len(rows):
+                    self._leave(rows, distance, value, chosen)
+                    rows, distance, score, margin, value = (a[alive] for a in (rows, distance, score, margin, value))
+                    unit, chosen, cosine = unit.index_select(0, torch.from_numpy(alive).to(unit.device)), [], {}
+                    continue
                 likely = np.flatnonzero(value > -np.inf)
                 if len(likely) > _COLUMNS:
                     likely = likely[np.argpartition(value[likely], -_COLUMNS)[-_COLUMNS:]]
-                likely = np.array(sorted({place, *likely.tolist()} - column.keys()))
+                likely = np.array(sorted({place, *likely.tolist()} - cosine.keys()))
                 near = unit.index_select(0, torch.from_numpy(likely).to(unit.device)) @ unit.T
-                column.update(zip(likely.tolist(), distance_of(near, self._slack), strict=True))
+                cosine.update(zip(likely.tolist(), near.cpu(), strict=True))
             self.picks.append(int(rows[place]))
             self.novelty.append(float(distance[place]))
             chosen.append(place)
-            closed[place] = -np.inf
-            np.minimum(distance, column[place], out=distance)
+            np.minimum(distance, distance_of(cosine[place], self._slack), out=distance)
+            distance[place], score[place] = -np.inf, 1.0  # closes the row
             np.multiply(distance, score, out=value)
-            value += closed
+        self._leave(rows, distance, value, chosen)
+
+    def _leave(self, rows: Ints, distance: Floats, value: Floats, chosen: list[int]) -> None:
+        """Writes down what is known of rows after the picks at these places among them."""
         self._set = np.concatenate([self._set, rows[chosen]])
         self._distance[rows], self._bound[rows], self._seen[rows] = distance, value, len(self._set)
 
 
 def distance_of(cosine: torch.Tensor, slack: float) -> Floats:
     """1 - cosine in float64 on the CPU, 0 where rounding cannot tell it from 0."""
-    distance: Floats = 1.0 - cosine.cpu().numpy().astype(np.float64)
-    distance[distance < slack] = 0.0
-    return distance
+    distance: Floats = np.subtract(1.0, cosine.cpu().numpy(), dtype=np.float64)
+    return np.where(distance < slack, 0.0, distance)

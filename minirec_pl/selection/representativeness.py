@@ -42,7 +42,8 @@ def representativeness(gradients: Array, *, fresh: Array | None = None, normaliz
         rows = slice(start, start + _ROWS)
         block = u[rows].double()
         scale[rows] = block.abs().amax(dim=1)
-        total += block[in_mean[rows].to(u.device)].sum(dim=0)
+        used = in_mean[rows]
+        total += (block if used.all() else block[used.to(u.device)]).sum(dim=0)
     bad = ~torch.isfinite(scale)
     if bad.any():
         raise InputError(f"the gradient in row {int(bad.nonzero()[0])} is NaN or infinite; mend the policy's signals.")

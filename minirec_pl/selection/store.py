@@ -158,7 +158,8 @@ class SignalStore:
         age = torch.stack(held).amin(dim=0).numpy() if held else np.zeros(len(self))
         tie_break = np.random.default_rng(self._seed).permutation(len(self))
         order = np.lexsort((tie_break, age))
-        return [int(i) for i in self.sample_ids[torch.from_numpy(order[: max(n, 0)])]]
+        stalest: list[int] = self.sample_ids[torch.from_numpy(order[: max(n, 0)])].tolist()
+        return stalest
 
     def last_group(self, sample_ids: Array | Sequence[int]) -> Tensor:
         """Rewards of the last group of each sample.
