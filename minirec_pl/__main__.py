@@ -26,7 +26,11 @@ OWN_HELP = {
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs `minirec` and returns its exit code: 0, 1 if `check` finds a fault, or 2 with one sentence on stderr for bad input and for Ctrl-C."""
+    """Runs `minirec` and returns its exit code.
+
+    Returns:
+        0; 1 if `check` finds what would fail; 2, with one sentence on stderr, for bad input and for Ctrl-C.
+    """
     argv = list(sys.argv[1:] if args is None else args)
     try:
         return _dispatch(argv)

@@ -153,9 +153,7 @@ class Preflight:
             known = [int(item) for item in batch["history"][0] if item >= 0]
             shown = "<s> " + " ".join(data.catalogue.item_ids[item] for item in known)
             return Prompts(shown, lengths, 1)
-        texts = [
-            prompt.render(tokenizer, prompt.history_text(batch, row, data.catalogue)) for row in range(len(ids))
-        ]
+        texts = [prompt.render(tokenizer, prompt.history_text(batch, row, data.catalogue)) for row in range(len(ids))]
         lengths = [len(tokens) for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]]
         return Prompts(texts[0], lengths, _completion_tokens(policy, tokenizer, data.catalogue))
 
@@ -177,7 +175,7 @@ class Preflight:
             self._add(
                 "warning",
                 "batch",
-                f"an epoch has {load.selected} samples, less than one batch of {load.batch_size}: lower data.batch_size",
+                f"an epoch has {load.selected} samples, less than a batch of {load.batch_size}: lower data.batch_size",
             )
         if load.batch_size == 1 and load.items and not policy.get("cached_negatives"):
             self._add(
@@ -197,7 +195,7 @@ class Preflight:
             self._add(
                 "warning",
                 "memory",
-                f"about {need / _GIB:.1f} GiB are needed and {where} has {there / _GIB:.1f} GiB: lower data.batch_size, "
+                f"about {need / _GIB:.1f} GiB are needed and {where} has {there / _GIB:.1f}: lower data.batch_size, "
                 "or set gradient_checkpointing or lora",
             )
 

@@ -61,4 +61,3 @@ def send_to(logger: Any, folder: Path) -> None:
         logger.init_args.save_dir = str(folder)
     if kind in (CSVLogger.__name__, "TensorBoardLogger"):
         logger.init_args.name, logger.init_args.version = "", ""
-

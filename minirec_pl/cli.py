@@ -318,7 +318,6 @@ def _is_no_tip(record: logging.LogRecord) -> bool:
     return "Tip:" not in record.getMessage()[:10]
 
 
-
 def _interrupted(cli: MiniRecCLI) -> str:
     if getattr(cli, "subcommand", None) == "predict":
         return "interrupted; the same command goes on after the samples that are done"

@@ -21,7 +21,7 @@ from minirec_pl.data.batches import SampleDataset, identity
 from minirec_pl.data.columns import Columns
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.sampler import OrderedSampler
-from minirec_pl.data.samples import Catalogue, IntArray
+from minirec_pl.data.samples import Catalogue
 from minirec_pl.files import write_atomically
 from minirec_pl.recommender import RecModule
 from minirec_pl.selection.fingerprints import weights_fingerprint

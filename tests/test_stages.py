@@ -122,7 +122,7 @@ def test_the_proxy_selects_and_training_starts_from_the_original_weights(command
 
 def test_the_reference_of_the_kl_term_is_reset_too(command, tmp_path):
     still = ["--model.optimizer.lr=0.0", "--model.beta=0.1", "--trainer.max_epochs=1"]
-    arguments = [word for word in fit(command, tmp_path / "runs", *ONCE, *still, reset_policy=True)]
+    arguments = fit(command, tmp_path / "runs", *ONCE, *still, reset_policy=True)
     logger = "--trainer.logger=lightning.pytorch.loggers.CSVLogger"
     arguments = [word for word in arguments if not word.startswith("--trainer.logger")]
     assert main([*arguments, logger, "--trainer.logger.save_dir=.", "--trainer.log_every_n_steps=1"]) == 0
@@ -154,7 +154,18 @@ def test_a_proxy_without_a_selection(command, tmp_path, capsys):
 
 
 def test_patience_keeps_the_best_epoch(command, tmp_path):
-    assert main(fit(command, tmp_path / "runs", epochs=6, patience=1, optimizer={"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}})) == 0
+    assert (
+        main(
+            fit(
+                command,
+                tmp_path / "runs",
+                epochs=6,
+                patience=1,
+                optimizer={"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}},
+            )
+        )
+        == 0
+    )
     run = tmp_path / "runs" / "version_0"
     logged = pd.read_csv(run / "warm_start" / "metrics.csv")
     assert logged["val/ndcg@10"].notna().sum() == 2
