@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer
@@ -27,6 +28,7 @@ from minirec_pl.arguments import CONFIG, config_of_checkpoint, configs_first, va
 from minirec_pl.checkpoints import AtomicCheckpointIO, check_checkpoint, policy_of
 from minirec_pl.claim import claim_folder, csv_logger, pin_policy, send_to
 from minirec_pl.errors import InputError
+from minirec_pl.files import write_atomically
 from minirec_pl.recommender import RecModule
 from minirec_pl.run_folder import RunFolder, best_checkpoint
 from minirec_pl.score import ScoringTrainer
@@ -183,6 +185,7 @@ class MiniRecCLI(LightningCLI):
             stages.test("start")
             if warm is not None:
                 stages.warm_start(warm, self.trainer)
+                self._write_config_after_warm_start()
                 stages.test("warm_start")
         self.trainer.fit(model, datamodule=datamodule, **kwargs)
         if tested:
@@ -190,6 +193,16 @@ class MiniRecCLI(LightningCLI):
                 stages.test("trained")
             if self.trainer.is_global_zero:
                 stages.finish()
+
+    def _write_config_after_warm_start(self) -> None:
+        """The config of a fit that starts from the warm policy, for a run that breaks before its first checkpoint."""
+        folder = self.run_dir / WARM_START
+        config = yaml.safe_load((self.run_dir / CONFIG).read_text(encoding="utf-8"))
+        policy = config["model"]["init_args"]["policy"]
+        made_of = {"config": None, "language_model": None, "pretrained": str(folder / "policy")}
+        policy["init_args"] |= {name: value for name, value in made_of.items() if name in policy["init_args"]}
+        text = yaml.safe_dump({**config, "warm_start": None}, sort_keys=False)
+        write_atomically(folder / CONFIG, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
     def _side_trainer(self, **options: Any) -> Trainer:
         """A Trainer on the same devices; Ctrl-C in it is known as one of this run."""
@@ -336,11 +349,8 @@ def _interrupted(cli: MiniRecCLI) -> str:
 
 
 def _go_on_from_warm_start(cli: MiniRecCLI) -> str:
-    config = cli.config[cli.subcommand]
-    policy, name = cli.run_dir / WARM_START / "policy", "model.init_args.policy.init_args"
-    if config.warm_start.reset_policy:
-        return f"interrupted before the first checkpoint; the warm policy in {policy} only selects, so start again"
-    others = [key for key in ("config", "language_model") if config.get(f"{name}.{key}") is not None]
-    options = [f"--model.policy.pretrained={policy}", *(f"--model.policy.{key}=null" for key in others)]
-    command = ["minirec", "fit", "--config", str(cli.run_dir / CONFIG), "--warm_start=null", *options]
+    folder = cli.run_dir / WARM_START
+    if cli.config[cli.subcommand].warm_start.reset_policy:
+        return f"interrupted before the first checkpoint; the policy in {folder} is a mere proxy, so start again"
+    command = ["minirec", "fit", "--config", str(folder / CONFIG)]
     return f"interrupted after the warm start; go on from its policy with `{shlex.join(command)}`"

@@ -126,11 +126,11 @@ class Stages:
         """Tests the policy as it is, if tests are asked for; each result is written at once."""
         if not self.tested:
             return
-        if not self.rows:
-            self.rows.append(popularity_row(self.data))
         ranker = RecModule(self.model.policy)
         trainer = self.make_trainer(logger=False, enable_checkpointing=False)
         with isolated_random_state():
+            if not self.rows:
+                self.rows.append(popularity_row(self.data))
             trainer.test(ranker, datamodule=self.data, verbose=False)
         ids, ranks = ranker.test_ranks.unbind(dim=1)
         figures = ranking_figures(ranks, self.data.table.user[ids.numpy()])
