@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -16,16 +17,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
+from torch import nn
 
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.errors import InputError
 from minirec_pl.estimates import Load, Memory, memory_of, peak
+from minirec_pl.policy import GenerativePolicy, RetrievalPolicy
 from minirec_pl.policy.folder import SIDE_FILE
 from minirec_pl.policy.language_model import LanguageModel
 from minirec_pl.policy.prompt import PromptTemplate
+from minirec_pl.policy.retriever_folder import RetrieverText
 from minirec_pl.policy.tiny import SPECIAL_TOKENS, build_tiny
-from minirec_pl.recommender import RecModule
 from minirec_pl.selection.budget import budget_count
 from minirec_pl.selection.session_callback import SessionCallback
 from minirec_pl.sentences import one_sentence, sentence_of
@@ -119,10 +122,7 @@ class Preflight:
 
     def _options(self) -> None:
         """Makes module, selection and warm start, with a policy that loads nothing in place of the real one."""
-        model = _plain(self.config.model)
-        stand_in = {"class_path": "minirec_pl.policy.GenerativePolicy", "init_args": {"config": {}}}
-        model = {**model, "init_args": {**model.get("init_args", {}), "policy": stand_in}}
-        _made(RecModule, model)
+        _make_module(_plain(self.config.model), _stand_in(self._policy_options()))
         _made(SessionCallback | None, _plain(self.config.get("selection")))
         _made(WarmStart | None, _plain(self.config.get("warm_start")))
 
@@ -305,6 +305,29 @@ def _prompt_of(policy: Mapping[str, Any]) -> PromptTemplate | None:
     stored = json.loads(side.read_text(encoding="utf-8"))
     texts = stored.get("text", stored).get("prompt")
     return PromptTemplate(**texts) if texts else None
+
+
+def _make_module(config: Mapping[str, Any], policy: nn.Module) -> None:
+    place, _, name = config["class_path"].rpartition(".")
+    kind = getattr(import_module(place), name)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, "model", skip={"policy"}, instantiate=False)
+    options = {key: value for key, value in config.get("init_args", {}).items() if key != "policy"}
+    try:
+        made = parser.instantiate_classes(parser.parse_object({"model": options})).model
+        kind(policy, **made)
+    except Exception as error:
+        raise InputError(sentence_of(error)) from error
+
+
+def _stand_in(policy: Mapping[str, Any]) -> nn.Module:
+    """A policy of the same kind that has loaded nothing."""
+    if not str(policy["class_path"]).endswith("RetrievalPolicy"):
+        return GenerativePolicy(config={})
+    made = RetrievalPolicy.__new__(RetrievalPolicy)
+    nn.Module.__init__(made)
+    made.training_cost, made.text = {}, RetrieverText().updated(max_completion_length=policy["max_completion_length"])
+    return made
 
 
 def _language_model(policy: Mapping[str, Any]) -> LanguageModel:

@@ -199,8 +199,11 @@ class MiniRecCLI(LightningCLI):
         folder = self.run_dir / WARM_START
         config = yaml.safe_load((self.run_dir / CONFIG).read_text(encoding="utf-8"))
         policy = config["model"]["init_args"]["policy"]
-        made_of = {"config": None, "language_model": None, "pretrained": str(folder / "policy")}
-        policy["init_args"] |= {name: value for name, value in made_of.items() if name in policy["init_args"]}
+        made_of = ["config", "language_model", "semantic_ids"]
+        if policy["class_path"].endswith("GenerativePolicy"):
+            made_of.append("prompt")  # which the folder has
+        policy["init_args"] |= dict.fromkeys(set(made_of) & set(policy["init_args"]))
+        policy["init_args"]["pretrained"] = str(folder / "policy")
         text = yaml.safe_dump({**config, "warm_start": None}, sort_keys=False)
         write_atomically(folder / CONFIG, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from minirec_pl.checkpoints import load_policy_weights
 from minirec_pl.data.datamodule import RecDataModule
+from minirec_pl.data.splits import random_part
 from minirec_pl.errors import InputError
 from minirec_pl.evaluation import Row, popularity_row, ranking_figures, stage_table
 from minirec_pl.files import write_json
@@ -75,11 +76,19 @@ class WarmStart:
             raise InputError("warm_start.samples counts single samples: set warm_start.train_on to warm_samples")
 
     def data(self, data: RecDataModule) -> RecDataModule:
-        """The same data, already read, that trains on the warm part."""
+        """The same data, already read, that trains on the warm part.
+
+        Raises:
+            InputError: if it is empty.
+        """
+        rows = data.parts.warm[data.table.eligible[data.parts.warm]]
+        if not len(rows):
+            raise InputError("the warm part is empty: raise data.warm_fraction, or set warm_start to null")
         twin = copy.copy(data)
         twin.trainer = None
         vars(twin).pop("train_sampler", None)
-        twin.train_on, twin.warm_samples = self.train_on, self.samples  # type: ignore[assignment, attr-defined]
+        twin.train_on = self.train_on
+        twin.warm_ids = random_part(rows, self.samples, data.seed)
         twin.batch_size = twin.warm_batch_size = self.batch_size
         return twin
 
