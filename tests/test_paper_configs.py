@@ -48,7 +48,7 @@ def small(config, model, data, root):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_published_config_runs_from_check_to_prediction(config, tmp_path, capsys):
-    model = write_model(tmp_path / "model", kind=CONFIGS[config])
+    model = write_model(tmp_path / "model", kind=CONFIGS[config], positions=2048)
     data = write_dump(tmp_path / "dump")
     arguments = small(config, model, data, tmp_path / "runs")
     assert main(["check", *arguments[1:]]) == 0
