@@ -21,11 +21,16 @@ OWN_HELP = {
     "select": "pick a subset from signals: ledger, plan, diagnostics, picture",
     "data": "describe: what the data of a config hold",
     "export": "a policy's language model as an ordinary Hugging Face folder, adapters merged in",
+    "check": "what a fit would do, need and trip over, before it starts",
 }
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs `minirec` and returns its exit code: 0, or 2 with one sentence on stderr for bad input and for Ctrl-C."""
+    """Runs `minirec` and returns its exit code.
+
+    Returns:
+        0; 1 if `check` finds what would fail; 2, with one sentence on stderr, for bad input and for Ctrl-C.
+    """
     argv = list(sys.argv[1:] if args is None else args)
     try:
         return _dispatch(argv)
@@ -42,6 +47,10 @@ def _dispatch(argv: list[str]) -> int:
 
         run(argv)
         return 0
+    if argv and argv[0] == "check":
+        from minirec_pl.check import run as check
+
+        return check(argv[1:])
     if argv and argv[0] == "select":
         from minirec_pl.select import run as select
 

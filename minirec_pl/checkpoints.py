@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import nn
 
 from minirec_pl.errors import InputError
 from minirec_pl.files import write_atomically
@@ -46,3 +49,24 @@ def check_checkpoint(path: Path) -> None:
         raise InputError(
             f"'{path}' is no checkpoint, or a truncated one: give another from a run's checkpoints/ folder"
         )
+
+
+def load_policy_weights(policy: nn.Module, checkpoint: Path) -> None:
+    """Gives a policy the weights that a checkpoint of its module has for it."""
+    weights = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    prefix = "policy."
+    policy.load_state_dict({n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)})
+
+
+@contextmanager
+def policy_of(policy: nn.Module, checkpoint: Path | None) -> Iterator[None]:
+    """Lends a policy the weights of a checkpoint; its own are put back, also after an exception. None lends nothing."""
+    if checkpoint is None:
+        yield
+        return
+    own = {name: value.detach().clone() for name, value in policy.state_dict().items()}
+    load_policy_weights(policy, checkpoint)
+    try:
+        yield
+    finally:
+        policy.load_state_dict(own)

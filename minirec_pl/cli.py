@@ -13,30 +13,44 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerStatus
 from transformers.utils.logging import disable_progress_bar
 
-from minirec_pl.checkpoints import AtomicCheckpointIO, check_checkpoint
+from minirec_pl.arguments import CONFIG, config_of_checkpoint, configs_first, values_of
+from minirec_pl.checkpoints import AtomicCheckpointIO, check_checkpoint, policy_of
+from minirec_pl.claim import claim_folder, csv_logger, pin_policy, send_to
 from minirec_pl.errors import InputError
+from minirec_pl.files import write_atomically
 from minirec_pl.recommender import RecModule
-from minirec_pl.run_folder import RunFolder
+from minirec_pl.run_folder import RunFolder, best_checkpoint
 from minirec_pl.score import ScoringTrainer
 from minirec_pl.selection.session_callback import SessionCallback
-from minirec_pl.sentences import check_yaml, one_sentence
+from minirec_pl.sentences import check_yaml, sentence_of
+from minirec_pl.stages import STAGES, WARM_START, Stages, WarmStart
 
-RUN_DIR_VARIABLE = "MINIREC_RUN_DIR"
-CONFIG = "config.yaml"
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-LEFT_BY_A_FAILED_START = {CONFIG, "hparams.yaml", "metrics.csv", "wandb"}
+LEFT_BY_A_FAILED_START = {CONFIG, "hparams.yaml", "metrics.csv", "wandb", STAGES, WARM_START}
+SHARED = (  # what the Trainers of a run have in common
+    "accelerator",
+    "strategy",
+    "devices",
+    "num_nodes",
+    "precision",
+    "fast_dev_run",
+    "limit_test_batches",
+    "log_every_n_steps",
+    "enable_progress_bar",
+    "deterministic",
+    "benchmark",
+)
 
 
 class ParserError(ValueError):
@@ -59,6 +73,7 @@ class MiniRecCLI(LightningCLI):
     """
 
     run_dir: Path
+    side_trainer: Trainer | None = None
     new_folders: Sequence[Path] = ()
 
     @staticmethod
@@ -67,13 +82,25 @@ class MiniRecCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "score": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds `--selection`."""
+        """Adds `--selection`, `--warm_start` and `--test_stages`."""
         parser.add_argument(
             "--selection",
             type=SessionCallback | None,
             default=None,
             help="Which samples an epoch trains on; null for the whole pool, shuffled anew each epoch. "
             "--selection.help=minirec_pl.callbacks.MiniRec lists the options of the usual choice.",
+        )
+        parser.add_argument(
+            "--warm_start",
+            type=WarmStart | None,
+            default=None,
+            help="The supervised stage before GRPO, in the same run; null to start from the policy as it is.",
+        )
+        parser.add_argument(
+            "--test_stages",
+            type=bool,
+            default=False,
+            help="Test the policy before the fit, after the warm start and at the end, next to popularity.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -92,8 +119,8 @@ class MiniRecCLI(LightningCLI):
         config = self.config[self.subcommand]
         root = Path(config.trainer.default_root_dir or "runs")
         self.new_folders = [folder for folder in (root, *root.parents) if not folder.exists()]
-        self.run_dir = _claim(root)
-        _pin_policy(config)
+        self.run_dir = claim_folder(root)
+        pin_policy(config)
         if "LOCAL_RANK" not in os.environ:
             self._parser(self.subcommand).save(config, self.run_dir / CONFIG, skip_none=False, overwrite=True)
         config.trainer.default_root_dir = str(self.run_dir)
@@ -101,9 +128,9 @@ class MiniRecCLI(LightningCLI):
             config.trainer.logger = False
         loggers = config.trainer.logger
         if loggers is None or loggers is True:
-            config.trainer.logger = [_csv_logger(self.run_dir)]
+            config.trainer.logger = [csv_logger(self.run_dir)]
         for logger in loggers if isinstance(loggers, list) else [loggers]:
-            _send_to(logger, self.run_dir)
+            send_to(logger, self.run_dir)
         for callback in config.trainer.callbacks or []:
             if str(callback.class_path).endswith("ModelCheckpoint") and callback.init_args.dirpath is None:
                 callback.init_args.dirpath = str(self.run_dir / "checkpoints")
@@ -117,7 +144,7 @@ class MiniRecCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
-            raise InputError(_input_error_in(error) or one_sentence(str(error))) from error
+            raise InputError(sentence_of(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with the selection, the run folder's callback and checkpoints that are written whole."""
@@ -133,7 +160,7 @@ class MiniRecCLI(LightningCLI):
         if not hasattr(self, "run_dir") or "LOCAL_RANK" in os.environ:
             return
         left = {path.relative_to(self.run_dir).parts[0] for path in self.run_dir.rglob("*") if not path.is_dir()}
-        if left <= LEFT_BY_A_FAILED_START:
+        if left <= LEFT_BY_A_FAILED_START and not (self.run_dir / WARM_START / "policy").is_dir():
             shutil.rmtree(self.run_dir, ignore_errors=True)
             with contextlib.suppress(OSError):
                 for folder in self.new_folders:
@@ -147,55 +174,96 @@ class MiniRecCLI(LightningCLI):
             scratch.symlink_to(self.run_dir.name, target_is_directory=True)
             os.replace(scratch, self.run_dir.with_name("latest"))
 
-    def predict(self, model: RecModule, **kwargs: Any) -> None:
-        """Writes `predictions.parquet`: user_id, item_id, score, rank with external ids."""
-        from minirec_pl.predictions import write_predictions
+    def fit(self, model: RecModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
+        """The warm start if there is one, GRPO, and the tests of the stages; a checkpoint goes on with GRPO."""
+        warm, tested = self._get(self.config_init, "warm_start"), self._get(self.config_init, "test_stages")
+        stages = Stages(self._side_trainer, self.run_dir, model, datamodule, tested)  # type: ignore[arg-type]
+        if kwargs.get("ckpt_path"):
+            stages.take_over(Path(kwargs["ckpt_path"]))
+        elif warm is not None or tested:
+            stages.prepare(warm, self.trainer)
+            stages.test("start")
+            if warm is not None:
+                stages.warm_start(warm, self.trainer)
+                self._write_config_after_warm_start()
+                stages.test("warm_start")
+        self.trainer.fit(model, datamodule=datamodule, **kwargs)
+        if tested:
+            with policy_of(model.policy, best_checkpoint(self.trainer)):
+                stages.test("trained")
+            if self.trainer.is_global_zero:
+                stages.finish()
 
-        batches = self.trainer.predict(model, **kwargs)
-        path = write_predictions(batches or [], model, self.datamodule, self.run_dir / "predictions.parquet")
-        print(f"predictions: {path}")
+    def _write_config_after_warm_start(self) -> None:
+        """The config of a fit that starts from the warm policy, for a run that breaks before its first checkpoint."""
+        folder = self.run_dir / WARM_START
+        config = yaml.safe_load((self.run_dir / CONFIG).read_text(encoding="utf-8"))
+        policy = config["model"]["init_args"]["policy"]
+        made_of = ["config", "language_model", "semantic_ids"]
+        if policy["class_path"].endswith("GenerativePolicy"):
+            made_of.append("prompt")  # which the folder has
+        policy["init_args"] |= dict.fromkeys(set(made_of) & set(policy["init_args"]))
+        policy["init_args"]["pretrained"] = str(folder / "policy")
+        text = yaml.safe_dump({**config, "warm_start": None}, sort_keys=False)
+        write_atomically(folder / CONFIG, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+    def _side_trainer(self, **options: Any) -> Trainer:
+        """A Trainer on the same devices; Ctrl-C in it is known as one of this run."""
+        given = self._get(self.config_init, "trainer")
+        shared = {name: given[name] for name in SHARED if name in given}
+        self.side_trainer = Trainer(**shared, enable_model_summary=False, **options)
+        return self.side_trainer
 
 
-def _claim(root: Path) -> Path:
-    if RUN_DIR_VARIABLE in os.environ and "LOCAL_RANK" in os.environ:
-        return Path(os.environ[RUN_DIR_VARIABLE])
+class _ParsedOnly(MiniRecCLI):
+    """Nothing is made or run."""
+
+    def before_instantiate_classes(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def parsed(args: Sequence[str]) -> Namespace:
+    """The config of a subcommand, defaults filled in; no class of it is made.
+
+    Args:
+        args: as on the command line, the subcommand first.
+
+    Raises:
+        InputError: if it cannot be parsed.
+    """
+    cli = _ParsedOnly.__new__(_ParsedOnly)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        number = 0
-        while True:
-            folder = root / f"version_{number}"
-            try:
-                folder.mkdir()
-            except FileExistsError:
-                number += 1
-            else:
-                os.environ[RUN_DIR_VARIABLE] = str(folder)
-                return folder
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise InputError(
-            f"cannot make a run folder in '{root}' ({reason}): choose another with --trainer.default_root_dir"
-        ) from error
+        with _own_process_state():
+            _start(cli, args)
+    except ParserError as error:
+        raise InputError(sentence_of(error)) from error
+    config: Namespace = cli.config[cli.subcommand]
+    return config
 
 
-def _pin_policy(config: Any) -> None:
-    """Names the run a policy comes from, not `latest`, which moves on."""
-    policy: Any = config.get("model.init_args.policy.init_args")
-    if policy is not None and policy.get("pretrained") and Path(policy.pretrained).is_dir():
-        policy.pretrained = os.path.relpath(Path(policy.pretrained).resolve())
-
-
-def _csv_logger(folder: Path) -> Any:
-    init_args = Namespace(save_dir=str(folder), name="", version="")  # type: ignore[no-untyped-call]
-    return Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=init_args)  # type: ignore[no-untyped-call]
-
-
-def _send_to(logger: Any, folder: Path) -> None:
-    kind = str(getattr(logger, "class_path", "")).rsplit(".", 1)[-1]
-    if kind in (CSVLogger.__name__, WandbLogger.__name__, "TensorBoardLogger"):
-        logger.init_args.save_dir = str(folder)
-    if kind in (CSVLogger.__name__, "TensorBoardLogger"):
-        logger.init_args.name, logger.init_args.version = "", ""
+def _start(cli: MiniRecCLI, args: Sequence[str]) -> None:
+    argv = configs_first([*args, *config_of_checkpoint(args)])
+    for config in values_of(argv, "--config", "-c"):
+        check_yaml(Path(config))
+    cli.__init__(  # type: ignore[misc]
+        RecModule,
+        LightningDataModule,
+        trainer_class=ScoringTrainer,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=None,
+        auto_configure_optimizers=False,
+        seed_everything_default=42,
+        parser_class=Parser,
+        parser_kwargs={"prog": "minirec"},
+        args=argv,
+    )
 
 
 def run(args: Sequence[str]) -> MiniRecCLI:
@@ -207,35 +275,20 @@ def run(args: Sequence[str]) -> MiniRecCLI:
     Raises:
         InputError: for bad input, and when Ctrl-C stopped the run (the sentence then says how to resume).
     """
-    argv = _configs_first([*args, *_config_of_checkpoint(args)])
-    for config in _values(argv, "--config", "-c"):
-        check_yaml(Path(config))
     cli = MiniRecCLI.__new__(MiniRecCLI)
     finished = False
     try:
         with _own_process_state():
-            cli.__init__(  # type: ignore[misc]
-                RecModule,
-                LightningDataModule,
-                trainer_class=ScoringTrainer,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                save_config_callback=None,
-                auto_configure_optimizers=False,
-                seed_everything_default=42,
-                parser_class=Parser,
-                parser_kwargs={"prog": "minirec"},
-                args=argv,
-            )
+            _start(cli, args)
         finished = True
     except (SystemExit, KeyboardInterrupt) as stop:
-        trainer = getattr(cli, "trainer", None)
-        by_lightning = trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
+        trainers = (getattr(cli, "trainer", None), cli.side_trainer)
+        by_lightning = any(trainer and trainer.state.status == TrainerStatus.INTERRUPTED for trainer in trainers)
         if isinstance(stop, SystemExit) and not by_lightning:
             raise
         raise InputError(_interrupted(cli)) from stop
     except ParserError as error:
-        raise InputError(_input_error_in(error) or one_sentence(str(error))) from error
+        raise InputError(sentence_of(error)) from error
     except MisconfigurationException as error:
         raise InputError(" ".join(str(error).split())) from error
     except OSError as error:
@@ -281,20 +334,15 @@ def _is_no_tip(record: logging.LogRecord) -> bool:
     return "Tip:" not in record.getMessage()[:10]
 
 
-def _input_error_in(error: BaseException | None) -> str | None:
-    """The sentence of an InputError that the parser has wrapped."""
-    while error is not None:
-        if isinstance(error, InputError):
-            return str(error)
-        error = error.__cause__ or error.__context__
-    return None
-
-
 def _interrupted(cli: MiniRecCLI) -> str:
+    if getattr(cli, "subcommand", None) == "predict":
+        return "interrupted; the same command goes on after the samples that are done"
     if getattr(cli, "subcommand", None) != "fit" or not hasattr(cli, "run_dir"):
         return "interrupted; nothing was written"
     run_dir = cli.run_dir
     checkpoints = sorted((run_dir / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not checkpoints and (run_dir / WARM_START / "policy").is_dir():
+        return _go_on_from_warm_start(cli)
     if not checkpoints:
         return "interrupted before the first checkpoint; there is nothing to resume from, so start again"
     if (run_dir / "policy").is_dir():
@@ -303,32 +351,9 @@ def _interrupted(cli: MiniRecCLI) -> str:
     return f"interrupted; resume with `{shlex.join(command)}`"
 
 
-def _config_of_checkpoint(args: Sequence[str]) -> list[str]:
-    """The config a run left beside its checkpoints, where only `--ckpt_path` is given."""
-    checkpoints = _values(args, "--ckpt_path")
-    if not checkpoints or _values(args, "--config", "-c"):
-        return []
-    check_checkpoint(Path(checkpoints[-1]))
-    config = Path(checkpoints[-1]).parent.parent / CONFIG
-    if not config.is_file():
-        raise InputError(f"there is no '{config}' beside the checkpoint: name the config of its run with --config")
-    return ["--config", str(config)]
-
-
-def _configs_first(args: Sequence[str]) -> list[str]:
-    """Moves the config files before all other options, so that none of their keys overrides what the user typed."""
-    configs: list[str] = []
-    others: list[str] = []
-    words = iter(args[1:])
-    for word in words:
-        if word in ("--config", "-c"):
-            configs += [word, *islice(words, 1)]
-        else:
-            (configs if word.startswith("--config=") else others).append(word)
-    return [*args[:1], *configs, *others]
-
-
-def _values(args: Sequence[str], *options: str) -> list[str]:
-    """What is given to an option, as `--option VALUE` or `--option=VALUE`."""
-    words = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--") else [arg])]
-    return [value for option, value in pairwise(words) if option in options]
+def _go_on_from_warm_start(cli: MiniRecCLI) -> str:
+    folder = cli.run_dir / WARM_START
+    if cli.config[cli.subcommand].warm_start.reset_policy:
+        return f"interrupted before the first checkpoint; the policy in {folder} is a mere proxy, so start again"
+    command = ["minirec", "fit", "--config", str(folder / CONFIG)]
+    return f"interrupted after the warm start; go on from its policy with `{shlex.join(command)}`"

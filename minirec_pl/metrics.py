@@ -1,7 +1,7 @@
 """Full-ranking metrics of next-item recommendation.
 
-`target_rank` and `top_items` turn scores over the whole catalogue into ranks and lists; `HitRate`, `NDCG`, `MRR` and
-`Coverage` gather them over batches and processes. Items are catalogue indices, ranks start at 1.
+`target_rank` and `top_items` turn scores over the whole catalogue into ranks and lists; `HitRate`, `NDCG`, `MRR`,
+`SampleRanks` and `Coverage` gather them over batches and processes. Items are catalogue indices, ranks start at 1.
 """
 
 from abc import abstractmethod
@@ -88,11 +88,19 @@ def top_items(scores: Tensor, k: int, seen: Tensor) -> Tensor:
     return torch.nn.functional.pad(index, (0, k - length), value=-1)
 
 
-class _RankMetric(Metric):
-    """Mean of a gain over samples, each sample_id counted once (its first rank), over batches and processes."""
+class SampleRanks(Metric):
+    """The rank of each sample, each sample_id once (its first rank), over batches and processes.
+
+    Example:
+        >>> metric = SampleRanks()
+        >>> metric.update(rank=torch.tensor([3, 11, 1]), sample_id=torch.tensor([7, 2, 7]))
+        >>> metric.compute()
+        tensor([[ 2, 11],
+                [ 7,  3]])
+    """
 
     is_differentiable = False
-    higher_is_better = True
+    higher_is_better: bool | None = None
     full_state_update = False
 
     records: list[Tensor]
@@ -132,7 +140,7 @@ class _RankMetric(Metric):
         self.records.append(torch.stack([sample_id, rank], dim=1).to(self.device, torch.int64))
 
     def compute(self) -> Tensor:
-        """Mean gain as a float32 scalar.
+        """`sample_id` and rank of each sample, int64 [n, 2], by ascending sample_id.
 
         Raises:
             InputError: If there are no samples.
@@ -143,7 +151,21 @@ class _RankMetric(Metric):
         sample_id, order = records[:, 0].sort(stable=True)
         first = torch.ones_like(sample_id, dtype=torch.bool)
         first[1:] = sample_id[1:] != sample_id[:-1]
-        return self._gain(records[order[first], 1].float()).mean()
+        return records[order[first]]
+
+
+class _RankMetric(SampleRanks):
+    """Mean of a gain over samples."""
+
+    higher_is_better = True
+
+    def compute(self) -> Tensor:
+        """Mean gain as a float32 scalar.
+
+        Raises:
+            InputError: If there are no samples.
+        """
+        return self._gain(super().compute()[:, 1].float()).mean()
 
     @abstractmethod
     def _gain(self, rank: Tensor) -> Tensor:

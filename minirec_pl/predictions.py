@@ -1,24 +1,77 @@
-"""Recommendations as a table with external ids."""
+"""Recommendations as a table with external ids, written in parts so that an interrupted run goes on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
 
+from minirec_pl.data.batches import SampleDataset, identity
 from minirec_pl.data.columns import Columns
+from minirec_pl.data.datamodule import RecDataModule
+from minirec_pl.data.sampler import OrderedSampler
+from minirec_pl.data.samples import Catalogue
 from minirec_pl.files import write_atomically
+from minirec_pl.recommender import RecModule
+from minirec_pl.selection.fingerprints import weights_fingerprint
+from minirec_pl.serving import Requests, read_candidates, read_history
 
-if TYPE_CHECKING:
-    from minirec_pl.recommender import RecModule
+REASONING = "reasoning"
+SECONDS_A_PART = 30.0
+
+
+def rows_of(outputs: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """A row per sample of what `RecModule.predict_step` returned: sample_id, user, items, scores, perhaps reasoning."""
+    columns: dict[str, Any] = {
+        name: np.concatenate([output[name].cpu().numpy() for output in outputs])
+        for name in (Columns.SAMPLE_ID, "user", "items", "scores")
+    }
+    rows = {name: list(values) if values.ndim > 1 else values for name, values in columns.items()}
+    if REASONING in outputs[0]:
+        rows[REASONING] = [text for output in outputs for text in output[REASONING]]
+    return pd.DataFrame(rows)
+
+
+def table_of(rows: pd.DataFrame, item_ids: Sequence[str], user_ids: Sequence[str]) -> pd.DataFrame:
+    """A row per recommendation.
+
+    Args:
+        rows: of `rows_of`.
+        item_ids: external id of each item index.
+        user_ids: external id of each user index.
+
+    Returns:
+        sample_id, user_id, item_id, score, rank (from 1) and, where there is one, the reasoning.
+    """
+    items, scores = np.stack(rows["items"].tolist()), np.stack(rows["scores"].tolist())
+    n, k = items.shape
+    keep = items.ravel() >= 0
+    users = np.asarray(user_ids, dtype=object)[rows["user"].to_numpy()]
+    table = {
+        Columns.SAMPLE_ID: rows[Columns.SAMPLE_ID].to_numpy().repeat(k)[keep],
+        Columns.USER_ID: users.repeat(k)[keep],
+        Columns.ITEM_ID: np.asarray(item_ids, dtype=object)[items.ravel()[keep]],
+        "score": scores.ravel()[keep],
+        "rank": np.tile(np.arange(1, k + 1), n)[keep],
+    }
+    if REASONING in rows:
+        table[REASONING] = rows[REASONING].to_numpy().repeat(k)[keep]
+    return pd.DataFrame(table)
 
 
 def write_predictions(batches: Sequence[Any], module: RecModule, data: Any, path: Path) -> Path:
-    """Writes parquet with the columns sample_id, user_id, item_id, score (log-probability in nats) and rank (from 1).
+    """Writes parquet with the columns sample_id, user_id, item_id, score (as the policy gives it) and rank (from 1).
 
     Args:
         batches: what `RecModule.predict_step` returned.
@@ -26,20 +79,145 @@ def write_predictions(batches: Sequence[Any], module: RecModule, data: Any, path
         data: the DataModule, for its user ids.
         path: file to write.
     """
-    joined = {
-        key: torch.cat([batch[key].cpu() for batch in batches]) for key in ("sample_id", "user", "items", "scores")
-    }
-    items, scores = joined["items"].numpy(), joined["scores"].numpy()
-    n, k = items.shape
-    keep = items.ravel() >= 0
-    users = np.asarray(data.table.user_ids, dtype=object)[joined["user"].numpy()]
-    table = pd.DataFrame(
-        {
-            Columns.SAMPLE_ID: joined["sample_id"].numpy().repeat(k)[keep],
-            Columns.USER_ID: users.repeat(k)[keep],
-            Columns.ITEM_ID: module.item_ids[items.ravel()[keep]],
-            "score": scores.ravel()[keep],
-            "rank": np.tile(np.arange(1, k + 1), n)[keep],
-        }
-    )
+    table = table_of(rows_of(batches), module.item_ids, data.table.user_ids)
     return write_atomically(path, lambda temporary: table.to_parquet(temporary, index=False))
+
+
+class RequestData(LightningDataModule):
+    """The requests of one prediction that no part answers yet.
+
+    Args:
+        data: of the recommender.
+        history: file of users to serve; None serves the test part.
+        candidates: file of the items that may be recommended; None for all.
+        parts: folder in which parts are kept, in a folder of their own for each kind of request.
+    """
+
+    folder: Path
+    requests: Requests
+
+    def __init__(self, data: RecDataModule, history: Path | None, candidates: Path | None, parts: Path) -> None:
+        super().__init__()
+        self.data, self.history, self.candidates, self.parts = data, history, candidates, parts
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """That of the data."""
+        return self.data.catalogue
+
+    def prepare_data(self) -> None:
+        """As the data does."""
+        self.data.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        """Reads the data and the requests."""
+        self.data.setup(stage)
+        if self.history is None:
+            self.requests = Requests(self.data.table, self.data.test_ids, [])
+        else:
+            self.requests = read_history(self.history, self.catalogue)
+        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
+        module.candidates = None if self.candidates is None else read_candidates(self.candidates, self.catalogue)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """What is not done; called when the weights of a checkpoint are in place."""
+        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
+        self.folder = self.parts / f".predictions-{self._fingerprint(module)[:16]}"
+        done = [pd.read_parquet(path, columns=[Columns.SAMPLE_ID]) for path in self.finished()]
+        ids = self.requests.sample_ids
+        if done:
+            ids = ids[~np.isin(ids, pd.concat(done)[Columns.SAMPLE_ID])]
+        self.trainer.strategy.barrier()  # type: ignore[union-attr] # no rank writes before all have looked
+        if self.trainer.is_global_zero:  # type: ignore[union-attr]
+            for text in self.requests.dropped:
+                print(f"history: {text}")
+            if done:
+                print(f"going on after {len(self.requests.sample_ids) - len(ids):,} finished samples")
+        table, window = self.requests.table, self.data.history_window
+        return DataLoader(
+            SampleDataset(table, window, self.requests.sample_ids, "the requests"),
+            batch_size=self.data.eval_batch_size,
+            sampler=OrderedSampler(ids),
+            collate_fn=identity,
+            num_workers=self.data.num_workers,
+        )
+
+    def finished(self) -> list[Path]:
+        """The parts there are."""
+        return sorted(self.folder.glob("part-*.parquet"))
+
+    def _fingerprint(self, module: RecModule) -> str:
+        """SHA-256 (hex) of all that predictions depend on: weights, settings, requests and catalogue."""
+        settings = [
+            {name: repr(value) for name, value in sorted(vars(part).items()) if _is_setting(name, value)}
+            for part in (module, module.policy)
+        ]
+        sha = hashlib.sha256(weights_fingerprint(module.policy).encode())
+        sha.update(json.dumps(settings).encode())
+        sha.update(f"{self.data.fingerprint} {self.data.history_window}".encode())
+        for path in (self.history, self.candidates):
+            sha.update(b"-" if path is None else hashlib.sha256(path.read_bytes()).digest())
+        sha.update(self.requests.sample_ids.tobytes())
+        return sha.hexdigest()
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    if name.startswith("_") or name == "training":
+        return False
+    return value is None or isinstance(value, (bool, int, float, str, tuple)) or is_dataclass(value)
+
+
+class PartWriter(Callback):
+    """Writes predictions to the folder of `RequestData` every half minute, and what is left when a run ends or breaks.
+
+    Each rank writes files of its own.
+    """
+
+    def __init__(self, data: RequestData) -> None:
+        super().__init__()
+        self._data = data
+        self._outputs: list[Mapping[str, Any]] = []
+        self._written = time.perf_counter()
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        """Keeps the batch."""
+        kept = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in outputs.items()}
+        self._outputs.append(kept)
+        if time.perf_counter() - self._written >= SECONDS_A_PART:
+            self.flush(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Loses nothing to Ctrl-C."""
+        self.flush(trainer)
+
+    def flush(self, trainer: Trainer) -> None:
+        """Writes what is not written yet."""
+        self._written = time.perf_counter()
+        if not self._outputs:
+            return
+        rows = rows_of(self._outputs)
+        first = int(rows[Columns.SAMPLE_ID].iloc[0])
+        path = self._data.folder / f"part-{trainer.global_rank:04d}-{first:012d}.parquet"
+        write_atomically(path, lambda temporary: rows.to_parquet(temporary, index=False))
+        self._outputs = []
+
+
+def merge_parts(data: RequestData, path: Path) -> None:
+    """Makes one file of all parts and removes them.
+
+    Args:
+        data: all of whose requests are answered.
+        path: parquet file to write: user_id, item_id, score, rank, the reasoning where it is kept, and sample_id where
+            samples of the test part are served.
+    """
+    rows = pd.concat([pd.read_parquet(part) for part in data.finished()], ignore_index=True)
+    rows = rows.drop_duplicates(Columns.SAMPLE_ID)
+    order = pd.Series(np.arange(len(data.requests.sample_ids)), index=data.requests.sample_ids)
+    rows = rows.iloc[np.argsort(order.loc[rows[Columns.SAMPLE_ID]].to_numpy())]
+    table = table_of(rows, data.catalogue.item_ids, data.requests.table.user_ids)
+    if data.history is not None:
+        table = table.drop(columns=Columns.SAMPLE_ID)
+    write_atomically(path, lambda temporary: table.to_parquet(temporary, index=False))
+    shutil.rmtree(data.folder, ignore_errors=True)

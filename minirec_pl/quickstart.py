@@ -7,16 +7,14 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from minirec_pl.cli import run
-from minirec_pl.cost import Cost
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.errors import InputError
+from minirec_pl.evaluation import FIGURES, popularity_row
 from minirec_pl.files import write_json
-from minirec_pl.metrics import NDCG, HitRate, target_rank
 
 RUNS: dict[str, list[str]] = {
     "grpo_full": [
@@ -33,7 +31,6 @@ RUNS: dict[str, list[str]] = {
     "grpo_minirec": [],
 }
 SEEDED = {"grpo_random": "--selection.selector.seed", "grpo_minirec": "--selection.curriculum.seed"}
-FIGURES = ("hit_rate@10", "ndcg@10")
 PIPE_WIDTH = 120
 Row = dict[str, Any]
 
@@ -62,7 +59,9 @@ def quickstart(data: Path, to: Path, configs: Path, seed: int) -> None:
     warm_root = to / "warm_start"
     warm = ["fit", "--config", str(files["warm-start"]), *common, f"--trainer.default_root_dir={warm_root}"]
     warm_row, warm_data = _fit_and_test("warm_start", warm)
-    rows = [_popularity(warm_data), warm_row]
+    popularity = popularity_row(warm_data)
+    kept = {name: popularity[name] for name in (*FIGURES, "rollouts", "tokens", "seconds")}
+    rows = [{"method": "popularity", **kept, "samples_per_epoch": 0, "distinct_samples": 0}, warm_row]
     policy = f"--model.policy.pretrained={warm_root / 'latest' / 'policy'}"
     for method, overrides in RUNS.items():
         root = f"--trainer.default_root_dir={to / method}"
@@ -97,17 +96,6 @@ def _fit_and_test(method: str, arguments: list[str]) -> tuple[Row, RecDataModule
 
 def _say(arguments: list[str]) -> None:
     print(f"\n$ minirec {shlex.join(arguments)}", flush=True)
-
-
-def _popularity(data: RecDataModule) -> Row:
-    scores = torch.from_numpy(data.item_popularity).float()
-    metrics = {"hit_rate@10": HitRate(10), "ndcg@10": NDCG(10)}
-    for batch in data.test_dataloader():
-        rank = target_rank(scores.expand(len(batch["target"]), -1), batch["target"], batch["seen"])
-        for metric in metrics.values():
-            metric.update(rank, batch["sample_id"])
-    figures = {name: float(metric.compute()) for name, metric in metrics.items()}
-    return {"method": "popularity", **figures, "samples_per_epoch": 0, "distinct_samples": 0, **Cost().row()}
 
 
 def table_of(rows: list[Row]) -> Table:

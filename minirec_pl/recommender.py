@@ -16,7 +16,7 @@ from torchmetrics import MetricCollection
 from minirec_pl.cost import Cost, Phase
 from minirec_pl.errors import InputError
 from minirec_pl.generation import take_rows
-from minirec_pl.metrics import MRR, NDCG, Coverage, HitRate, target_rank, top_items
+from minirec_pl.metrics import MRR, NDCG, Coverage, HitRate, SampleRanks, target_rank, top_items
 from minirec_pl.policy import Recommender
 
 if TYPE_CHECKING:
@@ -36,9 +36,16 @@ class RecModule(LightningModule):
         optimizer: makes the optimizer from the trainable parameters.
         lr_scheduler: makes a scheduler, stepped once per optimizer step; None keeps the rate constant.
         predict_k: length of the lists of `predict`.
+
+    Attributes:
+        test_ranks: int64 [n, 2], sample_id and rank of the target of each sample of the last test.
+        mask_seen: leave what the user knows out of the lists of `predict`.
+        candidates: bool [n_items], what may be in the lists of `predict`; None for all items.
+        keep_reasoning: let `predict` return the text that a recommendation rests on.
     """
 
     training_phase: Phase
+    test_ranks: Tensor
 
     def __init__(
         self,
@@ -54,6 +61,9 @@ class RecModule(LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.predict_k = predict_k
+        self.mask_seen = True
+        self.candidates: Tensor | None = None
+        self.keep_reasoning = False
         self.cost = Cost()
         self.cost.include(policy.training_cost)
         self._clock = time.perf_counter()
@@ -75,6 +85,7 @@ class RecModule(LightningModule):
                     "mrr": MRR(),
                 }
             )
+            self.sample_ranks = SampleRanks()
             self.coverage = Coverage(EVALUATION_K, len(self.policy.catalogue))
             self.item_ids = np.asarray(self.policy.catalogue.item_ids, dtype=object)
 
@@ -86,11 +97,15 @@ class RecModule(LightningModule):
         scheduler: Any = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
-    def _evaluate(self, batch: Mapping[str, Tensor]) -> None:
+    def _evaluate(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The rank of each target, int64 [B]."""
+        ranks = []
         for part in self._portions(batch):
             scores = self.policy.item_logps(part)
-            self.metrics.update(target_rank(scores, part["target"], part["seen"]), part["sample_id"])
+            ranks.append(target_rank(scores, part["target"], part["seen"]))
             self.coverage.update(top_items(scores, EVALUATION_K, part["seen"]))
+        self.metrics.update(torch.cat(ranks), batch["sample_id"])
+        return torch.cat(ranks)
 
     def _portions(self, batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         """Parts of a batch whose scores of the whole catalogue stay below 64 MiB."""
@@ -116,21 +131,50 @@ class RecModule(LightningModule):
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Ranks the whole catalogue for each sample."""
-        self._evaluate(batch)
+        self.sample_ranks.update(self._evaluate(batch), batch["sample_id"])
 
     def on_test_epoch_end(self) -> None:
-        """Logs the same metrics as validation, with the prefix `test/`."""
+        """Logs the same metrics as validation, with the prefix `test/`, and keeps `test_ranks`."""
         self._log_evaluation("test")
+        self.test_ranks = self.sample_ranks.compute().cpu()
+        with torch.inference_mode(False):
+            self.sample_ranks.reset()
 
-    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Top-`predict_k` unseen items: `sample_id` [B], `user` [B], `items` [B, k] item index and `scores` [B, k]."""
-        items, scores = [], []
-        for part in self._portions(batch):
-            logps = self.policy.item_logps(part)
-            items.append(top_items(logps, self.predict_k, part["seen"]))
-            scores.append(logps.gather(1, items[-1].clamp(min=0)))
-        made = {"items": torch.cat(items), "scores": torch.cat(scores)}
-        return {"sample_id": batch["sample_id"], "user": batch["user"], **made}
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """The best `predict_k` items of each sample, see `mask_seen` and `candidates`.
+
+        Returns:
+            `sample_id` [B], `user` [B], `items` [B, k] item index, -1 where none is left, and `scores` [B, k]; with
+            `keep_reasoning`, `reasoning`, a list of B texts.
+        """
+        if not self.mask_seen:
+            batch = {**batch, "seen": batch["seen"].new_full((len(batch["seen"]), 1), -1)}
+        parts = [self._recommend(part) for part in self._portions(batch)]
+        found: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in ("items", "scores")}
+        if self.keep_reasoning:
+            found["reasoning"] = [text for part in parts for text in part["reasoning"]]
+        return {"sample_id": batch["sample_id"], "user": batch["user"], **found}
+
+    def _recommend(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if self.keep_reasoning:
+            scores, found["reasoning"] = self._reasoned_scores(batch)
+        else:
+            scores = self.policy.item_logps(batch)
+        if self.candidates is not None:
+            scores = scores.masked_fill(~self.candidates.to(scores.device), -torch.inf)
+        items = top_items(scores, self.predict_k, batch["seen"])
+        return {**found, "items": items, "scores": scores.gather(1, items.clamp(min=0))}
+
+    def _reasoned_scores(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, list[str]]:
+        reason: Any = getattr(self.policy, "reasoned_item_logps", None)
+        if reason is None:
+            raise InputError(
+                f"{type(self.policy).__name__} recommends without a text: leave out --reasoning, or take a "
+                "RetrievalPolicy"
+            )
+        scores, texts = reason(batch)
+        return scores, texts
 
     def on_train_start(self) -> None:
         """Starts the clock of the training phase, also when a run goes on in the middle of an epoch."""

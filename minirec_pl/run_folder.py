@@ -14,6 +14,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from minirec_pl.checkpoints import policy_of
+from minirec_pl.evaluation import ranking_figures
 from minirec_pl.files import write_atomically, write_json
 from minirec_pl.recommender import RecModule
 
@@ -142,11 +144,10 @@ class RunFolder(Callback):
         """Writes results and policy."""
         if not trainer.is_global_zero or not isinstance(pl_module, RecModule):
             return
-        checkpoint = trainer.checkpoint_callback
-        best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
+        checkpoint, best = trainer.checkpoint_callback, best_checkpoint(trainer)
         results: dict[str, Any] = {
             "stage": "fit",
-            "best_checkpoint": best or None,
+            "best_checkpoint": None if best is None else str(best),
             "validation": self._validation,
             "epochs": len(self._samples),
             "samples_per_epoch": round(sum(self._samples.values()) / max(1, len(self._samples))),
@@ -156,19 +157,8 @@ class RunFolder(Callback):
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_score is not None:
             results["best"] = {str(checkpoint.monitor): float(checkpoint.best_model_score)}
         write_json(self.folder(trainer) / "results.json", results)
-        self._export(trainer, pl_module, best)
-
-    def _export(self, trainer: Trainer, module: RecModule, best: str) -> None:
-        policy = module.policy
-        last = {name: value.detach().clone() for name, value in policy.state_dict().items()}
-        if best:
-            weights = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
-            prefix = "policy."
-            policy.load_state_dict({n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)})
-        try:
-            policy.save_pretrained(self.folder(trainer) / "policy", module.cost.state_dict())
-        finally:
-            policy.load_state_dict(last)
+        with policy_of(pl_module.policy, best):
+            pl_module.policy.save_pretrained(self.folder(trainer) / "policy", pl_module.cost.state_dict())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the figures; after `validate` writes them."""
@@ -179,9 +169,15 @@ class RunFolder(Callback):
             write_json(self.folder(trainer) / "results.json", {"stage": "validate", **self._validation})
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the test figures."""
-        if trainer.is_global_zero:
-            write_json(self.folder(trainer) / "results.json", {"stage": "test", **_figures(trainer, "test/")})
+        """Writes the test figures, with their standard errors where the users are known."""
+        if not trainer.is_global_zero:
+            return
+        figures: dict[str, Any] = _figures(trainer, "test/")
+        table = getattr(getattr(trainer, "datamodule", None), "table", None)
+        if table is not None and isinstance(pl_module, RecModule):
+            ids, ranks = pl_module.test_ranks.unbind(dim=1)
+            figures = {**ranking_figures(ranks, table.user[ids.numpy()]), **figures}
+        write_json(self.folder(trainer) / "results.json", {"stage": "test", **figures})
 
 
 class _AfterEpoch(Checkpoint):
@@ -192,6 +188,13 @@ class _AfterEpoch(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._run_folder.stop_between_epochs(trainer)
+
+
+def best_checkpoint(trainer: Trainer) -> Path | None:
+    """The best checkpoint of a fit, or None where none is kept."""
+    checkpoint = trainer.checkpoint_callback
+    best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
+    return Path(best) if best else None
 
 
 def _move_best(state: dict[str, Any], folder: Path) -> None:

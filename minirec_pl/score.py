@@ -13,6 +13,7 @@ from torch import Tensor
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.errors import InputError
 from minirec_pl.files import write_atomically, write_json
+from minirec_pl.predictions import PartWriter, RequestData, merge_parts
 from minirec_pl.recommender import RecModule
 from minirec_pl.selection.fingerprints import fingerprints_of
 from minirec_pl.selection.merge import merge_stores
@@ -24,7 +25,53 @@ SIGNALS, SAMPLES = "signals.safetensors", "samples.parquet"
 
 
 class ScoringTrainer(Trainer):
-    """A Trainer that can also score."""
+    """The Trainer of the command line: it can also score, and writes what it predicts."""
+
+    def predict(  # type: ignore[override]
+        self,
+        *args: Any,
+        to: str | None = None,
+        history: str | None = None,
+        candidates: str | None = None,
+        mask_seen: bool = True,
+        reasoning: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Writes the best items of each sample of the test part, or of each user of a history file, as parquet.
+
+        Columns user_id, item_id, score and rank with external ids; sample_id too where the test part is served. Parts
+        are kept until all is done: the same command goes on where an interrupted one stopped.
+
+        Args:
+            args: as of `Trainer.predict`.
+            to: file to write, by default predictions.parquet in the run folder.
+            history: CSV or parquet of the users to serve, who may be new: user_id, item_id and timestamp, or user_id
+                and history_item_id, a list. By default the test part is served.
+            candidates: the only items that may be recommended: text, an id a line, or CSV or parquet with item_id.
+            mask_seen: leave out what the user has had already.
+            reasoning: keep the text that a recommendation rests on, in the column reasoning.
+            kwargs: as of `Trainer.predict`.
+
+        Raises:
+            InputError: if model or data are not those of this library, or a file cannot be used.
+        """
+        model, data = kwargs["model"], kwargs["datamodule"]
+        if not isinstance(data, RecDataModule) or not isinstance(model, RecModule):
+            raise InputError("minirec predict needs a RecDataModule and a module of minirec_pl: set data and model so")
+        model.mask_seen, model.keep_reasoning = mask_seen, reasoning
+        run = Path(self.log_dir or self.default_root_dir)
+        path = Path(to) if to else run / "predictions.parquet"
+        parts = path.parent if to else run.parent
+        requests = RequestData(data, _path(history), _path(candidates), parts)
+        writer = PartWriter(requests)
+        self.callbacks.append(writer)  # type: ignore[attr-defined]
+        kwargs["datamodule"], kwargs["return_predictions"] = requests, False
+        super().predict(*args, **kwargs)
+        writer.flush(self)
+        self.strategy.barrier()
+        if self.is_global_zero:
+            merge_parts(requests, path)
+            print(f"predictions: {path}")
 
     def score(
         self, model: LightningModule, datamodule: LightningDataModule, to: str | None = None, shard: str = "1/1"
@@ -58,7 +105,7 @@ class ScoringTrainer(Trainer):
         store = SignalStore(pool, fingerprints=fingerprints_of(model, datamodule, datamodule.pool_ids))
         scorer = _Scorer(model, store, self._asked(), folder / SIGNALS)
         with model.cost.timed("scoring"):
-            self.predict(scorer, dataloaders=datamodule.sample_loader(pool), return_predictions=False)
+            super().predict(scorer, dataloaders=datamodule.sample_loader(pool), return_predictions=False)
         if not self.is_global_zero:
             return
         samples = datamodule.users_and_items(pool)
@@ -105,3 +152,7 @@ def _shard(text: str) -> tuple[int, int]:
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise InputError(f"shard is {text!r}: write 2/4 for the second of four parts")
     return int(match[1]), int(match[2])
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)

@@ -45,6 +45,16 @@ def one_sentence(message: str) -> str:
     return f"{where + ': ' if where else ''}{what}{value}; {_help(where)}"
 
 
+def sentence_of(error: BaseException) -> str:
+    """The sentence of an InputError that a parser has wrapped, else the error's own message as one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, InputError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    return one_sentence(str(error))
+
+
 def _plain(text: str) -> str:
     text = re.sub(r"\.? Got value: .*", "", text)
     text = re.sub(r"^Type .* expects a function or a callable class: ", "", text)

@@ -33,10 +33,11 @@ SIZES = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "nu
 KINDS = {
     "llama": {"num_key_value_heads": 2, "tie_word_embeddings": True},
     "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": False, "use_sliding_window": False},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 64, "final_logit_softcapping": 30.0},
 }
 
 
-def write_model(folder, kind="llama", seed=0):
+def write_model(folder, kind="llama", seed=0, positions=512):
     """A model with a byte-level tokenizer and a ChatML template as an ordinary Hugging Face folder."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -56,7 +57,7 @@ def write_model(folder, kind="llama", seed=0):
     torch.manual_seed(seed)
     tokens = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(kind, **SIZES, **KINDS[kind], **tokens, max_position_embeddings=512)
+        AutoConfig.for_model(kind, **SIZES, **KINDS[kind], **tokens, max_position_embeddings=positions)
     )
     with torch.no_grad():
         for parameter in model.parameters():

@@ -257,12 +257,17 @@ class RetrievalPolicy(nn.Module):
 
         Besides the result, at most 64 MiB of scores exist at a time.
         """
+        return self.reasoned_item_logps(batch)[0]
+
+    def reasoned_item_logps(self, batch: Batch) -> tuple[Tensor, list[str]]:
+        """`item_logps`, and the reasoning of each sample in words."""
         self.refresh_items()
         with evaluation_mode(self):
             prompts = self.encode(batch)
             texts = self.reason(prompts, sampling=Sampling("greedy")).texts
             states = self.read(prompts, texts, with_logps=False).states[:, 0]
-            return self.index.log_softmax(states, batch["seen"], self.similarity_temperature)
+            logps = self.index.log_softmax(states, batch["seen"], self.similarity_temperature)
+            return logps, self.words(texts)
 
     def target_logps(self, states: Tensor, target: Tensor, batch_items: Tensor, negatives: Tensor) -> Tensor:
         """Log-probability of targets among the items of a batch and cached negatives, float [R].

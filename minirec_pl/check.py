@@ -1,0 +1,376 @@
+"""`minirec check`: what a fit would do, need and trip over, before it starts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import LightningDataModule
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from torch import nn
+
+from minirec_pl.data.datamodule import RecDataModule
+from minirec_pl.data.samples import Catalogue
+from minirec_pl.errors import InputError
+from minirec_pl.estimates import Load, Memory, memory_of, peak
+from minirec_pl.policy import GenerativePolicy, RetrievalPolicy
+from minirec_pl.policy.folder import SIDE_FILE
+from minirec_pl.policy.language_model import LanguageModel
+from minirec_pl.policy.prompt import PromptTemplate
+from minirec_pl.policy.retriever_folder import RetrieverText
+from minirec_pl.policy.tiny import SPECIAL_TOKENS, build_tiny
+from minirec_pl.selection.budget import budget_count
+from minirec_pl.selection.session_callback import SessionCallback
+from minirec_pl.sentences import one_sentence, sentence_of
+from minirec_pl.stages import PIPE_WIDTH, WarmStart
+
+T = TypeVar("T")
+Level = Literal["ok", "warning", "fails"]
+_COLOURS = {"ok": "green", "warning": "yellow", "fails": "red"}
+_SHOWN_PROMPTS = 64
+_GIB = 2**30
+
+
+class Finding(NamedTuple):
+    """One line of the report."""
+
+    level: Level
+    what: str
+    text: str
+
+
+class Prompts(NamedTuple):
+    """What prompts look like.
+
+    Attributes:
+        text: the first one.
+        lengths: tokens of some from all over the pool.
+        completion: tokens of a completion at most.
+    """
+
+    text: str
+    lengths: list[int]
+    completion: int
+
+
+class Preflight:
+    """Goes through a parsed config of `minirec fit` and collects findings.
+
+    Args:
+        config: of the subcommand.
+    """
+
+    def __init__(self, config: Namespace) -> None:
+        self.config = config
+        self.findings: list[Finding] = []
+        self.prompts: Prompts | None = None
+        self.memory: Memory | None = None
+        self.load: Load | None = None
+
+    @property
+    def fails(self) -> bool:
+        """Whether the fit would fail."""
+        return any(finding.level == "fails" for finding in self.findings)
+
+    def run(self) -> None:
+        """Makes all checks; one that fails keeps those that need its result from being made."""
+        self._try("options", self._options)
+        self._try("run folder", self._folder)
+        data = self._try("data", self._data)
+        policy = self._policy_options()
+        prompt = self._try("policy", lambda: _prompt_of(policy))
+        if self.fails and self.findings[-1].what == "policy":
+            return
+        tokenizer = None
+        if prompt is not None:
+            tokenizer = self._try("tokenizer", lambda: _language_model(policy).tokenizer())
+        if data is not None and (prompt is None or tokenizer is not None):
+            self.prompts = self._try("prompt", lambda: self._render(data, policy, prompt, tokenizer))
+        size = len(SPECIAL_TOKENS) + len(data.catalogue) if data is not None else 0
+        model = self._try("model", lambda: _on_meta(policy, size))
+        if data is not None and model is not None and self.prompts is not None:
+            self._try("size", lambda: self._sizes(data, policy, model))
+
+    def _try(self, what: str, step: Callable[[], T]) -> T | None:
+        try:
+            return step()
+        except InputError as error:
+            self._add("fails", what, str(error))
+        except (OSError, ValueError, TypeError) as error:
+            self._add("fails", what, one_sentence(str(error)))
+        return None
+
+    def _add(self, level: Level, what: str, text: str) -> None:
+        self.findings.append(Finding(level, what, text))
+
+    def _model_options(self) -> dict[str, Any]:
+        return _plain(self.config.model).get("init_args", {})
+
+    def _policy_options(self) -> dict[str, Any]:
+        policy = self._model_options().get("policy") or {}
+        return {"class_path": policy.get("class_path", ""), **policy.get("init_args", {})}
+
+    def _options(self) -> None:
+        """Makes module, selection and warm start, with a policy that loads nothing in place of the real one."""
+        _make_module(_plain(self.config.model), _stand_in(self._policy_options()))
+        _made(SessionCallback | None, _plain(self.config.get("selection")))
+        _made(WarmStart | None, _plain(self.config.get("warm_start")))
+
+    def _folder(self) -> None:
+        folder = Path(self.config.trainer.default_root_dir or "runs")
+        there = next((place for place in (folder, *folder.parents) if place.exists()), Path())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise InputError(f"'{there}' cannot be written: choose another --trainer.default_root_dir")
+
+    def _data(self) -> RecDataModule:
+        data = _made(LightningDataModule, _plain(self.config.data))
+        if not isinstance(data, RecDataModule):
+            raise InputError("minirec check knows the RecDataModule only")
+        data.prepare_data()
+        data.setup("fit")
+        parts = {"warm": data.warm_ids, "pool": data.pool_ids, "validation": data.val_ids, "test": data.test_ids}
+        counts = ", ".join(f"{name} {len(ids):,}" for name, ids in parts.items())
+        self._add("ok", "data", f"{len(data.catalogue):,} items; samples: {counts}")
+        return data
+
+    def _render(
+        self, data: RecDataModule, policy: Mapping[str, Any], prompt: PromptTemplate | None, tokenizer: Any
+    ) -> Prompts:
+        ids = data.pool_ids[np.linspace(0, len(data.pool_ids) - 1, _SHOWN_PROMPTS).astype(np.int64)]
+        batch = next(iter(data.sample_loader(ids, batch_size=len(ids))))
+        if prompt is None:
+            lengths = (1 + (batch["history"] >= 0).sum(dim=1)).tolist()
+            known = [int(item) for item in batch["history"][0] if item >= 0]
+            shown = "<s> " + " ".join(data.catalogue.item_ids[item] for item in known)
+            return Prompts(shown, lengths, 1)
+        texts = [prompt.render(tokenizer, prompt.history_text(batch, row, data.catalogue)) for row in range(len(ids))]
+        lengths = [len(tokens) for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        return Prompts(texts[0], lengths, _completion_tokens(policy, tokenizer, data.catalogue))
+
+    def _sizes(self, data: RecDataModule, policy: Mapping[str, Any], model: Any) -> None:
+        assert self.prompts is not None
+        options, trainer = self._model_options(), self.config.trainer
+        longest = max(self.prompts.lengths) + self.prompts.completion
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and longest > context:
+            self._add(
+                "fails",
+                "positions",
+                f"the longest prompt has {max(self.prompts.lengths)} tokens and a completion up to "
+                f"{self.prompts.completion}, but the model has {context} positions: lower data.history_window, "
+                "prompt.longest_title or the completion's length",
+            )
+        self.load = load = self._load(data, policy, options)
+        if load.batch_size > load.selected:
+            self._add(
+                "warning",
+                "batch",
+                f"an epoch has {load.selected} samples, less than a batch of {load.batch_size}: lower data.batch_size",
+            )
+        if load.batch_size == 1 and load.items and not policy.get("cached_negatives"):
+            self._add(
+                "fails",
+                "batch",
+                "a batch of one sample has no other item to compare its target with: raise data.batch_size, or set "
+                "cached_negatives",
+            )
+        total = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        dtype = next(model.parameters()).dtype
+        self._add("ok", "model", f"{total / 1e6:,.1f} M parameters in {str(dtype)[6:]}, {trained / 1e6:,.1f} M trained")
+        reference = (options.get("beta") or 0) > 0 and trained == total
+        self.memory = memory_of(model, load, dtype.itemsize, reference)
+        need, there, where = peak(self.memory), *_device_memory(trainer.accelerator)
+        if need > there:
+            self._add(
+                "warning",
+                "memory",
+                f"about {need / _GIB:.1f} GiB are needed and {where} has {there / _GIB:.1f}: lower data.batch_size, "
+                "or set gradient_checkpointing or lora",
+            )
+
+    def _load(self, data: RecDataModule, policy: Mapping[str, Any], options: Mapping[str, Any]) -> Load:
+        assert self.prompts is not None
+        trainer, selection = self.config.trainer, _plain(self.config.get("selection"))
+        chosen = (selection or {}).get("init_args", {})
+        pool = len(data.pool_ids)
+        epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else 1
+        completion = self.prompts.completion
+        retrieval = str(policy["class_path"]).endswith("RetrievalPolicy")
+        accumulate = trainer.accumulate_grad_batches or 1
+        language_model = policy.get("language_model") or {}
+        return Load(
+            pool=pool,
+            selected=budget_count(chosen["budget"], pool) if chosen.get("budget") else pool,
+            epochs=epochs,
+            num_generations=options.get("num_generations", 1),
+            scoring_generations=options.get("scoring_generations", 0),
+            rescored=round((chosen.get("rescore_fraction") or 0) * pool),
+            scores=selection is not None,
+            prompt=round(float(np.mean(self.prompts.lengths))),
+            completion=completion,
+            batch_size=data.batch_size,
+            generated_at_once=data.batch_size * (options.get("steps_per_generation") or accumulate),
+            checkpointing=bool(language_model.get("gradient_checkpointing")),
+            items=len(data.catalogue) if retrieval else 0,
+        )
+
+
+def report(preflight: Preflight, console: Console) -> None:
+    """Prints what was found."""
+    prompts, load, memory = preflight.prompts, preflight.load, preflight.memory
+    if prompts is not None:
+        shortest, longest = min(prompts.lengths), max(prompts.lengths)
+        title = f"a prompt: {prompts.lengths[0]} tokens (others {shortest} to {longest})"
+        console.print(Panel(escape(prompts.text), title=title, title_align="left"))
+    if load is not None and memory is not None:
+        table = Table(title="What the fit needs, at most", show_header=False)
+        table.add_column("what")
+        table.add_column("figure", justify="right")
+        for name, size in memory._asdict().items():
+            table.add_row(f"memory: {name}", f"{size / _GIB:.2f} GiB")
+        table.add_row("memory at the fullest moment", f"{peak(memory) / _GIB:.2f} GiB")
+        table.add_section()
+        table.add_row("samples an epoch, of the pool", f"{load.selected:,} of {load.pool:,}")
+        for phase, count in load.rollouts().items():
+            table.add_row(f"rollouts: {phase}", f"{count:,}")
+        for kind, count in load.tokens().items():
+            table.add_row(f"tokens: {kind}", f"{count:,}")
+        console.print(table)
+    for level, what, text in preflight.findings:
+        console.print(f"[{_COLOURS[level]}]{level:8}[/] {what}: {escape(text)}", soft_wrap=True, highlight=False)
+    verdict = "the fit would fail" if preflight.fails else "nothing stands in the way of the fit"
+    console.print(verdict, highlight=False)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs `minirec check`.
+
+    Args:
+        arguments: what follows `minirec check`: those of `minirec fit`.
+
+    Returns:
+        0, or 1 if the fit would fail.
+
+    Raises:
+        InputError: if the config cannot be parsed.
+    """
+    from minirec_pl.cli import parsed
+
+    preflight = Preflight(parsed(["fit", *arguments]))
+    preflight.run()
+    report(preflight, Console() if Console().is_terminal else Console(width=PIPE_WIDTH))
+    return int(preflight.fails)
+
+
+def _plain(value: Any) -> Any:
+    return value.as_dict() if isinstance(value, Namespace) else value
+
+
+def _made(kind: Any, value: Any) -> Any:
+    """An object of a type that jsonargparse knows, from the plain values of a config.
+
+    Raises:
+        InputError: if it is refused.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=kind)
+    try:
+        return parser.instantiate_classes(parser.parse_object({"value": value})).value
+    except Exception as error:
+        raise InputError(sentence_of(error)) from error
+
+
+def _prompt_of(policy: Mapping[str, Any]) -> PromptTemplate | None:
+    """The template of the prompts; None where a prompt is nothing but item ids."""
+    if policy.get("config") is not None:
+        return None
+    if policy.get("prompt"):
+        return _made(PromptTemplate, policy["prompt"])  # type: ignore[no-any-return]
+    if policy.get("language_model"):
+        return PromptTemplate()
+    side = Path(_language_model(policy).name, SIDE_FILE)
+    if not side.is_file():
+        raise InputError(f"there is no policy in '{side.parent}' ({SIDE_FILE} is missing): train it first")
+    stored = json.loads(side.read_text(encoding="utf-8"))
+    texts = stored.get("text", stored).get("prompt")
+    return PromptTemplate(**texts) if texts else None
+
+
+def _make_module(config: Mapping[str, Any], policy: nn.Module) -> None:
+    place, _, name = config["class_path"].rpartition(".")
+    kind = getattr(import_module(place), name)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, "model", skip={"policy"}, instantiate=False)
+    options = {key: value for key, value in config.get("init_args", {}).items() if key != "policy"}
+    try:
+        made = parser.instantiate_classes(parser.parse_object({"model": options})).model
+        kind(policy, **made)
+    except Exception as error:
+        raise InputError(sentence_of(error)) from error
+
+
+def _stand_in(policy: Mapping[str, Any]) -> nn.Module:
+    """A policy of the same kind that has loaded nothing."""
+    if not str(policy["class_path"]).endswith("RetrievalPolicy"):
+        return GenerativePolicy(config={})
+    made = RetrievalPolicy.__new__(RetrievalPolicy)
+    nn.Module.__init__(made)
+    made.training_cost, made.text = {}, RetrieverText().updated(max_completion_length=policy["max_completion_length"])
+    return made
+
+
+def _language_model(policy: Mapping[str, Any]) -> LanguageModel:
+    if policy.get("language_model"):
+        return _made(LanguageModel, policy["language_model"])  # type: ignore[no-any-return]
+    folder = str(policy.get("pretrained") or "")
+    if not Path(folder).is_dir():
+        raise InputError(f"there is no policy in '{folder}': train it first, or mend policy.init_args.pretrained")
+    return LanguageModel(folder, dtype="float32")
+
+
+def _completion_tokens(policy: Mapping[str, Any], tokenizer: Any, catalogue: Catalogue) -> int:
+    if str(policy["class_path"]).endswith("RetrievalPolicy"):
+        marker = tokenizer(policy.get("answer_marker") or "<answer>", add_special_tokens=False)["input_ids"]
+        length = policy.get("max_completion_length")
+        return (256 if length is None else length) + len(marker)
+    if policy.get("item_ids") == "title":
+        titles = catalogue.titles or catalogue.item_ids
+        return 1 + max(map(len, tokenizer(list(titles), add_special_tokens=False)["input_ids"]))
+    return 1
+
+
+def _on_meta(policy: Mapping[str, Any], vocabulary: int) -> Any:
+    """The model without its storage.
+
+    Raises:
+        InputError: if its config cannot be had, or there are no weights in its folder.
+    """
+    if policy.get("config") is not None:
+        with torch.device("meta"):
+            return build_tiny(policy["config"], vocabulary)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    given = _language_model(policy)
+    config = given._from_pretrained(AutoConfig, "config")
+    if Path(given.name).is_dir() and not list(Path(given.name).glob("*.safetensors")):
+        raise InputError(f"'{given.name}' holds no weights (*.safetensors): fetch the model again")
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, given.dtype))
+    return model if given.lora is None else given.lora.adapt(model)
+
+
+def _device_memory(accelerator: str) -> tuple[int, str]:
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory, "the GPU"
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"

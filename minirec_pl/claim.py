@@ -1,0 +1,63 @@
+"""The folder of a run: claimed, and what a config leaves open pointed there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+
+from minirec_pl.errors import InputError
+
+RUN_DIR_VARIABLE = "MINIREC_RUN_DIR"
+
+
+def claim_folder(root: Path) -> Path:
+    """Makes the next folder `version_N` of a root; other ranks take that of the first.
+
+    Raises:
+        InputError: if it cannot be made.
+    """
+    if RUN_DIR_VARIABLE in os.environ and "LOCAL_RANK" in os.environ:
+        return Path(os.environ[RUN_DIR_VARIABLE])
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        number = 0
+        while True:
+            folder = root / f"version_{number}"
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                number += 1
+            else:
+                os.environ[RUN_DIR_VARIABLE] = str(folder)
+                return folder
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(
+            f"cannot make a run folder in '{root}' ({reason}): choose another with --trainer.default_root_dir"
+        ) from error
+
+
+def pin_policy(config: Any) -> None:
+    """Names the run a policy comes from, not `latest`, which moves on."""
+    policy: Any = config.get("model.init_args.policy.init_args")
+    if policy is not None and policy.get("pretrained") and Path(policy.pretrained).is_dir():
+        policy.pretrained = os.path.relpath(Path(policy.pretrained).resolve())
+
+
+def csv_logger(folder: Path) -> Any:
+    """The config of a CSVLogger that writes into a folder."""
+    init_args = Namespace(save_dir=str(folder), name="", version="")  # type: ignore[no-untyped-call]
+    return Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=init_args)  # type: ignore[no-untyped-call]
+
+
+def send_to(logger: Any, folder: Path) -> None:
+    """Makes the config of a logger name a folder, where it is one of those that write files."""
+    kind = str(getattr(logger, "class_path", "")).rsplit(".", 1)[-1]
+    if kind in (CSVLogger.__name__, WandbLogger.__name__, "TensorBoardLogger"):
+        logger.init_args.save_dir = str(folder)
+    if kind in (CSVLogger.__name__, "TensorBoardLogger"):
+        logger.init_args.name, logger.init_args.version = "", ""

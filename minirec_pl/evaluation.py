@@ -1,0 +1,90 @@
+"""Full-ranking figures of a test part with their standard errors, popularity as the rival, and the table of stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from minirec_pl.cost import Cost
+from minirec_pl.data.datamodule import RecDataModule
+from minirec_pl.data.samples import IntArray
+from minirec_pl.metrics import target_rank
+
+K = 10
+FIGURES = (f"hit_rate@{K}", f"ndcg@{K}")
+Row = dict[str, Any]
+
+
+def ranking_figures(ranks: Tensor, users: IntArray) -> dict[str, float | int]:
+    """HR@10 and NDCG@10 with their standard errors.
+
+    Two errors of a mean m of n samples x_i: `_se`, sqrt(sum (x_i - m)^2 / (n (n - 1))), for which samples are
+    independent; and `_se_users`, sqrt(U / (U - 1) sum_u (sum_{i of u} (x_i - m))^2) / n, for which the U users are and
+    the samples of one user are not. They are equal where every user has one sample, and NaN of a single one.
+
+    Args:
+        ranks: int64 [n], rank of each sample's target, from 1.
+        users: int64 [n], user index of each sample.
+
+    Returns:
+        `hit_rate@10`, `ndcg@10`, each again with `_se` and `_se_users`, `samples` and `users`.
+
+    Example:
+        >>> figures = ranking_figures(torch.tensor([1, 99]), np.array([0, 1]))
+        >>> figures["hit_rate@10"], figures["hit_rate@10_se"], figures["users"]
+        (0.5, 0.5, 2)
+    """
+    rank = ranks.numpy().astype(np.float64)
+    hit = (rank <= K).astype(np.float64)
+    user, n_users = np.unique(users, return_inverse=True)[1], len(np.unique(users))
+    figures: dict[str, float | int] = {}
+    for name, values in zip(FIGURES, (hit, hit / np.log2(1 + rank)), strict=True):
+        n, away = len(values), values - values.mean()
+        sums = np.bincount(user, weights=away, minlength=n_users)
+        figures[name] = float(values.mean())
+        figures[f"{name}_se"] = _root((away**2).sum(), n) / np.sqrt(n)
+        figures[f"{name}_se_users"] = _root((sums**2).sum(), n_users) * np.sqrt(n_users) / n
+    return {name: float(value) for name, value in figures.items()} | {"samples": len(rank), "users": n_users}
+
+
+def _root(squares: float, n: int) -> float:
+    return float(np.sqrt(squares / (n - 1))) if n > 1 else float("nan")
+
+
+def popularity_figures(data: RecDataModule) -> dict[str, float | int]:
+    """`ranking_figures` of the test part for items ranked by their interactions in the train part."""
+    scores = torch.from_numpy(data.item_popularity).float()
+    ranks, users = [], []
+    for batch in data.sample_loader(data.test_ids):
+        ranks.append(target_rank(scores.expand(len(batch["target"]), -1), batch["target"], batch["seen"]))
+        users.append(batch["user"])
+    return ranking_figures(torch.cat(ranks), torch.cat(users).numpy())
+
+
+def popularity_row(data: RecDataModule) -> Row:
+    """The row of popularity in `results.json`, with its cost, which is none."""
+    return {"stage": "popularity", **popularity_figures(data), **Cost().row()}
+
+
+def stage_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The stages of a fit for the terminal: figures, standard errors by user, and what was spent until then."""
+    samples, users = rows[0]["samples"], rows[0]["users"]
+    table = Table(title=f"Test part: {samples:,} samples of {users:,} users, the whole catalogue ranked")
+    columns = ("stage", f"HR@{K}", f"NDCG@{K}", "rollouts scoring + training", "tokens forward + backward", "seconds")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for row in rows:
+        rollouts, tokens = row["rollouts"], row["tokens"]
+        table.add_row(
+            row["stage"].replace("_", " "),
+            *(f"{row[name]:.4f} ± {row[f'{name}_se_users']:.4f}" for name in FIGURES),
+            f"{rollouts['scoring']:,} + {rollouts['training']:,}",
+            f"{tokens['forward'] / 1e6:.2f} M + {tokens['backward'] / 1e6:.2f} M",
+            f"{sum(row['seconds'].values()):.1f}",
+        )
+    return table

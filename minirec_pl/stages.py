@@ -1,0 +1,246 @@
+"""What `minirec fit` does around GRPO: the warm start before it, and tests of every stage."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.loggers import CSVLogger
+from rich.console import Console
+from torch import Tensor, nn
+
+from minirec_pl.checkpoints import load_policy_weights
+from minirec_pl.data.datamodule import RecDataModule
+from minirec_pl.data.splits import random_part
+from minirec_pl.errors import InputError
+from minirec_pl.evaluation import Row, popularity_row, ranking_figures, stage_table
+from minirec_pl.files import write_json
+from minirec_pl.random_state import isolated_random_state
+from minirec_pl.recommender import RecModule
+from minirec_pl.warm_start import WarmStartModule
+
+RESULTS, STAGES, WARM_START = "results.json", "stages.json", "warm_start"
+PIPE_WIDTH = 120
+
+
+@dataclass
+class WarmStart:
+    """The supervised stage before GRPO, on the part of train that the pool leaves out.
+
+    Args:
+        train_on: `warm` trains on whole sequences of the warm part, for ids of one token; `warm_samples` on single
+            samples of it, which any policy can.
+        samples: with `warm_samples`, how many, drawn at random by the seed of the data; None for all of the warm part.
+        epochs: passes over them, at most.
+        batch_size: sequences or samples a batch.
+        accumulate_grad_batches: batches an optimizer step.
+        dropout: see `WarmStartModule`.
+        optimizer: makes the optimizer from the trainable parameters.
+        lr_scheduler: makes a scheduler, stepped once per optimizer step; None keeps the rate constant.
+        gradient_clip_val: largest norm of the gradient; None for no clipping.
+        patience: validates after each epoch, stops after so many without a better NDCG@10 and keeps the best; None
+            keeps the last.
+        reset_policy: the warm policy only scores and selects: GRPO then starts from the weights before the warm start,
+            as the paper's proxy model has it. The selection must be made once.
+
+    Raises:
+        InputError: if a number is out of range.
+    """
+
+    train_on: Literal["warm", "warm_samples"] = "warm"
+    samples: int | None = None
+    epochs: int = 1
+    batch_size: int = 16
+    accumulate_grad_batches: int = 1
+    dropout: float = 0.0
+    optimizer: OptimizerCallable = torch.optim.AdamW
+    lr_scheduler: LRSchedulerCallable | None = None
+    gradient_clip_val: float | None = 1.0
+    patience: int | None = None
+    reset_policy: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "epochs", "batch_size", "accumulate_grad_batches", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"warm_start.{name} is {value}: give a whole number of at least 1")
+        if self.samples is not None and self.train_on == "warm":
+            raise InputError("warm_start.samples counts single samples: set warm_start.train_on to warm_samples")
+
+    def data(self, data: RecDataModule) -> RecDataModule:
+        """The same data, already read, that trains on the warm part.
+
+        Raises:
+            InputError: if it is empty.
+        """
+        rows = data.parts.warm[data.table.eligible[data.parts.warm]]
+        if not len(rows):
+            raise InputError("the warm part is empty: raise data.warm_fraction, or set warm_start to null")
+        twin = copy.copy(data)
+        twin.trainer = None
+        vars(twin).pop("train_sampler", None)
+        twin.train_on = self.train_on
+        twin.warm_ids = random_part(rows, self.samples, data.seed)
+        twin.batch_size = twin.warm_batch_size = self.batch_size
+        return twin
+
+
+class Stages:
+    """The stages of one fit, tested on the same samples.
+
+    Args:
+        make_trainer: makes a Trainer on the devices of the fit, from options of its own.
+        folder: of the run.
+        model: what is trained.
+        data: what it is trained on.
+        tested: test each stage on the test part.
+    """
+
+    def __init__(
+        self, make_trainer: Callable[..., Trainer], folder: Path, model: RecModule, data: RecDataModule, tested: bool
+    ) -> None:
+        self.make_trainer, self.folder, self.model, self.data, self.tested = make_trainer, folder, model, data, tested
+        self.rows: list[Row] = []
+
+    def prepare(self, options: WarmStart | None, fit: Trainer) -> None:
+        """Checks what is asked for; reads the data and binds the policy, so that no stage has to.
+
+        Args:
+            options: of the warm start, if there is one.
+            fit: the Trainer that GRPO will run in.
+
+        Raises:
+            InputError: if model or data are not those of this library, or `reset_policy` meets a selection that is made
+                again.
+        """
+        if not isinstance(self.data, RecDataModule):
+            raise InputError("warm_start and test_stages need a RecDataModule: set data to minirec_pl.RecDataModule")
+        if options is not None and isinstance(self.model, WarmStartModule):
+            raise InputError("the model is a WarmStartModule, a warm start already: set warm_start to null")
+        if options is not None and options.reset_policy:
+            check_selected_once(fit)
+        self.data.prepare_data()
+        self.data.setup("fit")
+        self.model.policy.bind(self.data.catalogue)
+
+    def test(self, stage: str) -> None:
+        """Tests the policy as it is, if tests are asked for; each result is written at once."""
+        if not self.tested:
+            return
+        ranker = RecModule(self.model.policy)
+        trainer = self.make_trainer(logger=False, enable_checkpointing=False)
+        with isolated_random_state():
+            if not self.rows:
+                self.rows.append(popularity_row(self.data))
+            trainer.test(ranker, datamodule=self.data, verbose=False)
+        ids, ranks = ranker.test_ranks.unbind(dim=1)
+        figures = ranking_figures(ranks, self.data.table.user[ids.numpy()])
+        self.rows.append({"stage": stage, **figures, **self.model.cost.row()})
+        if trainer.is_global_zero:
+            write_json(self.folder / STAGES, {"stages": self.rows})
+
+    def warm_start(self, options: WarmStart, fit: Trainer) -> None:
+        """Trains the policy on the warm part and keeps it in `warm_start/policy`.
+
+        Args:
+            options: of the warm start.
+            fit: the Trainer that GRPO will run in, which a reset of the policy is entrusted to.
+        """
+        policy, folder = self.model.policy, self.folder / WARM_START
+        if options.reset_policy:
+            fit.callbacks.append(_StartWeights(policy))  # type: ignore[attr-defined]
+        warm = WarmStartModule(policy, options.dropout, options.optimizer, options.lr_scheduler)
+        warm.cost = self.model.cost
+        best = ModelCheckpoint(folder, "best", monitor="val/ndcg@10", mode="max", save_weights_only=True)
+        stop = EarlyStopping("val/ndcg@10", mode="max", patience=options.patience or 1)
+        trainer = self.make_trainer(
+            logger=CSVLogger(str(self.folder), name="", version=WARM_START),
+            callbacks=[] if options.patience is None else [best, stop],
+            enable_checkpointing=options.patience is not None,
+            max_epochs=options.epochs,
+            accumulate_grad_batches=options.accumulate_grad_batches,
+            gradient_clip_val=options.gradient_clip_val,
+            num_sanity_val_steps=0,
+            limit_val_batches=0 if options.patience is None else None,
+        )
+        trainer.fit(warm, datamodule=options.data(self.data))
+        if best.best_model_path:
+            load_policy_weights(policy, Path(best.best_model_path))
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            Path(best.best_model_path or folder / "best.ckpt").unlink(missing_ok=True)
+            policy.save_pretrained(folder / "policy", self.model.cost.state_dict())
+
+    def take_over(self, checkpoint: Path) -> None:
+        """Goes on with the stages of the run that a checkpoint was taken in."""
+        for name in (STAGES, RESULTS):
+            earlier = checkpoint.parent.parent / name
+            if self.tested and not self.rows and earlier.is_file():
+                rows = json.loads(earlier.read_text(encoding="utf-8")).get("stages", [])
+                self.rows = [row for row in rows if row["stage"] != "trained"]
+
+    def finish(self) -> None:
+        """Adds the stages to `results.json` and prints their table."""
+        if not self.tested or not self.rows:
+            return
+        results = json.loads((self.folder / RESULTS).read_text(encoding="utf-8"))
+        write_json(self.folder / RESULTS, {**results, "stages": self.rows})
+        (self.folder / STAGES).unlink(missing_ok=True)
+        console = Console() if Console().is_terminal else Console(width=PIPE_WIDTH)
+        console.print(stage_table(self.rows))
+        print(f"results: {self.folder / 'results.json'}")
+
+
+class _StartWeights(Callback):
+    """Puts the trained weights back to where they were when this was made, as soon as the selection is made."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        self._weights = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Comes after the callbacks that score and select."""
+        _put(pl_module.policy, self._weights)  # type: ignore[arg-type]
+        reference = getattr(pl_module, "reference", None)
+        if reference is not None:
+            _put(reference, self._weights)
+
+
+@torch.no_grad()
+def _put(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    for name, parameter in module.named_parameters():
+        if name in weights:
+            parameter.copy_(weights[name])
+
+
+def check_selected_once(trainer: Trainer) -> None:
+    """Refuses `reset_policy` unless the selection is made before the first epoch and never again.
+
+    Raises:
+        InputError: naming the option that would have another selection made, by a policy that is not the proxy.
+    """
+    made: list[Any] = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        made += [part for part in (callback, *getattr(callback, "parts", ())) if hasattr(part, "every_n_epochs")]
+    selections = [part for part in made if hasattr(part, "warmup_epochs")]
+    if not selections:
+        raise InputError(
+            "warm_start.reset_policy throws the warm policy away after it has selected, and nothing selects: set "
+            "selection, or reset_policy to false"
+        )
+    (selection,) = selections
+    epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else float("inf")
+    if selection.warmup_epochs > 0 or selection.every_n_epochs < epochs:
+        raise InputError(
+            f"warm_start.reset_policy has the warm policy select, once: set selection.warmup_epochs to 0 (it is "
+            f"{selection.warmup_epochs}) and selection.every_n_epochs to trainer.max_epochs at least (they are "
+            f"{selection.every_n_epochs} and {trainer.max_epochs})"
+        )
