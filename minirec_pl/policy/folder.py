@@ -121,7 +121,7 @@ def write_policy(folder: Path, policy: StoredPolicy) -> None:
         InputError: if `folder` holds something else than a policy, or cannot be written; it is then left as it was.
     """
     catalogue, chat = policy.catalogue, policy.chat
-    side = {
+    side: dict[str, Any] = {
         "item_ids": catalogue.item_ids,
         "titles": catalogue.titles,
         "item_tokens": policy.item_tokens.tolist(),

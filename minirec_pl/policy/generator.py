@@ -22,9 +22,9 @@ from minirec_pl.policy.causal_lm import (
 from minirec_pl.policy.decoding import TokenRows, decode, decode_beams
 from minirec_pl.policy.folder import Chat, StoredPolicy, read_policy, write_policy
 from minirec_pl.policy.item_codes import SemanticIds
-from minirec_pl.policy.item_ids import ID_KINDS, IdKind, load_with_ids
+from minirec_pl.policy.item_ids import IdKind, check_id_options, load_with_ids
 from minirec_pl.policy.language_model import LanguageModel
-from minirec_pl.policy.prompt import EncodedPrompts, PromptTemplate
+from minirec_pl.policy.prompt import EncodedPrompts, PromptTemplate, encode_ids
 from minirec_pl.policy.ranking import item_scores
 from minirec_pl.policy.rollout import CompletionStates, Prompt, Rollouts, evaluation_mode
 from minirec_pl.policy.supervised import check_positions, pairs_as_prompts, sequence_nll
@@ -78,12 +78,7 @@ class GenerativePolicy(nn.Module):
                 "GenerativePolicy takes exactly one of `pretrained` (a folder), `config` (a new model) and "
                 "`language_model`"
             )
-        if item_ids not in ID_KINDS:
-            raise InputError(f"item_ids is {item_ids!r}: choose one of {', '.join(ID_KINDS)}")
-        if semantic_ids is not None and (language_model is None or item_ids != "semantic"):
-            raise InputError("semantic_ids goes with a language_model and item_ids 'semantic': leave it out")
-        if prompt is not None and language_model is None:
-            raise InputError("prompt goes with a language_model; a folder of `pretrained` has its own: leave it out")
+        check_id_options(language_model is not None, item_ids, semantic_ids, prompt)
         if evaluation_beams is not None and evaluation_beams < 1:
             raise InputError(f"evaluation_beams is {evaluation_beams}: give at least 1, or null for an exact ranking")
         self.config, self.language_model = config, language_model
@@ -165,15 +160,9 @@ class GenerativePolicy(nn.Module):
             longest = None if positions is None else positions - self.id_length + 1
             tokenizer, prompt, ids = self.chat.tokenizer, self.chat.prompt, self.chat.id_texts
             return prompt.encode(tokenizer, batch, self.catalogue, longest, ids)
-        history, row = torch.unique_consecutive(batch["history"], dim=0, return_inverse=True)
-        tokens = torch.where(history[..., None] >= 0, self.trie.item_tokens[history.clamp(min=0)], -1).flatten(1)
-        tokens = nn.functional.pad(tokens, (1, 0), value=self.bos_token_id)
-        real = tokens >= 0
-        tokens = tokens.gather(1, torch.argsort(real.to(torch.int8), dim=1, stable=True))
-        tokens = tokens[:, tokens.shape[1] - int(real.sum(dim=1).max()) :]
-        check_positions(self.model, tokens.shape[1] + self.id_length - 1)
-        mask = (tokens >= 0).to(torch.int64)
-        return EncodedPrompts(torch.where(mask.bool(), tokens, self.pad_token_id), mask, row)
+        encoded = encode_ids(batch["history"], self.trie.item_tokens, self.bos_token_id, self.pad_token_id)
+        check_positions(self.model, encoded.mask.shape[1] + self.id_length - 1)
+        return encoded
 
     def prompt_states(self, batch: Batch) -> Tensor:
         """Last hidden state of each prompt, float [B, D]; equal prompts are run once."""
@@ -333,14 +322,10 @@ class GenerativePolicy(nn.Module):
         return item_scores(self, batch, chunk)
 
     def supervised_loss(self, batch: Batch) -> tuple[Tensor, int]:
-        """The loss of a warm start on single samples, and the tokens that were run for it.
+        """The loss of a warm start on single samples with `target` int64 [B], and the tokens that were run for it.
 
-        Args:
-            batch: what `encode` takes, and `target` int64 [B].
-
-        Returns:
-            Mean negative log-likelihood of the target's id after the prompt among the ids of the whole catalogue, in
-            nats, a scalar with gradient; tokens, padding not counted.
+        It is the mean negative log-likelihood of the target's id after the prompt among the ids of the whole
+        catalogue, in nats, a scalar with gradient.
         """
         target = batch["target"]
         nothing = torch.full((len(target), 1), -1, device=target.device)

@@ -34,6 +34,28 @@ class ItemIds(NamedTuple):
     texts: list[str]
 
 
+def check_id_options(
+    in_words: bool, kind: str, semantic_ids: SemanticIds | None, prompt: PromptTemplate | None
+) -> None:
+    """Refuses options that do not go together.
+
+    Args:
+        in_words: whether there is a language model to be loaded.
+        kind: of the ids.
+        semantic_ids: as given.
+        prompt: as given.
+
+    Raises:
+        InputError: naming the option.
+    """
+    if kind not in ID_KINDS:
+        raise InputError(f"item_ids is {kind!r}: choose one of {', '.join(ID_KINDS)}")
+    if semantic_ids is not None and not (in_words and kind == "semantic"):
+        raise InputError("semantic_ids goes with a language_model and item_ids 'semantic': leave it out")
+    if prompt is not None and not in_words:
+        raise InputError("prompt goes with a language_model; a folder of `pretrained` has its own: leave it out")
+
+
 def title_ids(tokenizer: Any, catalogue: Catalogue, prompt: PromptTemplate) -> ItemIds:
     """The tokens of each title as prompts show it, and the end of a sequence.
 

@@ -39,6 +39,25 @@ class EncodedPrompts(NamedTuple):
     row: Tensor
 
 
+def encode_ids(history: Tensor, item_tokens: Tensor, start: int, pad: int) -> EncodedPrompts:
+    """Prompts without words: a start token, then the ids of the history, oldest first; equal neighbours share one.
+
+    Args:
+        history: int64 [B, W], item index padded with -1 anywhere.
+        item_tokens: int64 [n_items, L], padded with -1.
+        start: the start token.
+        pad: the padding token.
+    """
+    history, row = torch.unique_consecutive(history, dim=0, return_inverse=True)
+    tokens = torch.where(history[..., None] >= 0, item_tokens[history.clamp(min=0)], -1).flatten(1)
+    tokens = torch.nn.functional.pad(tokens, (1, 0), value=start)
+    real = tokens >= 0
+    tokens = tokens.gather(1, torch.argsort(real.to(torch.int8), dim=1, stable=True))
+    tokens = tokens[:, tokens.shape[1] - int(real.sum(dim=1).max()) :]
+    mask = (tokens >= 0).to(torch.int64)
+    return EncodedPrompts(torch.where(mask.bool(), tokens, pad), mask, row)
+
+
 def time_ago(seconds: float) -> str:
     """A span of time in its largest unit.
 

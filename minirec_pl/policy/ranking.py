@@ -42,7 +42,7 @@ def item_scores(policy: GenerativePolicy, batch: Mapping[str, Tensor], chunk: in
 def _most_completions(policy: GenerativePolicy, prompt: Prompt) -> int:
     """Completions at a time that keep within the bounds of memory above."""
     layers: list[Any] = prompt.cache.layers
-    cached = sum(layer.keys[0].nbytes + layer.values[0].nbytes for layer in layers)
+    cached: int = sum(layer.keys[0].nbytes + layer.values[0].nbytes for layer in layers)
     return max(1, min(_CACHE_BYTES // cached, _LOGITS // policy.trie.widest))
 
 

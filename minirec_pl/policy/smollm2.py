@@ -132,7 +132,7 @@ def _convert(gguf: Path, new: Path) -> None:
     values = read.config.to_dict()
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         values.pop(name, None)
-    plain = LlamaForCausalLM(LlamaConfig.from_dict(values))
+    plain: Any = LlamaForCausalLM(LlamaConfig.from_dict(values))
     plain.load_state_dict(read.state_dict())
     for config in (plain.config, plain.generation_config):
         for name, value in ids.items():

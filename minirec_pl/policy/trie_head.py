@@ -126,8 +126,8 @@ def item_logps(
         parent, taken = (child[:, :, column].flatten()[open_] for column in (depth - 1, depth))
         after = states.rest[:, :, depth - 1].flatten(0, 1).index_select(0, open_)
         rows = child_logps(head, trie, after, depth, lows[parent], highs[parent], counts[open_], temperature)
-        for kind, values in ((logps, rows.gather(1, taken[:, None])[:, 0]), (entropies, _entropy(rows.detach()))):
-            kind.append(values.new_zeros(items.numel()).index_copy(0, open_, values).view_as(items))
+        for kind, some in ((logps, rows.gather(1, taken[:, None])[:, 0]), (entropies, _entropy(rows.detach()))):
+            kind.append(some.new_zeros(items.numel()).index_copy(0, open_, some).view_as(items))
     mask = child >= 0
     values = (torch.stack(kind, dim=-1).masked_fill(~mask, 0.0) for kind in (logps, entropies))
     return next(values), mask, next(values)

