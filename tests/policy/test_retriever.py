@@ -377,7 +377,7 @@ def test_evaluation_leaves_modes_and_random_numbers_alone(llama):
     [
         ({"similarity_temperature": 0.0}, "similarity_temperature is 0.0"),
         ({"item_prompt": "an item"}, r"put \{text\} into it"),
-        ({"answer_marker": ""}, "answer_marker is no token"),
+        ({"answer_marker": ""}, "answer_marker is empty"),
         ({"max_completion_length": -1}, "max_completion_length is -1"),
         ({"longest_item": 0}, "longest_item 0"),
         ({"refresh_items_every_n_steps": 0}, "refresh_items_every_n_steps 0"),
