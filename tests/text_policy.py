@@ -80,12 +80,12 @@ def text_policy(folder, lora=True, catalogue=None, noise=0.3, **options):
     short = PromptTemplate(system="Be brief.", user="{history}\nNext?")
     usual = {"max_completion_length": 6, "similarity_temperature": 0.1, "prompt": short}
     policy = RetrievalPolicy(model, **{**usual, **options})
+    policy.bind(toy_catalogue() if catalogue is None else catalogue)
     if lora and noise:
         with torch.no_grad():
             for name, parameter in policy.named_parameters():
                 if "lora_B" in name:
                     parameter.add_(noise * torch.randn(parameter.shape))
-    policy.bind(toy_catalogue() if catalogue is None else catalogue)
     return policy
 
 

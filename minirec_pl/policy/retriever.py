@@ -52,10 +52,12 @@ class RetrievalPolicy(nn.Module):
         item_dtype: of the cached vectors.
 
     Raises:
-        InputError: if both or neither of `language_model` and `pretrained` are given, one cannot be had, or an option
-            is out of range.
+        InputError: if both or neither of `language_model` and `pretrained` are given, the folder holds no such policy,
+            or an option is out of range.
     """
 
+    model: Any
+    tokenizer: Any
     index: ItemIndex
     marker: Tensor
 
@@ -105,11 +107,6 @@ class RetrievalPolicy(nn.Module):
         self.refresh_budget = refresh_budget
         self.item_dtype = getattr(torch, item_dtype)
         self.catalogue: Catalogue | None = None
-        self.model, self.tokenizer = language_model.load()
-        marker = self.tokenizer(self.text.answer_marker, add_special_tokens=False)["input_ids"]
-        if not marker:
-            raise InputError("answer_marker is no token: give a text, for example <answer>")
-        self.register_buffer("marker", torch.tensor(marker), persistent=False)
 
     @property
     def max_completion_length(self) -> int:
@@ -123,10 +120,18 @@ class RetrievalPolicy(nn.Module):
 
     @torch.inference_mode(False)
     def bind(self, catalogue: Catalogue) -> None:
-        """Ties the policy to a catalogue, any, since items are known by their texts."""
+        """Loads the model and ties it to a catalogue, any, since items are known by their texts.
+
+        Raises:
+            InputError: if the model cannot be had.
+        """
         now = self.catalogue
         if now is not None and now.fingerprint == catalogue.fingerprint and now.texts == catalogue.texts:
             return
+        if now is None:
+            self.model, self.tokenizer = self.language_model.load()
+            marker = self.tokenizer(self.text.answer_marker, add_special_tokens=False)["input_ids"]
+            self.register_buffer("marker", torch.tensor(marker), persistent=False)
         texts = [self.text.item_prompt.replace("{text}", text) for text in catalogue.texts]
         ids = self.tokenizer(texts)["input_ids"]
         tokens = [item[: self.text.longest_item] + self.marker.tolist() for item in ids]
@@ -150,9 +155,11 @@ class RetrievalPolicy(nn.Module):
             training_cost: what training this policy cost, kept with it so that later runs can state the sum.
 
         Raises:
-            InputError: if the folder cannot be written or holds something else.
+            InputError: if the policy has no catalogue yet, or the folder cannot be written or holds something else.
         """
-        fresh = self.catalogue is not None and bool((self.index.encoded_with == self._weights()).all())
+        if self.catalogue is None:
+            raise InputError("the policy has no catalogue yet: fit it, or call bind(catalogue), before saving")
+        fresh = bool((self.index.encoded_with == self._weights()).all())
         write_retriever(
             Path(folder),
             model=self.model,

@@ -40,6 +40,8 @@ class RetrieverText:
     longest_item: int = 128
 
     def __post_init__(self) -> None:
+        if not self.answer_marker.strip():
+            raise InputError("answer_marker is empty: give a text, for example <answer>")
         if "{text}" not in self.item_prompt:
             raise InputError("item_prompt does not say where the item's text goes: put {text} into it")
         if not 0 < self.similarity_temperature < math.inf:
