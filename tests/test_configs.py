@@ -9,12 +9,16 @@ import pytest
 import yaml
 from cli_tools import REPOSITORY
 from lightning.pytorch import Trainer
+from text_policy import write_model
 
 from minirec_pl.__main__ import main
 from minirec_pl.cli import MiniRecCLI, run
+from minirec_pl.policy import LanguageModel, Lora, PromptTemplate
+from minirec_pl.stages import WarmStart
 
 FILES = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 STRUCTURE = {"class_path", "init_args", "model", "data", "trainer"}
+WITHOUT_CLASS_PATH = (Trainer, WarmStart, LanguageModel, Lora, PromptTemplate)
 KEY = re.compile(r"^(?P<indent> *(?:- )?)(?P<key>[\w]+):(?P<rest>.*)$")
 
 
@@ -26,6 +30,8 @@ def name_of(path):
 def test_it_parses_and_its_classes_can_be_made(path, command, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(MiniRecCLI, "_run_subcommand", lambda self, subcommand: None)
     policy = [f"--model.policy.pretrained={command.policy}"] if "pretrained: runs/" in path.read_text() else []
+    if "language_model:" in path.read_text():
+        policy = [f"--model.policy.init_args.language_model.name={write_model(tmp_path / 'model')}"]
     cli = run(["fit", "--config", str(path), f"--trainer.default_root_dir={tmp_path}", *policy])
     config = yaml.safe_load(path.read_text())
     assert type(cli.model).__name__ == config["model"]["class_path"].rsplit(".", 1)[-1]
@@ -34,6 +40,7 @@ def test_it_parses_and_its_classes_can_be_made(path, command, tmp_path, monkeypa
     wanted = {entry["class_path"].rsplit(".", 1)[-1] for entry in config["trainer"]["callbacks"]}
     assert wanted <= made
     assert ("MiniRec" in made) == (config["selection"] is not None)
+    assert (cli.config_init["fit"].warm_start is not None) == ("warm_start" in config)
     assert "RunFolder" in made
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(path), "--print_config"])
@@ -75,13 +82,14 @@ def test_stated_defaults_are_those_of_the_code(path):
     for _, key, comment in commented_keys(path):
         if match := re.search(r"Default ([^.]*(?:\.\d[^.]*)*)\.", comment):
             stated.setdefault(key, []).append(match[1])
-    defaults = {}
-    for target in (Trainer, *classes_in(yaml.safe_load(path.read_text()))):
+    defaults, resolved = {}, set()
+    for target in (*WITHOUT_CLASS_PATH, *classes_in(yaml.safe_load(path.read_text()))):
         for name, parameter in inspect.signature(target).parameters.items():
-            resolved_inside = parameter.default is None and target.__module__.startswith("lightning.")
-            if parameter.default is not parameter.empty and not resolved_inside:
+            if parameter.default is None and target.__module__.startswith("lightning."):
+                resolved.add(name)
+            elif parameter.default is not parameter.empty:
                 defaults.setdefault(name, set()).add(spell(parameter.default))
-    checked = {(key, text) for key, texts in stated.items() for text in texts if key in defaults}
+    checked = {(key, text) for key, texts in stated.items() for text in texts if key in defaults.keys() - resolved}
     wrong = [(key, text, defaults[key]) for key, text in checked if plain(text.split(" with ")[0]) not in defaults[key]]
     assert not wrong
     assert len(checked) > 15
