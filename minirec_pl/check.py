@@ -7,18 +7,16 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule
 from rich.console import Console
-from rich.markup import escape
-from rich.panel import Panel
-from rich.table import Table
 from torch import nn
 
+from minirec_pl.check_report import GIB, Finding, Level, Prompts, report
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.errors import InputError
@@ -35,32 +33,7 @@ from minirec_pl.sentences import one_sentence, sentence_of
 from minirec_pl.stages import PIPE_WIDTH, WarmStart
 
 T = TypeVar("T")
-Level = Literal["ok", "warning", "fails"]
-_COLOURS = {"ok": "green", "warning": "yellow", "fails": "red"}
 _SHOWN_PROMPTS = 64
-_GIB = 2**30
-
-
-class Finding(NamedTuple):
-    """One line of the report."""
-
-    level: Level
-    what: str
-    text: str
-
-
-class Prompts(NamedTuple):
-    """What prompts look like.
-
-    Attributes:
-        text: the first one.
-        lengths: tokens of some from all over the pool.
-        completion: tokens of a completion at most.
-    """
-
-    text: str
-    lengths: list[int]
-    completion: int
 
 
 class Preflight:
@@ -195,7 +168,7 @@ class Preflight:
             self._add(
                 "warning",
                 "memory",
-                f"about {need / _GIB:.1f} GiB are needed and {where} has {there / _GIB:.1f}: lower data.batch_size, "
+                f"about {need / GIB:.1f} GiB are needed and {where} has {there / GIB:.1f}: lower data.batch_size, "
                 "or set gradient_checkpointing or lora",
             )
 
@@ -226,33 +199,6 @@ class Preflight:
         )
 
 
-def report(preflight: Preflight, console: Console) -> None:
-    """Prints what was found."""
-    prompts, load, memory = preflight.prompts, preflight.load, preflight.memory
-    if prompts is not None:
-        shortest, longest = min(prompts.lengths), max(prompts.lengths)
-        title = f"a prompt: {prompts.lengths[0]} tokens (others {shortest} to {longest})"
-        console.print(Panel(escape(prompts.text), title=title, title_align="left"))
-    if load is not None and memory is not None:
-        table = Table(title="What the fit needs, at most", show_header=False)
-        table.add_column("what")
-        table.add_column("figure", justify="right")
-        for name, size in memory._asdict().items():
-            table.add_row(f"memory: {name}", f"{size / _GIB:.2f} GiB")
-        table.add_row("memory at the fullest moment", f"{peak(memory) / _GIB:.2f} GiB")
-        table.add_section()
-        table.add_row("samples an epoch, of the pool", f"{load.selected:,} of {load.pool:,}")
-        for phase, count in load.rollouts().items():
-            table.add_row(f"rollouts: {phase}", f"{count:,}")
-        for kind, count in load.tokens().items():
-            table.add_row(f"tokens: {kind}", f"{count:,}")
-        console.print(table)
-    for level, what, text in preflight.findings:
-        console.print(f"[{_COLOURS[level]}]{level:8}[/] {what}: {escape(text)}", soft_wrap=True, highlight=False)
-    verdict = "the fit would fail" if preflight.fails else "nothing stands in the way of the fit"
-    console.print(verdict, highlight=False)
-
-
 def run(arguments: Sequence[str]) -> int:
     """Runs `minirec check`.
 
@@ -269,7 +215,8 @@ def run(arguments: Sequence[str]) -> int:
 
     preflight = Preflight(parsed(["fit", *arguments]))
     preflight.run()
-    report(preflight, Console() if Console().is_terminal else Console(width=PIPE_WIDTH))
+    console = Console() if Console().is_terminal else Console(width=PIPE_WIDTH)
+    report(preflight.findings, preflight.prompts, preflight.load, preflight.memory, console)
     return int(preflight.fails)
 
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import shlex
 import shutil
-import signal
 import sys
-import threading
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +18,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer.states import TrainerStatus
-from transformers.utils.logging import disable_progress_bar
 
 from minirec_pl.arguments import CONFIG, config_of_checkpoint, configs_first, values_of
 from minirec_pl.checkpoints import AtomicCheckpointIO, check_checkpoint, policy_of
 from minirec_pl.claim import claim_folder, csv_logger, pin_policy, send_to
 from minirec_pl.errors import InputError
 from minirec_pl.files import write_atomically
+from minirec_pl.process import finish_wandb, own_process_state
 from minirec_pl.recommender import RecModule
 from minirec_pl.run_folder import RunFolder, best_checkpoint
 from minirec_pl.score import ScoringTrainer
@@ -239,7 +235,7 @@ def parsed(args: Sequence[str]) -> Namespace:
     """
     cli = _ParsedOnly.__new__(_ParsedOnly)
     try:
-        with _own_process_state():
+        with own_process_state():
             _start(cli, args)
     except ParserError as error:
         raise InputError(sentence_of(error)) from error
@@ -278,7 +274,7 @@ def run(args: Sequence[str]) -> MiniRecCLI:
     cli = MiniRecCLI.__new__(MiniRecCLI)
     finished = False
     try:
-        with _own_process_state():
+        with own_process_state():
             _start(cli, args)
         finished = True
     except (SystemExit, KeyboardInterrupt) as stop:
@@ -300,38 +296,10 @@ def run(args: Sequence[str]) -> MiniRecCLI:
             f"cannot write '{where}' ({reason}): free some space or choose another --trainer.default_root_dir"
         ) from error
     finally:
-        _finish_wandb(failed=not finished)
+        finish_wandb(failed=not finished)
         if not finished:
             cli.discard_failed_start()
     return cli
-
-
-def _finish_wandb(failed: bool) -> None:
-    """Ends the W&B run, so that the next run of this process does not log into it."""
-    wandb = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:
-        with contextlib.suppress(OSError):
-            wandb.finish(exit_code=int(failed))
-
-
-@contextlib.contextmanager
-def _own_process_state() -> Iterator[None]:
-    """Quiets advertisements, and gives Ctrl-C back at the end."""
-    disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
-            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-            yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
-
-
-def _is_no_tip(record: logging.LogRecord) -> bool:
-    return "Tip:" not in record.getMessage()[:10]
 
 
 def _interrupted(cli: MiniRecCLI) -> str:

@@ -152,6 +152,7 @@ def test_the_same_command_goes_on_after_an_interruption(checkpoint, data, tmp_pa
     assert not list(tmp_path.glob(".predictions-*"))
 
 
+@pytest.mark.slow
 def test_parts_of_another_request_are_not_taken(checkpoint, data, tmp_path, capsys, monkeypatch):
     counted = Interrupted(at=3)
     monkeypatch.setattr(GRPORecModule, "predict_step", lambda self, *args: counted(self, *args))
@@ -164,6 +165,7 @@ def test_parts_of_another_request_are_not_taken(checkpoint, data, tmp_path, caps
     assert len(list(tmp_path.glob(".predictions-*"))) == 1
 
 
+@pytest.mark.slow
 def test_nothing_is_left_to_do(checkpoint, data, tmp_path, capsys, monkeypatch):
     import minirec_pl.score as score
 
@@ -175,6 +177,7 @@ def test_nothing_is_left_to_do(checkpoint, data, tmp_path, capsys, monkeypatch):
     assert pd.read_parquet(tmp_path / "top.parquet")["sample_id"].nunique() == len(data.test_ids)
 
 
+@pytest.mark.slow
 def test_parts_are_written_while_it_runs(checkpoint, data, tmp_path, monkeypatch):
     import minirec_pl.predictions as predictions
 

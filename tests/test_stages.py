@@ -100,6 +100,7 @@ def test_the_warm_start_is_the_one_of_the_module_by_hand(command, whole, make_tr
         torch.testing.assert_close(value, shared[name])
 
 
+@pytest.mark.slow
 def test_tests_of_the_stages_change_nothing(command, whole, tmp_path):
     assert main([*fit(command, tmp_path / "runs"), "--test_stages=false"]) == 0
     run = tmp_path / "runs" / "version_0"
@@ -121,6 +122,7 @@ def test_the_proxy_selects_and_training_starts_from_the_original_weights(command
     assert not equal_weights(run, run / "warm_start")
 
 
+@pytest.mark.slow
 def test_the_reference_of_the_kl_term_is_reset_too(command, tmp_path):
     still = ["--model.optimizer.lr=0.0", "--model.beta=0.1", "--trainer.max_epochs=1"]
     arguments = fit(command, tmp_path / "runs", *ONCE, *still, reset_policy=True)
@@ -154,6 +156,7 @@ def test_a_proxy_without_a_selection(command, tmp_path, capsys):
     assert "nothing selects" in sentence(capsys)
 
 
+@pytest.mark.slow
 def test_patience_keeps_the_best_epoch(command, tmp_path):
     assert (
         main(
@@ -174,6 +177,7 @@ def test_patience_keeps_the_best_epoch(command, tmp_path):
     assert not list((run / "warm_start").glob("*.ckpt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_epoch_end"])
 def test_a_resumed_run_skips_the_warm_start(command, whole, tmp_path, capsys, monkeypatch, hook):
     capsys.readouterr()
@@ -203,6 +207,7 @@ def test_ctrl_c_in_the_warm_start(command, tmp_path, capsys, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.slow
 def test_ctrl_c_between_warm_start_and_first_checkpoint(command, whole, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert main(fit(command, tmp_path / "runs", *interrupt("on_fit_start"))) == 2
