@@ -56,8 +56,6 @@ class RetrievalPolicy(nn.Module):
             or an option is out of range.
     """
 
-    model: Any
-    tokenizer: Any
     index: ItemIndex
     marker: Tensor
 
@@ -107,6 +105,15 @@ class RetrievalPolicy(nn.Module):
         self.refresh_budget = refresh_budget
         self.item_dtype = getattr(torch, item_dtype)
         self.catalogue: Catalogue | None = None
+        self.model: Any = None
+        self.tokenizer: Any = None
+        if self.folder is not None:
+            self._load()
+
+    def _load(self) -> None:
+        self.model, self.tokenizer = self.language_model.load()
+        marker = self.tokenizer(self.text.answer_marker, add_special_tokens=False)["input_ids"]
+        self.register_buffer("marker", torch.tensor(marker), persistent=False)
 
     @property
     def max_completion_length(self) -> int:
@@ -120,7 +127,7 @@ class RetrievalPolicy(nn.Module):
 
     @torch.inference_mode(False)
     def bind(self, catalogue: Catalogue) -> None:
-        """Loads the model and ties it to a catalogue, any, since items are known by their texts.
+        """Ties the policy to a catalogue, any, since items are known by their texts; loads a `language_model`.
 
         Raises:
             InputError: if the model cannot be had.
@@ -128,10 +135,8 @@ class RetrievalPolicy(nn.Module):
         now = self.catalogue
         if now is not None and now.fingerprint == catalogue.fingerprint and now.texts == catalogue.texts:
             return
-        if now is None:
-            self.model, self.tokenizer = self.language_model.load()
-            marker = self.tokenizer(self.text.answer_marker, add_special_tokens=False)["input_ids"]
-            self.register_buffer("marker", torch.tensor(marker), persistent=False)
+        if self.model is None:
+            self._load()
         texts = [self.text.item_prompt.replace("{text}", text) for text in catalogue.texts]
         ids = self.tokenizer(texts)["input_ids"]
         tokens = [item[: self.text.longest_item] + self.marker.tolist() for item in ids]
