@@ -56,6 +56,9 @@ def _table(shapes):
     rows = ["| work | ours [completions/s] | TRL | ratio | ours [MB] | TRL | share |", "| --- " + "| ---: " * 6 + "|"]
     for name, shape in shapes.items():
         speed, peak = shape["completions_per_second"], shape["peak_mb"]
+        if "trl" not in speed:
+            rows.append(f"| {name} | {speed['ours']:.2f} | | | {peak['ours']:.0f} | | |")
+            continue
         rows.append(
             f"| {name} | {speed['ours']:.2f} | {speed['trl']:.2f} | {speed['ours'] / speed['trl']:.1f} | "
             f"{peak['ours']:.0f} | {peak['trl']:.0f} | {peak['ours'] / peak['trl']:.2f} |"
@@ -72,7 +75,7 @@ def _phases(shapes):
 
 
 def plot_curves(shapes, path):
-    """Seconds of a step over each quantity, both sides, and our prefill."""
+    """Seconds of a step over each quantity, for each side measured, and our prefill."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -83,7 +86,8 @@ def plot_curves(shapes, path):
         points = [shape for name, shape in shapes.items() if name.startswith(quantity + " ")]
         values = [shape["shape"][quantity] for shape in points]
         completions = [shape["shape"]["prompts"] * shape["shape"]["generations"] for shape in points]
-        for side, name in (("trl", "TRL 1.16"), ("ours", "ours")):
+        sides = points[0]["completions_per_second"]
+        for side, name in ((side, {"trl": "TRL 1.16"}.get(side, side)) for side in sides):
             seconds = [n / shape["completions_per_second"][side] for n, shape in zip(completions, points, strict=True)]
             panel.plot(values, seconds, marker="o", label=f"{name}, whole step")
         prefill = [shape["ours_seconds_by_phase"]["prefill"] for shape in points]

@@ -60,23 +60,23 @@ def run_side(work):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def compare(shape, rounds, steps, threads):
-    """Both sides on one shape, taking turns."""
-    works = {side: Work(side, **{"steps": steps, "threads": threads, **shape}) for side in SIDES}
-    found = {side: [] for side in SIDES}
+def compare(shape, rounds, steps, threads, sides=SIDES):
+    """The sides on one shape, taking turns."""
+    works = {side: Work(side, **{"steps": steps, "threads": threads, **shape}) for side in sides}
+    found = {side: [] for side in sides}
     for turn in range(rounds):
-        for side in SIDES[:: -1 if turn % 2 else 1]:
+        for side in sides[:: -1 if turn % 2 else 1]:
             found[side] += run_side(works[side])
-    seconds = {side: statistics.median(step["seconds"] for step in found[side]) for side in SIDES}
+    seconds = {side: statistics.median(step["seconds"] for step in found[side]) for side in sides}
     completions = works["ours"].prompts * works["ours"].generations
     phases = {
         name: round(statistics.median(step["phases"].get(name, 0.0) for step in found["ours"]), 4)
         for name in found["ours"][0]["phases"]
     }
     return {
-        "completions_per_second": {side: round(completions / seconds[side], 3) for side in SIDES},
-        "peak_mb": {side: round(max(step["peak_mb"] for step in found[side]), 1) for side in SIDES},
-        "step_seconds": {side: [round(step["seconds"], 3) for step in found[side]] for side in SIDES},
+        "completions_per_second": {side: round(completions / seconds[side], 3) for side in sides},
+        "peak_mb": {side: round(max(step["peak_mb"] for step in found[side]), 1) for side in sides},
+        "step_seconds": {side: [round(step["seconds"], 3) for step in found[side]] for side in sides},
         "ours_seconds_by_phase": phases,
         "shape": dataclasses.asdict(works["ours"]),
     }
@@ -97,13 +97,14 @@ def main(arguments=None):
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
     parser.add_argument("--steps", type=int, default=3, help="measured steps of a process")
     parser.add_argument("--threads", type=int, default=2, help="of each process")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="ours alone has no ratio")
     parser.add_argument("--report", action="store_true", help="also write benchmarks/results/grpo_step.md and .png")
     options = parser.parse_args(arguments)
     if options.case == "smollm2":
         fetch_smollm2(SMOLLM2_FOLDER.parent)
     result = {"case": options.case, "machine": machine()}
     shapes = {
-        name: compare(shape, options.rounds, options.steps, options.threads)
+        name: compare(shape, options.rounds, options.steps, options.threads, tuple(options.sides))
         for name, shape in SHAPES[options.case].items()
     }
     result |= next(iter(shapes.values())) if options.case != "curves" else {}
@@ -111,7 +112,7 @@ def main(arguments=None):
     options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for name, shape in shapes.items():
         speed, peak = shape["completions_per_second"], shape["peak_mb"]
-        print(f"{name}: {speed['ours']} completions/s, TRL {speed['trl']}; {peak['ours']} MB, TRL {peak['trl']}")
+        print(f"{name}: {'; '.join(f'{side} {speed[side]} completions/s, {peak[side]} MB' for side in speed)}")
     if options.report:
         write_report(RESULTS)
 

@@ -84,15 +84,17 @@ class ReasoningSampler:
         policy = self.policy
         with evaluation_mode(policy):
             prompts = policy.encode(batch, self.length)
+            ran, sampling = policy.run(prompts), Sampling(**self.sampling)
             texts, logps = policy.reason(
-                prompts, uniform.shape[1], length=self.length, sampling=Sampling(**self.sampling), uniform=uniform
+                prompts, uniform.shape[1], length=self.length, sampling=sampling, uniform=uniform, ran=ran
             )
-            passed = policy.read(prompts, texts, self.sampling["temperature"])
+            passed = policy.read(prompts, texts, sampling.temperature, ran=ran)
             ranking = policy.rank(passed.states, batch["target"], batch["seen"])
         columns = ranking_columns(*ranking, self.rewards.item_ids)
         rewards, by_name = self.rewards(batch, ranking.best, logps.sum(dim=-1), policy.words(texts), columns)
-        sampled = passed.tokens - texts[..., 0].numel() * len(policy.marker)
-        return Drawn(texts, passed, ranking, rewards, by_name, passed.tokens + sampled)
+        markers = len(texts) * texts.shape[1] * len(policy.marker)
+        tokens = int(prompts.mask.sum()) + 2 * passed.tokens - markers
+        return Drawn(texts, passed, ranking, rewards, by_name, tokens)
 
     def roll_out(self, batch: Batch, generator: torch.Generator, keep_logps: bool) -> RolloutBatch:
         """Rewarded rollouts to train on.

@@ -13,7 +13,7 @@ from torch import Tensor
 from minirec_pl.errors import InputError
 from minirec_pl.policy.causal_lm import Head, body_of, head_of, run_prompts
 from minirec_pl.policy.decoding import TokenHead, decode, decode_beams
-from minirec_pl.policy.rollout import evaluation_mode, warpers
+from minirec_pl.policy.rollout import Prompt, evaluation_mode, warpers
 from minirec_pl.policy.trie import TokenTrie
 from minirec_pl.policy.trie_head import TrieHead
 
@@ -159,6 +159,7 @@ def generate(
     uniform: Tensor | None = None,
     generator: torch.Generator | None = None,
     constraint: Constraint | TokenTrie | None = None,
+    prompt: Prompt | None = None,
 ) -> Completions:
     """G completions of each prompt, in evaluation mode and without gradients; the mode is put back afterwards.
 
@@ -175,6 +176,7 @@ def generate(
         uniform: float64 [B, G, max_new_tokens] in [0, 1), one number for each token; drawn from `generator` if None.
         generator: e.g. from `rollout_generator(seed, epoch, step, rank)`; torch's global one if None.
         constraint: the tokens that may follow, or a trie, whose leaves then end the completions.
+        prompt: these prompts, run in evaluation mode already.
 
     Raises:
         InputError: if a prompt is empty or too long for the model, the shapes do not fit, or the weights have diverged.
@@ -199,7 +201,7 @@ def generate(
     elif uniform.shape != size:
         raise InputError(f"the random numbers have shape {tuple(uniform.shape)}: give {size}, one for each token")
     with evaluation_mode(model):
-        prompt, ends = run_prompts(body_of(model), input_ids, attention_mask), eos_token_ids(model)
+        prompt, ends = prompt or run_prompts(body_of(model), input_ids, attention_mask), eos_token_ids(model)
         head: TokenHead
         if isinstance(constraint, TokenTrie):
             nothing = torch.full((len(input_ids), 1), -1, device=input_ids.device)

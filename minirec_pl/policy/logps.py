@@ -17,6 +17,7 @@ from minirec_pl.policy.causal_lm import (
     run_completions,
     run_prompts,
 )
+from minirec_pl.policy.rollout import Prompt
 
 _TILE_TOKENS = 1024
 _TILE_ENTRIES = 2**20  # 4 MiB in float32, which stay in the last-level cache of a CPU
@@ -70,16 +71,26 @@ def completion_logps(
 
 
 def completion_states(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    prompt: Prompt | None = None,
 ) -> Tensor:
     """The last hidden states that produce the tokens of completions, float [B, G, L, D], from one pass.
 
-    Args and exceptions are those of `completion_logps`, as is what the completions of a group share.
+    Args and exceptions are those of `completion_logps`, as is what the completions of a group share; `prompt` is that
+    of the same prompts, where they have been run already.
     """
     tokens, mask = completion_ids.flatten(0, 1), completion_mask.bool().flatten(0, 1)
     with cache_under_checkpointing(model) as shared:
-        run = _shared_states if shared else _separate_states
-        states = run(body_of(model), input_ids, attention_mask.to(torch.int64), tokens, mask, completion_ids.shape[1])
+        group, attention_mask = completion_ids.shape[1], attention_mask.to(torch.int64)
+        if not shared:
+            states = _separate_states(body_of(model), input_ids, attention_mask, tokens, mask, group)
+        else:
+            prompt = prompt or run_prompts(body_of(model), input_ids, attention_mask)
+            states = _shared_states(prompt, input_ids, attention_mask, tokens, mask, group)
     return states.view(*completion_ids.shape, -1)
 
 
@@ -94,12 +105,11 @@ def token_logps(model: Any, states: Tensor, tokens: Tensor, mask: Tensor, temper
 
 
 def _shared_states(
-    body: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor, tokens: Tensor, mask: Tensor, group: int
+    prompt: Prompt, input_ids: Tensor, attention_mask: Tensor, tokens: Tensor, mask: Tensor, group: int
 ) -> Tensor:
     """The states that produce the tokens, [R, L, D], from prompts run once each."""
-    prompt = run_prompts(body, input_ids, attention_mask)
     if not prompt.cache.layers:
-        return _separate_states(body, input_ids, attention_mask, tokens, mask, group)
+        return _separate_states(prompt.body, input_ids, attention_mask, tokens, mask, group)
     sample = torch.arange(len(input_ids), device=tokens.device).repeat_interleave(group)
     first = prompt.states.index_select(0, sample)[:, None]
     fed, parts = mask[:, 1:], []

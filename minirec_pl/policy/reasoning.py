@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from minirec_pl.policy.generation import eos_token_ids
 from minirec_pl.policy.logps import completion_states, token_logps
 from minirec_pl.policy.prompt import EncodedPrompts
+from minirec_pl.policy.rollout import Prompt
 
 
 class Reasoning(NamedTuple):
@@ -81,6 +82,7 @@ def read_reasoning(
     temperature: float = 1.0,
     *,
     with_logps: bool = True,
+    ran: Prompt | None = None,
 ) -> ReasoningPass:
     """One pass over prompts, reasonings and marker; the prompt is run once for its group where that is exact.
 
@@ -94,14 +96,15 @@ def read_reasoning(
         marker: int64 [M], at least one token.
         temperature: divides the logits, as in sampling.
         with_logps: whether the log-probabilities are wanted; 0 otherwise.
+        ran: the prompts of the samples, where they have been run already; their tokens are then not counted.
     """
     input_ids, mask = (part.index_select(0, prompts.row) for part in (prompts.input_ids, prompts.mask))
     kept = kept_tokens(texts, eos_token_ids(model))
     tokens, counted = with_marker(texts, kept, marker)
-    states = completion_states(model, input_ids, mask, tokens, counted)
+    states = completion_states(model, input_ids, mask, tokens, counted, ran)
     last = (kept + len(marker))[..., None, None].expand(-1, -1, 1, states.shape[-1])
     answer = states.gather(2, last).squeeze(2)
-    spent = int(mask.sum()) + int(kept.sum()) + kept.numel() * len(marker)
+    spent = int(kept.sum()) + kept.numel() * len(marker) + (int(mask.sum()) if ran is None else 0)
     if not with_logps or not texts.shape[-1]:
         nothing = torch.zeros(texts.shape, dtype=torch.promote_types(states.dtype, torch.float32), device=texts.device)
         return ReasoningPass(nothing, nothing, answer, spent)

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.errors import InputError
+from minirec_pl.policy.causal_lm import body_of, run_prompts
 from minirec_pl.policy.generation import Sampling, eos_token_ids, generate
 from minirec_pl.policy.item_index import ItemIndex, Ranking, draw_negatives
 from minirec_pl.policy.language_model import LanguageModel
 from minirec_pl.policy.prompt import EncodedPrompts, PromptTemplate
 from minirec_pl.policy.reasoning import Reasoning, ReasoningPass, kept_tokens, read_reasoning, unit
 from minirec_pl.policy.retriever_folder import RetrieverText, read_retriever, stored_vectors, write_retriever
-from minirec_pl.policy.rollout import evaluation_mode
+from minirec_pl.policy.rollout import Prompt, evaluation_mode
 
 Batch = Mapping[str, Tensor]
 
@@ -219,6 +220,7 @@ class RetrievalPolicy(nn.Module):
         length: int | None = None,
         sampling: Sampling | None = None,
         uniform: Tensor | None = None,
+        ran: Prompt | None = None,
     ) -> Reasoning:
         """Reasonings of each prompt, in evaluation mode.
 
@@ -228,6 +230,7 @@ class RetrievalPolicy(nn.Module):
             length: L, tokens at most; None for `max_completion_length`.
             sampling: how tokens are chosen; plain sampling if None.
             uniform: float64 [B, G, L] in [0, 1), one number for each token; torch's global generator if None.
+            ran: what `run` made of the prompts.
         """
         length = self.max_completion_length if length is None else length
         size = (len(prompts.row), num_generations, length)
@@ -235,17 +238,28 @@ class RetrievalPolicy(nn.Module):
         if length == 0:
             return Reasoning(texts, texts.float())
         ids, mask = (part.index_select(0, prompts.row) for part in (prompts.input_ids, prompts.mask))
-        made = generate(self.model, ids, mask, num_generations, length, sampling=sampling, uniform=uniform)
+        made = generate(self.model, ids, mask, num_generations, length, sampling=sampling, uniform=uniform, prompt=ran)
         logps, longest = made.logps.new_zeros(size), made.ids.shape[-1]
         texts[..., :longest] = made.ids.masked_fill(~made.mask, -1)
         logps[..., :longest] = made.logps
         return Reasoning(texts, logps)
 
     def read(
-        self, prompts: EncodedPrompts, texts: Tensor, temperature: float = 1.0, *, with_logps: bool = True
+        self,
+        prompts: EncodedPrompts,
+        texts: Tensor,
+        temperature: float = 1.0,
+        *,
+        with_logps: bool = True,
+        ran: Prompt | None = None,
     ) -> ReasoningPass:
         """One pass over prompts, texts int64 [B, G, L] and marker, with gradient; see `read_reasoning`."""
-        return read_reasoning(self.model, prompts, texts, self.marker, temperature, with_logps=with_logps)
+        return read_reasoning(self.model, prompts, texts, self.marker, temperature, with_logps=with_logps, ran=ran)
+
+    def run(self, prompts: EncodedPrompts) -> Prompt:
+        """The prompts run once, each different one, for `reason` and `read` in the same mode."""
+        ran = run_prompts(body_of(self.model), prompts.input_ids, prompts.mask)
+        return ran._replace(states=ran.states.index_select(0, prompts.row), row=prompts.row)
 
     def words(self, texts: Tensor) -> list[str]:
         """Texts int64 [..., L], padded with -1, in words, flat."""
@@ -276,8 +290,9 @@ class RetrievalPolicy(nn.Module):
         self.refresh_items()
         with evaluation_mode(self):
             prompts = self.encode(batch)
-            texts = self.reason(prompts, sampling=Sampling("greedy")).texts
-            states = self.read(prompts, texts, with_logps=False).states[:, 0]
+            ran = self.run(prompts)
+            texts = self.reason(prompts, sampling=Sampling("greedy"), ran=ran).texts
+            states = self.read(prompts, texts, with_logps=False, ran=ran).states[:, 0]
             logps = self.index.log_softmax(states, batch["seen"], self.similarity_temperature)
             return logps, self.words(texts)
 
