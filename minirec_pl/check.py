@@ -87,7 +87,8 @@ class Preflight:
         self.findings.append(Finding(level, what, text))
 
     def _model_options(self) -> dict[str, Any]:
-        return _plain(self.config.model).get("init_args", {})
+        options: dict[str, Any] = _plain(self.config.model).get("init_args", {})
+        return options
 
     def _policy_options(self) -> dict[str, Any]:
         policy = self._model_options().get("policy") or {}
@@ -313,7 +314,8 @@ def _on_meta(policy: Mapping[str, Any], vocabulary: int) -> Any:
     if Path(given.name).is_dir() and not list(Path(given.name).glob("*.safetensors")):
         raise InputError(f"'{given.name}' holds no weights (*.safetensors): fetch the model again")
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, given.dtype))
+        build: Any = AutoModelForCausalLM.from_config
+        model: Any = build(config, dtype=getattr(torch, given.dtype))
     return model if given.lora is None else given.lora.adapt(model)
 
 

@@ -79,7 +79,7 @@ def write_predictions(batches: Sequence[Any], module: RecModule, data: Any, path
         data: the DataModule, for its user ids.
         path: file to write.
     """
-    table = table_of(rows_of(batches), module.item_ids, data.table.user_ids)
+    table = table_of(rows_of(batches), module.item_ids.tolist(), data.table.user_ids)
     return write_atomically(path, lambda temporary: table.to_parquet(temporary, index=False))
 
 

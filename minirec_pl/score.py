@@ -27,7 +27,7 @@ SIGNALS, SAMPLES = "signals.safetensors", "samples.parquet"
 class ScoringTrainer(Trainer):
     """The Trainer of the command line: it can also score, and writes what it predicts."""
 
-    def predict(  # type: ignore[override]
+    def predict(
         self,
         *args: Any,
         to: str | None = None,

@@ -108,7 +108,7 @@ def foresee(trainer: Trainer, warmup_epochs: int, count: Callable[[int], int] | 
     ask = type(source).dataloader
 
     def dataloader() -> Any:
-        loader = ask(source)
+        loader: Any = ask(source)
         loader = loader if _is_ours(loader) else rebuild(loader, trainer.limit_train_batches)
         if count is not None:
             _cut_to(loader, trainer, warmup_epochs, count(len(loader.sampler.sample_ids)))

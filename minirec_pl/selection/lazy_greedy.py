@@ -162,7 +162,8 @@ class LazyGreedy:
                 alive = np.flatnonzero(value + margin > rival)
                 if 4 * len(alive) < 3 * len(rows):
                     self._leave(rows, distance, value, chosen)
-                    rows, distance, score, margin, value = (a[alive] for a in (rows, distance, score, margin, value))
+                    rows, distance, score = rows[alive], distance[alive], score[alive]
+                    margin, value = margin[alive], value[alive]
                     unit, chosen, cosine = unit.index_select(0, torch.from_numpy(alive).to(unit.device)), [], {}
                     continue
                 likely = np.flatnonzero(value > -np.inf)
