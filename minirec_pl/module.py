@@ -34,6 +34,7 @@ from minirec_pl.reference import adapters_off, check_sync, frozen_copy, is_fresh
 from minirec_pl.reward_calls import RewardFunction
 from minirec_pl.rewards import SoftmaxMixReward, hit
 from minirec_pl.samplers import sampler_of
+from minirec_pl.selection.ranks import gather_states, own_state
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.trajectory import Trajectory
 from minirec_pl.warm_start import WarmStartModule
@@ -206,7 +207,7 @@ class GRPORecModule(RecModule):
         super().on_save_checkpoint(checkpoint)
         checkpoint["rollout_seed"], checkpoint["rollout_step"] = self.rollout_seed, self.rollout_step
         if self.generation is not None and self.generation.left:
-            checkpoint["generation"] = self.generation.state_dict()
+            checkpoint["generation"] = gather_states(self.generation.state_dict(), self.device)
         if self.trajectory.start:
             checkpoint["trajectory_start"] = dict(self.trajectory.start)
 
@@ -216,8 +217,8 @@ class GRPORecModule(RecModule):
         self.rollout_seed = checkpoint.get("rollout_seed", self.rollout_seed)
         self.rollout_step = checkpoint.get("rollout_step", self.rollout_step)
         self.trajectory.start = dict(checkpoint.get("trajectory_start", self.trajectory.start))
-        state = checkpoint.get("generation")
-        self.generation = None if state is None else Generation.from_state(state)
+        states = checkpoint.get("generation")
+        self.generation = None if states is None else Generation.from_state(own_state(states, "unfinished rollouts"))
 
     def on_train_start(self) -> None:
         """Brings rollouts of a checkpoint to where the policy is by now."""

@@ -18,6 +18,7 @@ from minirec_pl.checkpoints import policy_of
 from minirec_pl.evaluation import ranking_figures
 from minirec_pl.files import write_atomically, write_json
 from minirec_pl.recommender import RecModule
+from minirec_pl.selection.ranks import gather_states
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -45,7 +46,8 @@ class RunFolder(Callback):
         self._stop = False
         self._samples: dict[int, int] = {}
         self._validation: dict[str, float] = {}
-        self._random_state: list[torch.Tensor] | None = None
+        self._random_states: list[dict[str, Any]] | None = None
+        self._device = torch.device("cpu")
         self._distinct: set[int] = set()
         self._previous_handler: Any = None
         self._pid = 0
@@ -82,12 +84,13 @@ class RunFolder(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on Ctrl-C waits; continues the random numbers of a checkpoint."""
-        self._training = True
-        if self._random_state is not None:
-            torch.set_rng_state(self._random_state[0])
-            if len(self._random_state) - 1 == torch.cuda.device_count():
-                torch.cuda.set_rng_state_all(self._random_state[1:])
-            self._random_state = None
+        self._training, self._device = True, pl_module.device
+        states, self._random_states = self._random_states, None
+        if states is not None and len(states) == trainer.world_size:
+            own = states[trainer.global_rank]
+            torch.set_rng_state(own["torch"])
+            if len(own["cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(own["cuda"])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -120,7 +123,7 @@ class RunFolder(Callback):
             "samples": dict(self._samples),
             "validation": dict(self._validation),
             "distinct": torch.tensor(sorted(self._distinct), dtype=torch.int64),
-            "random_state": [torch.get_rng_state(), *cuda],
+            "random_states": gather_states({"torch": torch.get_rng_state(), "cuda": cuda}, self._device),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -128,7 +131,7 @@ class RunFolder(Callback):
         self._samples = dict(state_dict["samples"])
         self._validation = dict(state_dict["validation"])
         self._distinct = set(state_dict["distinct"].tolist())
-        self._random_state = state_dict["random_state"]
+        self._random_states = state_dict["random_states"]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Takes the best checkpoints of the resumed run along, since a run keeps to its own folder."""

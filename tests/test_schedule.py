@@ -241,7 +241,7 @@ def test_a_run_resumed_inside_a_generation_ends_like_one_never_stopped(
         return module, watch
 
     whole, watched = run(extra=[SaveAt(3, path)])
-    held = torch.load(path, weights_only=True)["generation"]
+    (held,) = torch.load(path, weights_only=True)["generation"]
     assert 0 <= held["position"] < held["positions"] - 1
     torch.manual_seed(99)
     resumed, after = run(path)
@@ -327,6 +327,36 @@ def test_ranks_draw_different_completions_of_the_same_prompts(tiny_policy, toy_d
     assert torch.equal(one[0]["sample_id"], two[0]["sample_id"])
     items = [part["items"] for part in one + two]
     assert all(not torch.equal(a, b) for i, a in enumerate(items) for b in items[:i])
+
+
+def test_each_rank_goes_on_with_its_own_rollouts(tiny_policy, toy_data, make_trainer, tmp_path):
+    path = tmp_path / "inside.ckpt"
+
+    def run(name, ckpt_path=None, devices=2):
+        (tmp_path / name).mkdir()
+        torch.manual_seed(3)
+        module = GRPORecModule(
+            tiny_policy(), [popular], num_generations=3, optimizer=sgd(0.3), num_iterations=2, steps_per_generation=2
+        )
+        ranks = {"strategy": "ddp_fork", "devices": devices} if devices > 1 else {}
+        trainer = make_trainer(
+            max_epochs=1, limit_train_batches=4, callbacks=[Ranks(tmp_path / name), SaveAt(2, path)], **ranks
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit(module, toy_data(batch_size=4), ckpt_path=ckpt_path)
+
+    run("whole")
+    run("resumed", path)
+    for rank in range(2):
+        (made, steps), (again, rest) = (
+            torch.load(tmp_path / name / f"rank-{rank}.pt", weights_only=True) for name in ("whole", "resumed")
+        )
+        assert len(again) == 2
+        assert all(torch.equal(a["items"], b["items"]) for a, b in zip(again, made[2:], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(chain(*rest), chain(*steps[2:]), strict=True))
+    with pytest.raises(InputError, match="unfinished rollouts of 2 ranks and there are 1: resume on 2"):
+        run("alone", path, devices=1)
 
 
 def test_clipping_precision_and_schedulers_are_lightnings(tiny_policy, toy_data, make_trainer):

@@ -99,6 +99,25 @@ def gather_states(state: dict[str, Any], device: torch.device) -> list[dict[str,
     return [torch.load(file, map_location="cpu", weights_only=True) for file in files]
 
 
+def own_state(states: list[dict[str, Any]], what: str) -> dict[str, Any]:
+    """This rank's part of what `gather_states` gave.
+
+    Args:
+        states: of the ranks that saved them.
+        what: they are, for the message.
+
+    Raises:
+        InputError: if there were more or fewer ranks.
+    """
+    n_ranks, rank = world()
+    if len(states) != n_ranks:
+        raise InputError(
+            f"the checkpoint holds {what} of {len(states)} ranks and there are {n_ranks}: resume on {len(states)}, or "
+            "from a checkpoint of an epoch's end"
+        )
+    return states[rank]
+
+
 def agree(error: Exception | None, device: torch.device, plan: Sequence[int] = ()) -> None:
     """Every rank fails if one has failed; every rank must call this at the same time.
 
