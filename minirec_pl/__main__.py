@@ -57,6 +57,8 @@ def _dispatch(argv: list[str]) -> int:
         select(argv[1:])
         return 0
     if argv and argv[0] == "data":
+        if argv[1:2] in (["--help"], ["-h"]):
+            argv = ["data", "describe", "--help"]
         if argv[1:2] != ["describe"]:
             raise InputError("minirec data has one command: minirec data describe --config FILE")
         from minirec_pl.describe import run as describe
