@@ -42,8 +42,8 @@ def _method():
         "figures are medians over the rest. Peak memory is that of a step above what the process held before it:",
         "gradients count on both sides, AdamW's state on neither. Ours goes backward over 2,048 tokens at a time.",
         "Where the processor has no bfloat16 arithmetic, ours computes bfloat16 models in float32.",
-        "The curves are of our side alone (`--sides ours`). Hosts that share their cores differ by a third from minute to",
-        "minute; ratios are of processes that ran one after the other.",
+        "The curves are of our side alone (`--sides ours`). Hosts that share their cores differ by a third from minute",
+        "to minute; ratios are of processes that ran one after the other.",
     ]
 
 

@@ -9,6 +9,7 @@ from minirec_pl.callbacks.easy_to_hard_curriculum import EasyToHardCurriculum
 from minirec_pl.callbacks.rescore_samples import RescoreSamples
 from minirec_pl.callbacks.reward_history import RewardHistory
 from minirec_pl.callbacks.select_samples import SelectSamples
+from minirec_pl.errors import InputError
 from minirec_pl.probes import HeadProbe
 from minirec_pl.selection.selectors import Selector
 from minirec_pl.selection.session_callback import SessionCallback
@@ -37,7 +38,7 @@ class MiniRec(SessionCallback):
     | `curriculum` | `EasyToHardCurriculum()` | object, or "shuffled" | in which order; made anew every epoch |
 
     A pool is what the training loader would train on. `trainer.estimated_stepping_batches` counts the steps of this
-    schedule when `configure_optimizers` reads it.
+    schedule when `configure_optimizers` reads it, rounded up to whole steps per epoch where there is a warm-up.
 
     Args:
         budget: a share of the pool as a float, or a number of samples as an int.
@@ -50,7 +51,7 @@ class MiniRec(SessionCallback):
         probe: how a module without `sample_signals(batch)` is scored, for instance `HeadProbe("classifier")`.
 
     Raises:
-        InputError: as the single callbacks do.
+        InputError: for an argument of another type, and as the single callbacks do.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -68,6 +69,18 @@ class MiniRec(SessionCallback):
         probe: HeadProbe | None = None,
     ) -> None:
         super().__init__()
+        if budget is None:
+            raise InputError(
+                "budget is None: give a fraction of the pool such as 0.1, a number of samples, or 1.0 for all"
+            )
+        if isinstance(curriculum, str) and curriculum != "shuffled":
+            raise InputError(
+                f"curriculum is {curriculum!r}: give 'shuffled', or an object such as EasyToHardCurriculum()"
+            )
+        if selector is not None and not callable(getattr(selector, "select", None)):
+            raise InputError(f"selector is {selector!r}: give an object such as MiniRecSelector()")
+        if probe is not None and not callable(probe):
+            raise InputError(f"probe is {probe!r}: give an object such as HeadProbe({probe!r}, forward=0, target=1)")
         select = SelectSamples(budget, selector, warmup_epochs=warmup_epochs, every_n_epochs=every_n_epochs)
         self.selector = select.selector
         self._history = RewardHistory()

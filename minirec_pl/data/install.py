@@ -63,6 +63,9 @@ class TrainLoader:
 
         Lightning keeps the number that it read first; a shorter plan would silently skip validation, a longer one be
         cut. Also asks the user's own source again when `reload_dataloaders_every_n_epochs` says so.
+
+        Raises:
+            InputError: if the plan is less than one batch and the loader drops it.
         """
         every = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
         if isinstance(self.loader, ForeignLoader) and every and epoch - self._asked >= every:
@@ -74,6 +77,11 @@ class TrainLoader:
             self._length = -1
         if self._length != len(self.sampler):
             trainer.fit_loop._combined_loader = None
+            if not len(self.loader):
+                raise InputError(
+                    f"an epoch of {len(self.sampler)} samples is less than one batch of {self.loader.batch_size} and the "
+                    "loader has drop_last=True: raise the budget, lower batch_size, or set drop_last to False"
+                )
         self._length = len(self.sampler)
 
     def check(self, trainer: Trainer) -> None:

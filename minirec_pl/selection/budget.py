@@ -13,9 +13,9 @@ def check_budget(budget: int | float | None) -> None:
     """
     if budget is None:
         return
-    if isinstance(budget, bool) or not budget > 0:
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
         raise InputError(
-            f"budget is {budget}: give a fraction of the pool in (0, 1] such as 0.1, or a number of samples"
+            f"budget is {budget!r}: give a fraction of the pool in (0, 1] such as 0.1, or a number of samples"
         )
     if isinstance(budget, float) and budget > 1.0:
         raise InputError(f"budget is {budget}: a fraction is at most 1.0; for a number of samples write an integer")

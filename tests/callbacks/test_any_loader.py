@@ -259,3 +259,23 @@ def test_only_install_touches_what_lightning_keeps_private():
         for name in re.findall(r"(?:trainer|loop|source|strategy|connector)\.(_[a-z]\w*)", path.read_text()):
             touched.setdefault(path.name, set()).add(name)
     assert touched == {"install.py": {"_data_source", "_combined_loader", "_data_fetcher", "_should_check_val_fx"}}
+
+
+def test_a_selection_smaller_than_a_batch_that_is_dropped(make_trainer):
+    with pytest.raises(InputError, match="an epoch of 6 samples is less than one batch of 8 .* raise the budget"):
+        make_trainer(callbacks=[minirec(6)]).fit(Classifier(), loader_of(drop_last=True))
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"budget": "0.1"}, "budget is '0.1': give a fraction"),
+        ({"budget": None}, "budget is None: give a fraction .* or 1.0 for all"),
+        ({"curriculum": "shuffle"}, "curriculum is 'shuffle': give 'shuffled'"),
+        ({"selector": "minirec"}, "selector is 'minirec': give an object"),
+        ({"probe": "classifier"}, r"probe is 'classifier': give an object such as HeadProbe\('classifier'"),
+    ],
+)
+def test_arguments_of_another_type(option, words):
+    with pytest.raises(InputError, match=words):
+        MiniRec(**option)
