@@ -79,8 +79,8 @@ class TrainLoader:
             trainer.fit_loop._combined_loader = None
             if not len(self.loader):
                 raise InputError(
-                    f"an epoch of {len(self.sampler)} samples is less than one batch of {self.loader.batch_size} and the "
-                    "loader has drop_last=True: raise the budget, lower batch_size, or set drop_last to False"
+                    f"an epoch of {len(self.sampler)} samples is less than one batch of {self.loader.batch_size} and "
+                    "the loader has drop_last=True: raise the budget, lower batch_size, or set drop_last to False"
                 )
         self._length = len(self.sampler)
 

@@ -262,7 +262,7 @@ def test_only_install_touches_what_lightning_keeps_private():
 
 
 def test_a_selection_smaller_than_a_batch_that_is_dropped(make_trainer):
-    with pytest.raises(InputError, match="an epoch of 6 samples is less than one batch of 8 .* raise the budget"):
+    with pytest.raises(InputError, match=r"an epoch of 6 samples is less than one batch of 8 .* raise the budget"):
         make_trainer(callbacks=[minirec(6)]).fit(Classifier(), loader_of(drop_last=True))
 
 
