@@ -53,15 +53,21 @@ def rewards_of(completions):
 
 
 class PeakMemory:
-    """Resident memory of this process above what it held at `start`, in MB (Linux)."""
+    """Most memory above what was held at `start`, in MB: resident in this process (Linux), or allocated on the GPU."""
+
+    def __init__(self, device):
+        self.on_cpu = device == "cpu"
 
     def start(self):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        self.held = _status("VmRSS")
+        if self.on_cpu:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+        else:
+            torch.cuda.reset_peak_memory_stats()
+        self.held = _status("VmRSS") if self.on_cpu else torch.cuda.memory_allocated() / 2**20
 
     def stop(self):
-        return _status("VmHWM") - self.held
+        return (_status("VmHWM") if self.on_cpu else torch.cuda.max_memory_allocated() / 2**20) - self.held
 
 
 def _status(field):

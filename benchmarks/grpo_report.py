@@ -28,7 +28,7 @@ def write_report(folder: Path):
 
 
 def _files(folder):
-    order = ("small", "long", "smollm2", "curves")
+    order = ("small", "long", "smollm2", "gpu", "curves")
     paths = (folder / f"grpo_step_{case}.json" for case in order)
     return [path for path in paths if path.is_file()]
 

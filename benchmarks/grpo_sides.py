@@ -33,6 +33,7 @@ class Work:
     completion_length: int = 32
     steps: int = 3
     threads: int = 2
+    device: str = "cpu"
 
 
 def ours(work):
@@ -41,21 +42,21 @@ def ours(work):
     from minirec_pl.policy.generation import generate
     from minirec_pl.policy.logps import completion_logps
 
-    model = MODELS[work.model]()
+    model = MODELS[work.model]().to(work.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
-    memory, clock = PeakMemory(), Clock(model)
+    memory, clock = PeakMemory(work.device), Clock(model)
     tokens_per_prompt = work.prompt_length + work.generations * work.completion_length
     micro_batch = max(1, MICRO_BATCH_TOKENS // tokens_per_prompt)
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator(work.device).manual_seed(0)
     for batch in prompts(work, work.steps + 1):
         memory.start()
         clock.start()
         width = max(map(len, batch))
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in batch])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch])
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in batch], device=work.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=work.device)
         made = generate(model, ids, mask, work.generations, work.completion_length, generator=random)
         clock.lap("decode")
-        rewards = torch.tensor(rewards_of(made.ids.flatten(0, 1).tolist())).view(work.prompts, -1)
+        rewards = torch.tensor(rewards_of(made.ids.flatten(0, 1).tolist()), device=work.device).view(work.prompts, -1)
         advantages, n_tokens = group_advantages(rewards), made.mask.sum()
         clock.lap("rewards")
         for start in range(0, work.prompts, micro_batch):
@@ -74,6 +75,13 @@ def ours(work):
         yield clock.stop(), memory.stop(), clock.phases, made.mask.sum().item()
 
 
+def now():
+    """Seconds on a clock, once the GPU has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Clock:
     """Seconds of a step by phase; forwards of more than one token without gradient are the prefill."""
 
@@ -83,25 +91,25 @@ class Clock:
         body.register_forward_hook(self._after, with_kwargs=True)
 
     def _before(self, module, args, kwargs):
-        self.entered = time.perf_counter()
+        self.entered = now()
 
     def _after(self, module, args, kwargs, output):
         if not torch.is_grad_enabled() and kwargs["input_ids"].shape[1] > 1:
-            seconds = time.perf_counter() - self.entered
+            seconds = now() - self.entered
             self.phases["prefill"] += seconds
             self.last += seconds
 
     def start(self):
         self.phases = defaultdict(float)
-        self.first = self.last = time.perf_counter()
+        self.first = self.last = now()
 
     def lap(self, phase):
-        now = time.perf_counter()
-        self.phases[phase] += now - self.last
-        self.last = now
+        at = now()
+        self.phases[phase] += at - self.last
+        self.last = at
 
     def stop(self):
-        return time.perf_counter() - self.first
+        return now() - self.first
 
 
 def trl(work):
@@ -119,15 +127,15 @@ def trl(work):
         tokenizer_object=words, pad_token="t0", eos_token="<eos>", padding_side="left", truncation_side="left"
     )
     texts = [" ".join(f"t{token}" for token in row) for batch in prompts(work, work.steps + 1) for row in batch]
-    memory, found = PeakMemory(), []
+    memory, found = PeakMemory(work.device), []
 
     class Steps(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
             memory.start()
-            self.first = time.perf_counter()
+            self.first = now()
 
         def on_step_end(self, *args, **kwargs):
-            found.append((time.perf_counter() - self.first, memory.stop()))
+            found.append((now() - self.first, memory.stop()))
 
     lengths = []
 
@@ -150,7 +158,7 @@ def trl(work):
             max_grad_norm=1.0,
             gradient_checkpointing=False,
             bf16=False,
-            use_cpu=True,
+            use_cpu=work.device == "cpu",
             shuffle_dataset=False,
             report_to=[],
             save_strategy="no",

@@ -6,8 +6,8 @@ Both sides run in processes of their own that take turns: same model, prompts, G
 rate, loss and optimizer, no gradient checkpointing, completions forced to full length. The warm-up step is left out;
 figures are medians over the other steps. Peak memory is that of a step above what the process held before it, AdamW's
 state included in what it held, on both sides; gradients are allocated within a step on both sides. `--case curves`
-varies G, prompt and completion length. `benchmarks/results/grpo_step.md` and `.png` are made of all JSON files in
-`--results`.
+varies G, prompt and completion length; `gpu` runs on CUDA. `benchmarks/results/grpo_step.md` and `.png` are made of
+all JSON files there.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from grpo_models import SMOLLM2_FOLDER
 from grpo_report import write_report
 from grpo_sides import Work
@@ -38,6 +39,17 @@ SHAPES = {
         "4 x 16 x 32": {"generations": 16},
     },
     "smollm2": {"2 x 4 x 32": {"model": "smollm2-135m", "prompts": 2, "generations": 4, "prompt_length": 150}},
+    "gpu": {
+        "20 M, 4 x 8 x 32": {"device": "cuda"},
+        "20 M, 16 x 8 x 64": {"device": "cuda", "prompts": 16, "completion_length": 64},
+        "SmolLM2 bf16, 16 x 8 x 64": {
+            "device": "cuda",
+            "model": "smollm2-135m",
+            "prompts": 16,
+            "prompt_length": 150,
+            "completion_length": 64,
+        },
+    },
     "curves": {
         f"{name} {value}": {name: value}
         for name, values in {
@@ -82,10 +94,12 @@ def compare(shape, rounds, steps, threads, sides=SIDES):
     }
 
 
-def machine():
+def machine(gpu=False):
     """Where the figures come from."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    if gpu:
+        name = f"{torch.cuda.get_device_name()} ({name})"
     packages = {package: version(package) for package in ("torch", "transformers", "trl")}
     return {"processor": name, "cores": os.cpu_count(), "load_before": os.getloadavg()[0], **packages}
 
@@ -100,9 +114,9 @@ def main(arguments=None):
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="ours alone has no ratio")
     parser.add_argument("--report", action="store_true", help="also write benchmarks/results/grpo_step.md and .png")
     options = parser.parse_args(arguments)
-    if options.case == "smollm2":
+    if options.case in ("smollm2", "gpu"):
         fetch_smollm2(SMOLLM2_FOLDER.parent)
-    result = {"case": options.case, "machine": machine()}
+    result = {"case": options.case, "machine": machine(options.case == "gpu")}
     shapes = {
         name: compare(shape, options.rounds, options.steps, options.threads, tuple(options.sides))
         for name, shape in SHAPES[options.case].items()
