@@ -13,6 +13,7 @@ from minirec_pl import GRPORecModule, InputError
 from minirec_pl.callbacks import EasyToHardCurriculum, MiniRec, RescoreSamples, RewardHistory, SelectSamples
 from minirec_pl.data.sampler import CurriculumSampler
 from minirec_pl.selection import MiniRecSelector, RandomSelector, SampleSignals, SelectionLedger, SignalStore
+from minirec_pl.selection.budget import budget_count, check_budget
 from minirec_pl.selection.session import session_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:picked:UserWarning")
@@ -480,6 +481,7 @@ def test_a_module_that_cannot_be_scored_is_told_what_to_define(make_trainer):
         ({"budget": 0}, "budget is 0"),
         ({"budget": -0.1}, "budget is -0.1"),
         ({"budget": 1.5}, "budget is 1.5: a fraction is at most 1.0"),
+        ({"budget": float("inf")}, "budget is inf: a fraction is at most 1.0"),
         ({"budget": True}, "budget is True"),
         ({"budget": float("nan")}, "budget is nan"),
         ({"rescore_fraction": 1.1}, "rescore_fraction is 1.1"),
@@ -490,6 +492,16 @@ def test_a_module_that_cannot_be_scored_is_told_what_to_define(make_trainer):
 def test_bad_options_are_refused_at_once(options, words):
     with pytest.raises(InputError, match=words):
         MiniRec(**options)
+
+
+@pytest.mark.parametrize(
+    ("budget", "count"), [(0.1, 5), (0.001, 1), (1.0, 50), (1, 1), (20, 20), (20.0, 20), (None, 50)]
+)
+def test_what_a_budget_means_in_a_pool_of_50(budget, count):
+    check_budget(budget)
+    found = budget_count(budget, 50)
+    assert found == count
+    assert isinstance(found, int)
 
 
 def test_a_budget_above_the_pool_is_refused(toy_data, tiny_policy, make_trainer):
