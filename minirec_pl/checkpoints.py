@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from torch import nn
+from torch import Tensor, nn
 
 from minirec_pl.errors import InputError
 from minirec_pl.files import write_atomically
@@ -51,11 +52,36 @@ def check_checkpoint(path: Path) -> None:
         )
 
 
+def weights_under_adapters(module: nn.Module) -> dict[str, Tensor]:
+    """The frozen weights of peft models inside `module`, by their names in its `state_dict`.
+
+    Training leaves them as they were loaded, so that no checkpoint has to hold them.
+    """
+    return {
+        f"{prefix}.{name}".removeprefix("."): parameter.detach()
+        for prefix, part in module.named_modules()
+        if hasattr(part, "peft_config") and hasattr(part, "get_base_model")
+        for name, parameter in part.named_parameters(remove_duplicate=False)
+        if not parameter.requires_grad
+    }
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) of names, types, shapes and values, on any device."""
+    sha = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        flat = value.detach().to("cpu").contiguous()
+        sha.update(f"{name} {flat.dtype} {tuple(flat.shape)}\n".encode())
+        sha.update(flat.reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
 def load_policy_weights(policy: nn.Module, checkpoint: Path) -> None:
     """Gives a policy the weights that a checkpoint of its module has for it."""
     weights = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     prefix = "policy."
-    policy.load_state_dict({n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)})
+    stored = {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
+    policy.load_state_dict({**weights_under_adapters(policy), **stored})
 
 
 @contextmanager
@@ -64,9 +90,10 @@ def policy_of(policy: nn.Module, checkpoint: Path | None) -> Iterator[None]:
     if checkpoint is None:
         yield
         return
-    own = {name: value.detach().clone() for name, value in policy.state_dict().items()}
+    fixed = weights_under_adapters(policy)
+    own = {name: value.detach().clone() for name, value in policy.state_dict().items() if name not in fixed}
     load_policy_weights(policy, checkpoint)
     try:
         yield
     finally:
-        policy.load_state_dict(own)
+        policy.load_state_dict({**fixed, **own})

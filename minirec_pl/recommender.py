@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from minirec_pl.checkpoints import weights_digest, weights_under_adapters
 from minirec_pl.cost import Cost, Phase
 from minirec_pl.errors import InputError
 from minirec_pl.generation import take_rows
@@ -66,7 +67,11 @@ class RecModule(LightningModule):
         self.keep_reasoning = False
         self.cost = Cost()
         self.cost.include(policy.training_cost)
+        self._adapted_digest = ""
         self._clock = time.perf_counter()
+
+    def _under_adapters(self) -> dict[str, Tensor]:
+        return {f"policy.{name}": value for name, value in weights_under_adapters(self.policy).items()}
 
     def configure_model(self) -> None:
         """Binds the policy to the catalogue of the DataModule and builds the metrics."""
@@ -203,8 +208,15 @@ class RecModule(LightningModule):
         self._clock = now
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the cost so far, so that a resumed run states the sum, and which catalogue the weights belong to."""
+        """Keeps the cost so far, so that a resumed run states the sum, and which catalogue the weights belong to.
+
+        Weights under LoRA adapters are left out; a digest tells whether a model has the same.
+        """
         checkpoint["cost"] = self.cost.state_dict()
+        if fixed := self._under_adapters():
+            checkpoint["under_adapters"] = self._adapted_digest = self._adapted_digest or weights_digest(fixed)
+            for name in fixed:
+                del checkpoint["state_dict"][name]
         if self.policy.catalogue is not None:
             checkpoint["catalogue"] = self.policy.catalogue.fingerprint
 
@@ -212,9 +224,18 @@ class RecModule(LightningModule):
         """Checks that the checkpoint fits policy and catalogue, then restores the cost.
 
         Raises:
-            InputError: if it has weights of other names, shapes or dtypes than the module, or the catalogue has other
-                items.
+            InputError: if it has weights of other names, shapes or dtypes than the module, adapters of another model,
+                or the catalogue has other items.
         """
+        if "under_adapters" in checkpoint:
+            fixed = self._under_adapters()
+            self._adapted_digest = weights_digest(fixed)
+            if checkpoint["under_adapters"] != self._adapted_digest:
+                raise InputError(
+                    "the checkpoint has adapters for a model with other weights: use the model and dtype it was "
+                    "trained with"
+                )
+            checkpoint["state_dict"] = {**fixed, **checkpoint["state_dict"]}
         own, stored = self.state_dict(), checkpoint["state_dict"]
         for name in sorted(own.keys() ^ stored.keys()) if self.strict_loading else ():
             raise InputError(

@@ -370,6 +370,31 @@ def test_a_resumed_run_is_the_same_run(make_policy, text_data, make_trainer, tmp
     assert resumed.cost.tokens_forward == whole.cost.tokens_forward
 
 
+def test_a_checkpoint_holds_what_was_trained_and_knows_its_model(make_policy, text_data, make_trainer, tmp_path):
+    policy = make_policy()
+    trainer = make_trainer(max_epochs=-1, max_steps=1)
+    trainer.fit(GRPORecModule(policy, num_generations=3, optimizer=sgd), text_data(batch_size=4))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    stored = torch.load(tmp_path / "one.ckpt", weights_only=True)["state_dict"]
+    trained = {f"policy.{name}" for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 2 * 7 * 2
+    assert trained == {name for name in stored if ".index." not in name}
+
+    again = make_policy(noise=0.0)
+    make_trainer().test(
+        GRPORecModule(again, num_generations=3), text_data(), ckpt_path=tmp_path / "one.ckpt", verbose=False
+    )
+    weights = {f"policy.{name}": value for name, value in again.state_dict().items()}
+    assert all(torch.equal(weights[name], stored[name]) for name in trained)
+
+    with torch.no_grad():
+        again.model.get_base_model().model.norm.weight[0] += 1.0
+    with pytest.raises(InputError, match="adapters for a model with other weights"):
+        make_trainer().test(
+            GRPORecModule(again, num_generations=3), text_data(), ckpt_path=tmp_path / "one.ckpt", verbose=False
+        )
+
+
 @pytest.mark.parametrize("mode", ["paper", "official"])
 def test_selection_runs_on_its_signals(make_policy, text_data, make_trainer, mode):
     from minirec_pl.selection import MiniRecSelector

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-import torch
 from torch import nn
 
+from minirec_pl.checkpoints import weights_digest
 from minirec_pl.selection.signals import Array, as_ids
 
 
@@ -17,12 +17,7 @@ def weights_fingerprint(module: nn.Module) -> str:
     Args:
         module: on any device.
     """
-    sha = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        flat = value.detach().to("cpu").contiguous()
-        sha.update(f"{name} {flat.dtype} {tuple(flat.shape)}\n".encode())
-        sha.update(flat.reshape(-1).view(torch.uint8).numpy())
-    return sha.hexdigest()
+    return weights_digest(module.state_dict())
 
 
 def data_fingerprint(data: Any, sample_ids: Array) -> str:
