@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,17 +67,18 @@ class ItemIndex(nn.Module):
         """SHA-256 (hex) of the items' tokens."""
         return hashlib.sha256("\n".join(" ".join(map(str, item)) for item in self.tokens).encode()).hexdigest()
 
-    def encode(self, model: Any, items: Tensor) -> Tensor:
+    def encode(self, model: Any, items: Tensor, body: Callable[..., Any] | None = None) -> Tensor:
         """Vectors of some items with gradient, in batches of similar length.
 
         Args:
             model: a causal language model of transformers, also inside peft.
             items: int64 [n].
+            body: of the model, from `body_of`, where there is one already.
 
         Returns:
             [n, D], unit vectors in float32 or the wider dtype of the model.
         """
-        body, device = body_of(model), self.vectors.device
+        body, device = body or body_of(model), self.vectors.device
         portions = list(self._portions(items.cpu()))
         states = [self._states(body, items[rows.to(device)]) for rows in portions]
         order = torch.argsort(torch.cat(portions)).to(device)

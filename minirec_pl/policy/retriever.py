@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.errors import InputError
-from minirec_pl.policy.causal_lm import body_of, run_prompts
+from minirec_pl.policy.causal_lm import body_of, run_prompts, same_in_training
 from minirec_pl.policy.generation import Sampling, eos_token_ids, generate
 from minirec_pl.policy.item_index import ItemIndex, Ranking, draw_negatives
 from minirec_pl.policy.language_model import LanguageModel
@@ -296,21 +296,23 @@ class RetrievalPolicy(nn.Module):
             logps = self.index.log_softmax(states, batch["seen"], self.similarity_temperature)
             return logps, self.words(texts)
 
-    def target_logps(self, states: Tensor, target: Tensor, batch_items: Tensor, negatives: Tensor) -> Tensor:
+    def target_logps(
+        self, states: Tensor, target: Tensor, batch_items: Tensor, negatives: Tensor, ran: Prompt | None = None
+    ) -> Tensor:
         """Log-probability of targets among the items of a batch and cached negatives, float [R].
 
-        Gradient goes through the states and the batch's items, which are encoded here, not through the cache. An item
-        counts once, however often it is there.
+        Gradient goes through states and the batch's items, encoded here, not the cache. An item counts once.
 
         Args:
             states: float [R, D].
             target: int64 [R], each among the batch's items.
             batch_items: int64 [n], any of them may repeat.
             negatives: int64 [R, K], padded with -1.
+            ran: from `run` with gradient, for its body.
         """
         items = torch.unique(batch_items)
         users = unit(states)
-        logits = users @ self.index.encode(self.model, items).to(users.dtype).T
+        logits = users @ self.index.encode(self.model, items, None if ran is None else ran.body).to(users.dtype).T
         if negatives.shape[1]:
             ordered = negatives.sort(dim=1).values
             again = nn.functional.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
@@ -336,11 +338,13 @@ class RetrievalPolicy(nn.Module):
         """
         length = self.max_completion_length if self.reason_in_warm_start else 0
         prompts, target = self.encode(batch, length), batch["target"]
-        texts = self.reason(prompts, length=length).texts
-        passed = self.read(prompts, texts, with_logps=False)
+        ran = self.run(prompts) if same_in_training(self.model) else None  # with gradient, and sampled from
+        texts = self.reason(prompts, length=length, ran=ran).texts
+        passed = self.read(prompts, texts, with_logps=False, ran=ran)
         words = torch.randint(2**31, (1,)).tolist()
         assert self.catalogue is not None
         negatives = draw_negatives(len(self.catalogue), target, batch["sample_id"], words, self.cached_negatives)
-        logps = self.target_logps(passed.states[:, 0], target, target, negatives)
+        logps = self.target_logps(passed.states[:, 0], target, target, negatives, ran)
         sampled = passed.tokens - len(target) * len(self.marker) if length else 0
-        return -logps.mean(), passed.tokens + sampled + self.batch_tokens(target)
+        shared = 0 if ran is None else int(prompts.mask.sum())
+        return -logps.mean(), passed.tokens + sampled + shared + self.batch_tokens(target)

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -8,8 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minirec_pl import InputError
 from minirec_pl.policy import Sampling, completion_logps, generate
-from minirec_pl.policy.causal_lm import head_of
+from minirec_pl.policy.causal_lm import body_of, head_of, same_in_training
 from minirec_pl.policy.language_model import PROJECTIONS, LanguageModel, Lora, grow, save_language_model
+from minirec_pl.reference import adapters_off
 
 KINDS = ["llama", "qwen2", "gemma2"]
 IDS, MASK = prompts(5, 9, vocabulary=300)
@@ -158,6 +160,63 @@ def test_checkpointing_with_sampling_in_between_leaves_gradients_equal(tmp_path,
     else:  # layers that recompute do so in half precision, the others may be widened
         assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.98
     assert torch.equal(*drawn)
+
+
+def states_of(model):
+    states = body_of(model)(input_ids=IDS, attention_mask=MASK, use_cache=False).last_hidden_state
+    return states[MASK.bool()].double()
+
+
+@pytest.mark.parametrize("new_tokens", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_passes_without_gradient_add_the_adapters_to_the_weights(tmp_path, kind, dtype, new_tokens):
+    model, _ = loaded(chat_folder(tmp_path / "base", kind), dtype, extend=add_tokens if new_tokens else None)
+    shaken_adapters(model).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        merged = states_of(model)
+    apart = states_of(model)
+    scale = apart.abs().max().item()
+    exact = copy.deepcopy(model).double().get_base_model().model
+    rows = [row[real.bool()][None] for row, real in zip(IDS, MASK, strict=True)]
+    truth = torch.cat([exact(input_ids=row).last_hidden_state[0] for row in rows]).detach()
+    close = 1e-5 if dtype == "float32" or not torch.ops.mkldnn._is_mkldnn_bf16_supported() else 0.05
+    torch.testing.assert_close(merged, apart.detach(), rtol=0, atol=close * scale)
+    torch.testing.assert_close(merged, truth, rtol=0, atol=close * scale)
+    apart.sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lora_" in name)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_merged_weights_follow_the_adapters(tmp_path):
+    model, _ = loaded(chat_folder(tmp_path / "base"))
+    shaken_adapters(model).eval()
+    with torch.no_grad():
+        first = states_of(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    states_of(model).square().mean().backward()
+    optimizer.step()
+    with torch.no_grad():
+        merged, apart = states_of(model), model.get_base_model().model(input_ids=IDS, attention_mask=MASK)
+        without = logits_of(model)
+        with adapters_off(model):
+            off, plain = states_of(model), model.get_base_model().model(input_ids=IDS, attention_mask=MASK)
+    assert float((merged - first).abs().max()) > 1e-2
+    for ours, truth in ((merged, apart), (off, plain)):
+        torch.testing.assert_close(ours, truth.last_hidden_state[MASK.bool()].double(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits_of(model), without)
+
+
+def test_dropout_keeps_adapters_apart_where_it_is_at_work(tmp_path):
+    model, _ = loaded(chat_folder(tmp_path / "base"), lora=Lora(r=4, alpha=16, dropout=0.5))
+    shaken_adapters(model)
+    assert not same_in_training(model)
+    with torch.no_grad():
+        assert not torch.equal(states_of(model), states_of(model))
+        model.eval()
+        assert torch.equal(states_of(model), states_of(model))
+    assert same_in_training(loaded(tmp_path / "base")[0])
 
 
 def test_a_model_that_is_not_to_be_had(tmp_path):
