@@ -18,7 +18,8 @@ def write_report(folder: Path):
     cases = {path.stem.removeprefix("grpo_step_"): json.loads(path.read_text()) for path in _files(folder)}
     lines = ["# One GRPO step, ours and TRL's GRPOTrainer", "", *_method(), ""]
     for case, found in cases.items():
-        lines += [f"## {case}", "", _machine(found["machine"]), "", *_table(found["shapes"]), ""]
+        machine = " ".join([_machine(found["machine"]), *([found["note"]] if "note" in found else [])])
+        lines += [f"## {case}", "", machine, "", *_table(found["shapes"]), ""]
         if case != "curves":
             lines += ["Where our time goes, seconds of a step (medians by phase):", "", *_phases(found["shapes"]), ""]
     if "curves" in cases:
@@ -39,7 +40,8 @@ def _method():
         "and writes this page. Each side runs in processes of its own that take turns; same model, prompts, G,",
         "lengths, threads, dtype, learning rate (1e-5), loss (`dapo`, beta 0), clipping (1.0) and fused AdamW,",
         "no gradient checkpointing on either side; no completion ends early. The first step of a process is left out;",
-        "figures are medians over the rest. Peak memory is that of a step above what the process held before it:",
+        "figures are medians over the rest. Peak memory is that of a step above what the process held before it,",
+        "resident on a CPU and allocated on a GPU:",
         "gradients count on both sides, AdamW's state on neither. Ours goes backward over 2,048 tokens at a time.",
         "Where the processor has no bfloat16 arithmetic, ours computes bfloat16 models in float32.",
         "The curves are of our side alone (`--sides ours`). Hosts that share their cores differ by a third from minute",

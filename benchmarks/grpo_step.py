@@ -42,13 +42,6 @@ SHAPES = {
     "gpu": {
         "20 M, 4 x 8 x 32": {"device": "cuda"},
         "20 M, 16 x 8 x 64": {"device": "cuda", "prompts": 16, "completion_length": 64},
-        "SmolLM2 bf16, 16 x 8 x 64": {
-            "device": "cuda",
-            "model": "smollm2-135m",
-            "prompts": 16,
-            "prompt_length": 150,
-            "completion_length": 64,
-        },
     },
     "curves": {
         f"{name} {value}": {name: value}
@@ -114,7 +107,7 @@ def main(arguments=None):
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="ours alone has no ratio")
     parser.add_argument("--report", action="store_true", help="also write benchmarks/results/grpo_step.md and .png")
     options = parser.parse_args(arguments)
-    if options.case in ("smollm2", "gpu"):
+    if options.case == "smollm2":
         fetch_smollm2(SMOLLM2_FOLDER.parent)
     result = {"case": options.case, "machine": machine(options.case == "gpu")}
     shapes = {

@@ -20,7 +20,7 @@ SMALL = {
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
+def load(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     threads = torch.get_num_threads()
     yield lambda name: __import__(name)
@@ -28,13 +28,13 @@ def benchmark(monkeypatch):
 
 
 @pytest.mark.parametrize("case", ["maxmin", "curves", pytest.param("million", marks=pytest.mark.slow)])
-def test_a_case_leaves_its_figures(case, benchmark, monkeypatch, tmp_path):
-    module, name = benchmark(f"selection_{case}"), f"selection_{case}"
+def test_a_case_leaves_its_figures(case, load, monkeypatch, tmp_path):
+    module, name = load(f"selection_{case}"), f"selection_{case}"
     run = module.run
     monkeypatch.setattr(module, "run", lambda threads: run(threads, **SMALL[name]))
     older = {"maxmin": {"machine": "m", "threads": 1, "date": "d", "command": "c", "result": None}}
     (tmp_path / "s.json").write_text(json.dumps(older if case == "maxmin" else {}))
-    benchmark("selection").main(["--case", case, "--json", str(tmp_path / "s.json"), "--threads", "1"])
+    load("selection").main(["--case", case, "--json", str(tmp_path / "s.json"), "--threads", "1"])
     figures = json.loads((tmp_path / "s.json").read_text())[case]
     assert figures["threads"] == 1
     text = (tmp_path / "s.md").read_text()
@@ -52,8 +52,8 @@ def test_a_case_leaves_its_figures(case, benchmark, monkeypatch, tmp_path):
         assert all(p["lazy, equal"]["peak"] > 2**20 for p in figures["result"]["problems"])
 
 
-def test_plain_greedy_and_shortfall(benchmark):
-    maxmin = benchmark("selection_maxmin")
+def test_plain_greedy_and_shortfall(load):
+    maxmin = load("selection_maxmin")
     embeddings = torch.cat(list(maxmin.embedding_blocks("isotropic", 60, 3)))
     score = maxmin.scores_of("uniform", 60)
     unit = maxmin.unit_rows(embeddings.double())

@@ -33,7 +33,7 @@ def moved(batch):
 
 
 def close(found, truth, tolerance=1e-4):
-    torch.testing.assert_close(found.detach().cpu(), truth.detach(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found.detach().cpu(), truth.detach().cpu(), rtol=tolerance, atol=tolerance)
 
 
 def test_logps_and_gradients():
