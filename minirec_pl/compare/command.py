@@ -163,7 +163,7 @@ def _positive(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="minirec compare",
-        description="Compares selection methods at equal cost: every cell of a study (data set x method x budget x seed) "
+        description="Compares selection methods at equal cost: every cell of a study (data set, method, budget, seed) "
         "starts from the same warm policy, counts every token and second, and is evaluated on validation and test "
         "before training and after each epoch. The same command goes on where an interrupted one stopped.",
     )

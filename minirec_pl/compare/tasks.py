@@ -202,9 +202,8 @@ def warm_start(study: Study, data: Data, seed: int, to: Path) -> float:
             "pool": len(table.pool_ids),
             "batch_size": table.batch_size,
             "data": table.fingerprint,
-            **_users(table),
         }
-        write_cell(new / START, [point], facts, {name: table_ids for name, table_ids in _user_index(table).items()})
+        write_cell(new / START, [point], facts, _user_index(table))
 
     _quiet(lambda: replace_folder(folder, write, holds=START, what="warm start"))
     return time.perf_counter() - started
@@ -273,11 +272,6 @@ def _config(study: Study) -> list[str]:
 def _user_index(data: RecDataModule) -> dict[str, Tensor]:
     parts = {"validation": data.val_ids, "test": data.test_ids}
     return {f"{name}_users": torch.from_numpy(data.table.user[ids].astype(np.int32)) for name, ids in parts.items()}
-
-
-def _users(data: RecDataModule) -> dict[str, int]:
-    parts = {"validation": data.val_ids, "test": data.test_ids}
-    return {f"{name}_user_count": len(np.unique(data.table.user[ids])) for name, ids in parts.items()}
 
 
 def _quiet(work: Any) -> None:

@@ -1,4 +1,4 @@
-"""Long-lived worker processes, one core each, whose arithmetic does not depend on the processor's newest instructions."""
+"""Long-lived worker processes, one core each, with the same arithmetic on every x86 processor that has AVX2."""
 
 from __future__ import annotations
 

@@ -51,13 +51,13 @@ class Selector(Protocol):
 class MiniRecSelector:
     """Learnable, representative and diverse samples (MiniRec, arXiv 2602.04278), as published or as written.
 
-    V(x | S) = d(x | S) (alpha L + beta R), greedily from argmax(alpha L + beta R). L and R are scaled over all samples with
-    signals, before the gate. A sample without a gradient counts as one whose gradient is zero; where no sample has one,
-    R is 0.5 for all.
+    V(x | S) = d(x | S) (alpha L + beta R), greedily from argmax(alpha L + beta R); beta is 1 in the paper. L and R are
+    scaled over all samples with signals, before the gate. A sample without a gradient counts as one whose gradient is
+    zero; where no sample has one, R is 0.5 for all.
 
     A sample that passed the gate and was not picked is redundant if it would have been worth more than the last pick,
-    had it been as novel as the median pick: median novelty * (alpha L + beta R) >= V of the last pick. The ledger then names
-    the pick nearest to it.
+    had it been as novel as the median pick: median novelty * (alpha L + beta R) >= V of the last pick. The ledger then
+    names the pick nearest to it.
 
     mode="paper" is what the text says: first-order gradients with group advantages, and no pick whose difficulty is
     outside the gate. mode="official" is what the authors' code does: Hessian-vector products and no gate.
