@@ -19,7 +19,6 @@ from minirec_pl.compare.tasks import cell_path, check, run_cell, warm_folder, wa
 from minirec_pl.compare.workers import Workers
 from minirec_pl.errors import InputError
 
-TABLE = "data_efficiency.parquet"
 PIPE_WIDTH = 160
 
 
@@ -48,12 +47,12 @@ def run(args: Sequence[str]) -> int:
         failed = _run(study, open_cells, to, options.jobs, deadline)
     done = [cell_path(to, cell) for cell in study.cells() if cell_path(to, cell).is_file()]
     if done:
-        frame = tidy(done)
-        write_tidy(frame, to / TABLE)
+        frame, path = tidy(done), to / f"{study.path.stem}.parquet"
+        write_tidy(frame, path)
         console = Console() if Console().is_terminal else Console(width=PIPE_WIDTH)
         for table in tables_of(frame, study.references):
             console.print(table)
-        print(f"table: {to / TABLE}, {len(done)} of {len(study.cells())} cells")
+        print(f"table: {path}, {len(done)} of {len(study.cells())} cells")
     for name, sentence in failed.items():
         print(f"failed: {name}: {sentence}")
     return 1 if failed else 0
@@ -168,9 +167,11 @@ def _parser() -> argparse.ArgumentParser:
         "before training and after each epoch. The same command goes on where an interrupted one stopped.",
     )
     parser.add_argument(
-        "--config", required=True, metavar="FILE", help="study, such as configs/study/data_efficiency.yaml"
+        "--config", required=True, metavar="FILE", help="study, such as benchmarks/studies/data_efficiency.yaml"
     )
-    parser.add_argument("--to", required=True, metavar="DIR", help=f"folder for warm starts, cells and {TABLE}")
+    parser.add_argument(
+        "--to", required=True, metavar="DIR", help="folder for warm starts, cells and the table STUDY.parquet"
+    )
     parser.add_argument(
         "--jobs", type=_positive, default=1, metavar="N", help="worker processes, one core each (default: 1)"
     )

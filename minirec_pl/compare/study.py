@@ -18,6 +18,7 @@ from minirec_pl.sentences import check_yaml
 FORMAT = 1
 GRID_POINTS = 4
 KEYS = {
+    "like": "another study: its keys hold where this file has none, and methods can be like its methods",
     "config": "fit config that all cells share",
     "datasets": "list of {name, window, path, overrides}",
     "methods": "name: {budgets, epochs, like, overrides}",
@@ -28,6 +29,7 @@ KEYS = {
     "overrides": "of all cells, not of their warm starts",
     "grid": "name of a setting: overrides",
 }
+STUDY = "a study is a mapping with the keys config, datasets, methods, budgets and seeds"
 Overrides = dict[str, Any]
 
 
@@ -148,7 +150,7 @@ class Study:
         Raises:
             InputError: naming the key that is missing, unknown or wrong.
         """
-        check_yaml(path, "a study is a mapping with the keys config, datasets, methods, budgets and seeds")
+        check_yaml(path, STUDY)
         return _Reader(path, paths or {}).study()
 
     def cells(self) -> list[Cell]:
@@ -193,13 +195,20 @@ def as_words(overrides: Overrides, places: Mapping[str, Any] | None = None) -> l
         >>> as_words({"data.window": [0.0, 0.6], "data.seed": "{seed}"}, {"{seed}": 3})
         ['--data.window=[0.0, 0.6]', '--data.seed=3']
     """
-    words = []
-    for key, value in overrides.items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        for place, known in (places or {}).items():
-            text = text.replace(place, str(known))
-        words.append(f"--{key}={text}")
-    return words
+    known = {key: _filled(value, places or {}) for key, value in overrides.items()}
+    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in known.items()]
+
+
+def _filled(value: Any, places: Mapping[str, Any]) -> Any:
+    """A value with what is known put in its places; one that is a place and nothing else keeps the type of that."""
+    if isinstance(value, dict):
+        return {key: _filled(part, places) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_filled(part, places) for part in value]
+    if isinstance(value, str):
+        for place, known in places.items():
+            value = known if value == place else value.replace(place, str(known)) if isinstance(value, str) else value
+    return value
 
 
 def _names(data: Sequence[Data]) -> str:
@@ -214,6 +223,12 @@ class _Reader:
     def __init__(self, path: Path, paths: Mapping[str, str]) -> None:
         self.path, self.paths = path, paths
         self.content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        self.models: dict[str, Method] = {}
+        if like := self.content.get("like"):
+            check_yaml(Path(like), STUDY)
+            above = _Reader(Path(like), {})
+            self.models = {method.name: method for method in above.study().methods}
+            self.content = {**above.content, **self.content}
 
     def study(self) -> Study:
         self._known(self.content, KEYS, "")
@@ -252,25 +267,27 @@ class _Reader:
         given = self.content["methods"]
         if not isinstance(given, dict):
             raise InputError(f"{self.path}, methods: give {KEYS['methods']}")
-        epochs = self._count(self.content.get("epochs", 1), "epochs")
-        common = self._overrides(self.content, "study")
         made: dict[str, Method] = {}
         for name, options in given.items():
-            where, options = f"methods.{name}", options or {}
-            self._is_name(str(name), where)
-            if not isinstance(options, dict):
-                raise InputError(f"{self.path}, {where}: give a mapping of budgets, epochs, like and overrides")
-            self._known(options, ("budgets", "epochs", "like", "overrides"), where)
-            like = options.get("like")
-            if like is not None and like not in made:
-                raise InputError(f"{self.path}, {where}.like: there is no method {like!r} above it")
-            inherited = made[like].overrides if like else common
-            overrides = {**inherited, **self._overrides(options, where)}
-            usual = [1.0] if overrides.get("selection", ...) is None else self.content.get("budgets", [])
-            budgets = self._budgets(options.get("budgets", usual), where)
-            own = self._count(options.get("epochs", made[like].epochs if like else epochs), f"{where}.epochs")
-            made[str(name)] = Method(str(name), budgets, overrides.get("selection", ...) is not None, own, overrides)
+            made[str(name)] = self._method(str(name), options or {}, {**self.models, **made})
         return tuple(made.values())
+
+    def _method(self, name: str, options: Any, others: Mapping[str, Method]) -> Method:
+        where = f"methods.{name}"
+        self._is_name(name, where)
+        if not isinstance(options, dict):
+            raise InputError(f"{self.path}, {where}: give a mapping of budgets, epochs, like and overrides")
+        self._known(options, ("budgets", "epochs", "like", "overrides"), where)
+        like = options.get("like")
+        if like is not None and like not in others:
+            raise InputError(f"{self.path}, {where}.like: there is no method {like!r} above it")
+        inherited = others[like].overrides if like else self._overrides(self.content, "study")
+        overrides = {**inherited, **self._overrides(options, where)}
+        takes_budget = overrides.get("selection", ...) is not None
+        budgets = options.get("budgets", self.content.get("budgets", []) if takes_budget else [1.0])
+        epochs = options.get("epochs", others[like].epochs if like else self.content.get("epochs", 1))
+        count = self._count(epochs, f"{where}.epochs")
+        return Method(name, self._budgets(budgets, where), takes_budget, count, overrides)
 
     def _budgets(self, budgets: Any, where: str) -> tuple[float, ...]:
         if not isinstance(budgets, list) or not budgets:
