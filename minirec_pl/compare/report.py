@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -163,5 +164,5 @@ def _columns(name: str, interval: Interval) -> dict[str, float | int]:
     return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high, f"{name}_n": interval.n}
 
 
-def _interval(row: dict[str, float], name: str) -> Interval:
+def _interval(row: dict[Any, Any], name: str) -> Interval:
     return Interval(row[name], row[f"{name}_low"], row[f"{name}_high"], int(row[f"{name}_n"]))

@@ -85,6 +85,20 @@ def gains(ranks: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
     return np.where(rank <= K, 1 / np.log2(1 + rank), 0.0)
 
 
+def chosen_gains(path: Path) -> tuple[np.ndarray[Any, np.dtype[np.float64]], np.ndarray[Any, np.dtype[np.int64]]]:
+    """NDCG@10 of each test sample at the evaluation point with the best validation NDCG@10, and the sample's user.
+
+    Args:
+        path: of a cell that was evaluated on test.
+
+    Returns:
+        float64 [n] and int64 [n].
+    """
+    content, _ = read_cell(path)
+    best = int(gains(content["validation_ranks"]).mean(axis=1).argmax())
+    return gains(content["test_ranks"][best]), content["test_users"].long().numpy()
+
+
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """The rows of the tidy table that a cell gives: one per evaluation point and split."""
     content, settings = read_cell(path)
@@ -124,7 +138,7 @@ def tidy(paths: Iterable[Path]) -> pd.DataFrame:
     text = ["dataset", "window", "method", "setting", "split"]
     small = {"seed": "int32", "epoch": "int16", "n_samples": "int32", "n_users": "int32", "rollouts": "int32"}
     types = {**dict.fromkeys(text, "category"), **small, "rollouts_scoring": "int32"}
-    types |= {name: "float32" for name in frame if name.startswith("seconds")}
+    types |= {str(name): "float32" for name in frame if str(name).startswith("seconds")}
     return frame.astype(types) if len(frame) else frame
 
 

@@ -165,7 +165,7 @@ def check(study: Study, cells: Sequence[Cell]) -> None:
     for cell in cells:
         words = [*_config(study), *cell.words(1000, 64), *as_words(QUIET)]
         try:
-            _quiet(lambda words=words: Parts(words))  # type: ignore[misc]
+            _quiet(lambda words=words: Parts(words))
         except InputError as error:
             raise InputError(f"{study.path}, cell {cell.id}: {error}") from error
 
@@ -276,7 +276,8 @@ def _user_index(data: RecDataModule) -> dict[str, Tensor]:
 
 def _quiet(work: Any) -> None:
     """Runs without Lightning's announcements and without warnings, which the table of results stands for."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         work()

@@ -242,16 +242,33 @@ def check_warm_fraction(warm_fraction: float) -> None:
 
 
 class TimeSplit(NamedTuple):
-    """Cuts in sample_ids: warm [begin, warm_end), pool [warm_end, train_end), then validation to val_end, test to end.
+    """Cuts in sample_ids: warm [0, warm_end), pool [warm_end, train_end), validation up to val_end, test up to end.
 
-    `begin` is 0 unless a window of time leaves the earliest samples out.
+    With a window of time the warm part begins where that does.
     """
 
     warm_end: int
     train_end: int
     val_end: int
     end: int
-    begin: int = 0
+
+
+def window_rows(table: SampleTable, window: tuple[float, float]) -> tuple[int, int]:
+    """Where a window of time begins and ends, in sample_ids; like every cut, at the next timestamp.
+
+    Args:
+        table: The samples, sorted by time.
+        window: Begin and end, as shares of the samples in time order.
+
+    Raises:
+        InputError: Not two shares, the first below the second.
+    """
+    if len(window) != 2 or not 0 <= window[0] < window[1] <= 1:
+        raise InputError(
+            f"window={list(window)}: give begin and end as shares of the samples in time order, such as [0.2, 0.8]."
+        )
+    begin, end = (cut_forward(table.timestamp, len(table) * share) for share in window)
+    return begin, end
 
 
 def split_by_time(
@@ -281,11 +298,7 @@ def split_by_time(
             f"split={tuple(ratios)}: give three shares above 0 (train, validation, test) that add up to 1."
         )
     check_warm_fraction(warm_fraction)
-    if len(window) != 2 or not 0 <= window[0] < window[1] <= 1:
-        raise InputError(
-            f"window={list(window)}: give begin and end as shares of the samples in time order, such as [0.2, 0.8]."
-        )
-    begin, end = (cut_forward(table.timestamp, len(table) * share) for share in window)
+    begin, end = window_rows(table, window)
     times = table.timestamp[begin:end]
     train_end = cut_forward(times, len(times) * ratios[0])
     cuts = (
@@ -294,4 +307,4 @@ def split_by_time(
         cut_forward(times, len(times) * (ratios[0] + ratios[1])),
         len(times),
     )
-    return TimeSplit(*(begin + cut for cut in cuts), begin=begin)
+    return TimeSplit(*(begin + cut for cut in cuts))

@@ -14,6 +14,7 @@ from minirec_pl.data.samples import (
     check_warm_fraction,
     cut_forward,
     split_by_time,
+    window_rows,
 )
 from minirec_pl.errors import InputError
 
@@ -54,8 +55,10 @@ def split_table(
             no stretches of time.
     """
     if not isinstance(split, str):
-        cuts = split_by_time(table, split, warm_fraction=warm_fraction, window=window or (0.0, 1.0))
-        return Parts(*(np.arange(begin, end) for begin, end in pairwise((cuts.begin, *cuts[:4])))), cuts
+        window = window or (0.0, 1.0)
+        cuts = split_by_time(table, split, warm_fraction=warm_fraction, window=window)
+        borders = pairwise((window_rows(table, window)[0], *cuts))
+        return Parts(*(np.arange(begin, end) for begin, end in borders)), cuts
     if window is not None:
         raise InputError(f"window={list(window)} needs a split in global time, such as [0.8, 0.1, 0.1], not {split!r}.")
     check_warm_fraction(warm_fraction)
