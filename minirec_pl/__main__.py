@@ -21,6 +21,7 @@ OWN_HELP = {
     "select": "pick a subset from signals: ledger, plan, diagnostics, picture",
     "data": "describe: what the data of a config hold",
     "export": "a policy's language model as an ordinary Hugging Face folder, adapters merged in",
+    "compare": "selection methods at equal cost: every cell of a study, resumable",
     "check": "what a fit would do, need and trip over, before it starts",
 }
 
@@ -29,7 +30,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs `minirec` and returns its exit code.
 
     Returns:
-        0; 1 if `check` finds what would fail; 2, with one sentence on stderr, for bad input and for Ctrl-C.
+        0; 1 if `check` finds what would fail or a cell of `compare` failed; 2, with one sentence on stderr, for bad
+        input and for Ctrl-C.
     """
     argv = list(sys.argv[1:] if args is None else args)
     try:
@@ -51,6 +53,10 @@ def _dispatch(argv: list[str]) -> int:
         from minirec_pl.check import run as check
 
         return check(argv[1:])
+    if argv and argv[0] == "compare":
+        from minirec_pl.compare.command import run as compare
+
+        return compare(argv[1:])
     if argv and argv[0] == "select":
         from minirec_pl.select import run as select
 

@@ -194,13 +194,7 @@ class MiniRecCLI(LightningCLI):
         """The config of a fit that starts from the warm policy, for a run that breaks before its first checkpoint."""
         folder = self.run_dir / WARM_START
         config = yaml.safe_load((self.run_dir / CONFIG).read_text(encoding="utf-8"))
-        policy = config["model"]["init_args"]["policy"]
-        made_of = ["config", "language_model", "semantic_ids"]
-        if policy["class_path"].endswith("GenerativePolicy"):
-            made_of.append("prompt")  # which the folder has
-        policy["init_args"] |= dict.fromkeys(set(made_of) & set(policy["init_args"]))
-        policy["init_args"]["pretrained"] = str(folder / "policy")
-        text = yaml.safe_dump({**config, "warm_start": None}, sort_keys=False)
+        text = yaml.safe_dump(config_after_warm_start(config, folder / "policy"), sort_keys=False)
         write_atomically(folder / CONFIG, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
     def _side_trainer(self, **options: Any) -> Trainer:
@@ -209,6 +203,22 @@ class MiniRecCLI(LightningCLI):
         shared = {name: given[name] for name in SHARED if name in given}
         self.side_trainer = Trainer(**shared, enable_model_summary=False, **options)
         return self.side_trainer
+
+
+def config_after_warm_start(config: dict[str, Any], policy: Path) -> dict[str, Any]:
+    """The config of a fit that starts from a warm policy instead of making one.
+
+    Args:
+        config: of a fit with a warm start; its policy is changed in place.
+        policy: folder of the warm policy.
+    """
+    given = config["model"]["init_args"]["policy"]
+    made_of = ["config", "language_model", "semantic_ids"]
+    if given["class_path"].endswith("GenerativePolicy"):
+        made_of.append("prompt")  # which the folder has
+    given["init_args"] |= dict.fromkeys(set(made_of) & set(given["init_args"]))
+    given["init_args"]["pretrained"] = str(policy)
+    return {**config, "warm_start": None}
 
 
 class _ParsedOnly(MiniRecCLI):

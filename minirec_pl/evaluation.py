@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from rich.table import Table
 from torch import Tensor
 
@@ -14,6 +15,9 @@ from minirec_pl.cost import Cost
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.samples import IntArray
 from minirec_pl.metrics import target_rank
+from minirec_pl.policy import Recommender
+from minirec_pl.policy.rollout import evaluation_mode
+from minirec_pl.random_state import isolated_random_state
 
 K = 10
 FIGURES = (f"hit_rate@{K}", f"ndcg@{K}")
@@ -88,3 +92,22 @@ def stage_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{sum(row['seconds'].values()):.1f}",
         )
     return table
+
+
+def sample_ranks(policy: Recommender, data: RecDataModule, sample_ids: IntArray) -> Tensor:
+    """Rank of the target of each sample among the whole catalogue with what the user had masked, int64 [n], from 1.
+
+    Neither the policy's mode nor any global random number generator is disturbed.
+
+    Args:
+        policy: bound to the catalogue of `data`.
+        data: already read.
+        sample_ids: [n], eligible.
+    """
+    device = next(policy.parameters()).device
+    ranks = [torch.empty(0, dtype=torch.int64)]
+    with isolated_random_state(), evaluation_mode(policy), torch.no_grad():
+        for batch in data.sample_loader(sample_ids):
+            batch = move_data_to_device(batch, device)
+            ranks.append(target_rank(policy.item_logps(batch), batch["target"], batch["seen"]).cpu())
+    return torch.cat(ranks)

@@ -73,8 +73,15 @@ def _help(where: str) -> str:
     return f"see `minirec fit --{top}.help`" if top in ("model", "data") else "see `minirec fit --help`"
 
 
-def check_yaml(path: Path) -> None:
+FIT_KEYS = "a config is a mapping with the keys model, data and trainer"
+
+
+def check_yaml(path: Path, expected: str = FIT_KEYS) -> None:
     """Refuses a config file that is missing or is no YAML mapping.
+
+    Args:
+        path: of the file.
+        expected: what such a file holds, in words.
 
     Raises:
         InputError: naming file, line and column.
@@ -90,4 +97,4 @@ def check_yaml(path: Path) -> None:
         reason = getattr(error, "problem", None) or " ".join(str(error).split())
         raise InputError(f"{path}{where}: this is no YAML ({reason}); mend it there") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: a config is a mapping with the keys model, data and trainer; this file holds none")
+        raise InputError(f"{path}: {expected}; this file holds none")

@@ -52,6 +52,9 @@ class RecDataModule(LightningDataModule):
         pool_samples: Samples of the pool to use, likewise.
         val_samples: Samples of validation to use, likewise, for slow policies; the subset is the same for every seed.
         test_samples: Samples of test to use, likewise.
+        window: Stretch of global time that warm part, pool, validation and test are cut from, as shares of the samples
+            in time order: ``[0.2, 0.8]``; None: all of it. Needs a ``split`` in global time. Samples outside are in no
+            part, but what a user did before the window stays in histories and masked items, as it was known by then.
 
     Attributes:
         table: All samples.
@@ -101,6 +104,7 @@ class RecDataModule(LightningDataModule):
         pool_samples: int | None = None,
         val_samples: int | None = None,
         test_samples: int | None = None,
+        window: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         if train_on not in TRAIN_ON:
@@ -121,6 +125,7 @@ class RecDataModule(LightningDataModule):
         self.source = source or AtomicFiles(path, dataset)
         self.train_on = train_on
         self.split_by, self.warm_fraction, self.history_window = split, warm_fraction, history_window
+        self.window = window
         self.batch_size, self.warm_batch_size, self.eval_batch_size = batch_size, warm_batch_size, eval_batch_size
         self.num_workers, self.seed = num_workers, seed
         self.sizes = (warm_samples, pool_samples, val_samples, test_samples)
@@ -154,7 +159,7 @@ class RecDataModule(LightningDataModule):
 
     def _read(self) -> None:
         self.table, self.catalogue, name, self.report = self.source.read()
-        self.parts, self.split = split_table(self.table, self.split_by, self.warm_fraction)
+        self.parts, self.split = split_table(self.table, self.split_by, self.warm_fraction, self.window)
         seeds = (self.seed, self.seed, _EVALUATION_SEED, _EVALUATION_SEED)
         self.warm_ids, self.pool_ids, self.val_ids, self.test_ids = (
             random_part(rows[self.table.eligible[rows]], size, seed)

@@ -242,7 +242,10 @@ def check_warm_fraction(warm_fraction: float) -> None:
 
 
 class TimeSplit(NamedTuple):
-    """Cuts in sample_ids: warm [0, warm_end), pool [warm_end, train_end), validation up to val_end, test up to end."""
+    """Cuts in sample_ids: warm [0, warm_end), pool [warm_end, train_end), validation up to val_end, test up to end.
+
+    With a window of time the warm part begins where that does.
+    """
 
     warm_end: int
     train_end: int
@@ -250,8 +253,30 @@ class TimeSplit(NamedTuple):
     end: int
 
 
+def window_rows(table: SampleTable, window: tuple[float, float]) -> tuple[int, int]:
+    """Where a window of time begins and ends, in sample_ids; like every cut, at the next timestamp.
+
+    Args:
+        table: The samples, sorted by time.
+        window: Begin and end, as shares of the samples in time order.
+
+    Raises:
+        InputError: Not two shares, the first below the second.
+    """
+    if len(window) != 2 or not 0 <= window[0] < window[1] <= 1:
+        raise InputError(
+            f"window={list(window)}: give begin and end as shares of the samples in time order, such as [0.2, 0.8]."
+        )
+    begin, end = (cut_forward(table.timestamp, len(table) * share) for share in window)
+    return begin, end
+
+
 def split_by_time(
-    table: SampleTable, ratios: Sequence[float] = (0.8, 0.1, 0.1), *, warm_fraction: float = 0.0
+    table: SampleTable,
+    ratios: Sequence[float] = (0.8, 0.1, 0.1),
+    *,
+    warm_fraction: float = 0.0,
+    window: tuple[float, float] = (0.0, 1.0),
 ) -> TimeSplit:
     """Cut the samples in time; a cut moves forward to the next timestamp, so no timestamp is in two parts.
 
@@ -259,22 +284,27 @@ def split_by_time(
         table: The samples, sorted by time.
         ratios: Shares of train, validation and test, each above 0, together 1.
         warm_fraction: Share of the train part, from its start, that is kept for the warm start, 0 to 1.
+        window: The stretch of time that is cut, as shares of the samples in time order: (0.2, 0.8) leaves the earliest
+            and the latest fifth out.
 
     Returns:
         The cuts. A part can come out empty when many rows share a timestamp.
 
     Raises:
-        InputError: Ratios or fraction outside their range.
+        InputError: Ratios, fraction or window outside their range.
     """
     if len(ratios) != 3 or not all(0 < ratio < 1 for ratio in ratios) or not math.isclose(sum(ratios), 1, abs_tol=1e-6):
         raise InputError(
             f"split={tuple(ratios)}: give three shares above 0 (train, validation, test) that add up to 1."
         )
     check_warm_fraction(warm_fraction)
-    train_end = cut_forward(table.timestamp, len(table) * ratios[0])
-    return TimeSplit(
-        warm_end=cut_forward(table.timestamp[:train_end], train_end * warm_fraction),
-        train_end=train_end,
-        val_end=cut_forward(table.timestamp, len(table) * (ratios[0] + ratios[1])),
-        end=len(table),
+    begin, end = window_rows(table, window)
+    times = table.timestamp[begin:end]
+    train_end = cut_forward(times, len(times) * ratios[0])
+    cuts = (
+        cut_forward(times[:train_end], train_end * warm_fraction),
+        train_end,
+        cut_forward(times, len(times) * (ratios[0] + ratios[1])),
+        len(times),
     )
+    return TimeSplit(*(begin + cut for cut in cuts))

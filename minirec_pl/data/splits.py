@@ -14,6 +14,7 @@ from minirec_pl.data.samples import (
     check_warm_fraction,
     cut_forward,
     split_by_time,
+    window_rows,
 )
 from minirec_pl.errors import InputError
 
@@ -34,7 +35,9 @@ class Parts(NamedTuple):
     test: IntArray
 
 
-def split_table(table: SampleTable, split: Split, warm_fraction: float) -> tuple[Parts, TimeSplit | None]:
+def split_table(
+    table: SampleTable, split: Split, warm_fraction: float, window: tuple[float, float] | None = None
+) -> tuple[Parts, TimeSplit | None]:
     """Part the samples.
 
     Args:
@@ -42,16 +45,22 @@ def split_table(table: SampleTable, split: Split, warm_fraction: float) -> tuple
         split: Shares in global time, ``leave_one_out`` or ``given``.
         warm_fraction: Share of the train part, earliest first, that is kept for the warm start; the cut moves forward
             to the next timestamp.
+        window: Stretch of global time that the parts are cut from, see :func:`split_by_time`; None: all of it.
 
     Returns:
         The parts, and their cuts where they are stretches of time.
 
     Raises:
-        InputError: An unknown split, shares out of range, or no part is given in the data.
+        InputError: An unknown split, shares out of range, no part is given in the data, or a window where the parts are
+            no stretches of time.
     """
     if not isinstance(split, str):
-        cuts = split_by_time(table, split, warm_fraction=warm_fraction)
-        return Parts(*(np.arange(begin, end) for begin, end in pairwise((0, *cuts)))), cuts
+        window = window or (0.0, 1.0)
+        cuts = split_by_time(table, split, warm_fraction=warm_fraction, window=window)
+        borders = pairwise((window_rows(table, window)[0], *cuts))
+        return Parts(*(np.arange(begin, end) for begin, end in borders)), cuts
+    if window is not None:
+        raise InputError(f"window={list(window)} needs a split in global time, such as [0.8, 0.1, 0.1], not {split!r}.")
     check_warm_fraction(warm_fraction)
     if split == "leave_one_out":
         train, validation, test = leave_one_out(table)

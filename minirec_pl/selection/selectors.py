@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minirec_pl.errors import InputError
 from minirec_pl.selection import reasons
-from minirec_pl.selection.diversity import maxmin_select
+from minirec_pl.selection.diversity import Selection, maxmin_select
 from minirec_pl.selection.learnability import group_difficulty, learnability, min_max, quantile_calibration
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.picks import ascending, blank_columns, solve_chance
@@ -51,13 +51,13 @@ class Selector(Protocol):
 class MiniRecSelector:
     """Learnable, representative and diverse samples (MiniRec, arXiv 2602.04278), as published or as written.
 
-    V(x | S) = d(x | S) (alpha L + R), greedily from argmax(alpha L + R). L and R are scaled over all samples with
-    signals, before the gate. A sample without a gradient counts as one whose gradient is zero; where no sample has one,
-    R is 0.5 for all.
+    V(x | S) = d(x | S) (alpha L + beta R), greedily from argmax(alpha L + beta R); beta is 1 in the paper. L and R are
+    scaled over all samples with signals, before the gate. A sample without a gradient counts as one whose gradient is
+    zero; where no sample has one, R is 0.5 for all.
 
     A sample that passed the gate and was not picked is redundant if it would have been worth more than the last pick,
-    had it been as novel as the median pick: median novelty * (alpha L + R) >= V of the last pick. The ledger then names
-    the pick nearest to it.
+    had it been as novel as the median pick: median novelty * (alpha L + beta R) >= V of the last pick. The ledger then
+    names the pick nearest to it.
 
     mode="paper" is what the text says: first-order gradients with group advantages, and no pick whose difficulty is
     outside the gate. mode="official" is what the authors' code does: Hessian-vector products and no gate.
@@ -82,6 +82,8 @@ class MiniRecSelector:
         gradient: Literal["first", "hvp", "trajectory"] | None = None,
         num_generations: int | None = None,
         gradient_space: Literal["answer", "lora"] = "answer",
+        beta: float = 1.0,
+        novelty: bool = True,
     ) -> None:
         """Sets the method.
 
@@ -99,6 +101,10 @@ class MiniRecSelector:
                 with (8, the default of `GRPORecModule`, on its own).
             gradient_space: where the module takes the gradient: "answer", at the hidden states that produce the answer,
                 or "lora", by the trainable parameters, projected; not with Hessian-vector products.
+            beta: Weight of representativeness, which is 1 in the paper; 0 switches the term off, as alpha=0 does for
+                learnability.
+            novelty: Whether to spread the picks; False takes the best alpha L + beta R whatever they resemble, with a
+                novelty of 1 each.
 
         Raises:
             InputError: If an option has a value that is not allowed.
@@ -111,6 +117,8 @@ class MiniRecSelector:
         _one_of("gradient_space", gradient_space, ("answer", "lora"))
         if not (0 <= alpha < float("inf")):
             raise InputError(f"alpha must be a finite number, not negative, but is {alpha}.")
+        if not (0 <= beta < float("inf")) or alpha == beta == 0:
+            raise InputError(f"beta must be a finite number, not negative, and not 0 beside alpha=0, but is {beta}.")
         if len(gate) != 2 or not gate[0] < gate[1]:
             raise InputError(f"gate must be [low, high] with low below high, not {list(gate)}.")
         if calibrate is not None and sigma is not None:
@@ -123,6 +131,8 @@ class MiniRecSelector:
         self.difficulty = difficulty
         self.calibrate = calibrate
         self.alpha = alpha
+        self.beta = beta
+        self.novelty = novelty
         self.mu = mu
         self.sigma = sigma
         self.gate = (float(gate[0]), float(gate[1]))
@@ -171,7 +181,7 @@ class MiniRecSelector:
             raise InputError("no sample of the pool has both rewards and an embedding; score the pool first.")
 
         learn, represent = self._terms(signals, difficulty, rows)
-        score = self.alpha * learn + represent
+        score = self.alpha * learn + self.beta * represent
         low, high = self.gate if self.mode == "paper" else (-float("inf"), float("inf"))
         passes = scored & (difficulty >= low) & (difficulty <= high)
 
@@ -194,12 +204,12 @@ class MiniRecSelector:
         picked = torch.empty(0, dtype=torch.int64)
         if n_pass:
             progress = n_pass > _LARGE
-            first = maxmin_select(_at(embedding, inside), score[inside], min(k, n_pass), progress=progress)
+            first = self._pick(_at(embedding, inside), score[inside], min(k, n_pass), progress=progress)
             picked = inside[first.indices]
             _enter(columns, rows[picked], first.novelty, score[picked], reasons.SELECTED, start=1)
         missing = k - len(picked)
         if missing and self.on_short == "fill" and len(rows) > n_pass:
-            more = maxmin_select(embedding, score, min(missing, len(rows) - n_pass), initial=picked)
+            more = self._pick(embedding, score, min(missing, len(rows) - n_pass), initial=picked)
             start = len(picked) + 1
             _enter(columns, rows[more.indices], more.novelty, score[more.indices], reasons.FILLED, start=start)
             missing -= len(more.indices)
@@ -211,6 +221,17 @@ class MiniRecSelector:
                 stacklevel=2,
             )
         return SelectionLedger.of(columns, signals.embedding)
+
+    def _pick(
+        self, embedding: Tensor, score: Tensor, k: int, initial: Tensor | None = None, progress: bool = False
+    ) -> Selection:
+        if self.novelty:
+            return maxmin_select(embedding, score, k, initial=initial, progress=progress)
+        taken = score.clone()
+        if initial is not None:
+            taken[initial] = -torch.inf
+        best = taken.sort(descending=True, stable=True).indices[:k]
+        return Selection(best, torch.ones(len(best), dtype=torch.float64))
 
     def _difficulty(self, signals: Signals) -> Tensor:
         if self.difficulty == "mean":

@@ -64,6 +64,35 @@ def test_official_mode_equals_the_formulas_without_a_gate():
     assert set(got.table["reason"]) == {"selected", "redundant", "below_budget"}
 
 
+def test_a_term_with_weight_zero_decides_nothing():
+    signals = random_pool()
+    got = MiniRecSelector(mode="official", beta=0.0).select(signals, 12).selected()
+    assert got == MiniRecSelector(mode="official", beta=0.0).select(without(signals, "gradient"), 12).selected()
+    strong = MiniRecSelector(mode="official", alpha=1e9).select(signals, 12).selected()
+    assert got == strong
+
+
+def without(signals, name):
+    fields = {field: getattr(signals, field) for field in ("sample_id", "reward_mean", "reward_std", "n_rollouts")}
+    fields |= {"solve_share": signals.solve_share, "gradient": signals.gradient, "embedding": signals.embedding}
+    return Signals(**{**fields, name: None})
+
+
+@pytest.mark.parametrize("on_short", ["shrink", "fill"])
+def test_without_novelty_the_best_are_taken(on_short):
+    signals = random_pool()
+    selector = MiniRecSelector(gate=(0.1, 0.8), novelty=False, on_short=on_short)
+    table = selector.select(signals, 20).table.set_index("sample_id")
+    score = table["learnability"] + table["representativeness"]
+    inside = table["reward_mean"].between(0.1, 0.8)
+    ranked = score[inside].sort_values(ascending=False, kind="stable").index.tolist()
+    ranked += score[~inside].sort_values(ascending=False, kind="stable").index.tolist() if on_short == "fill" else []
+    picked = table[table["rank"] > 0].sort_values("rank")
+    assert picked.index.tolist() == ranked[:20]
+    assert (picked["novelty"] == 1).all()
+    assert picked["value"].tolist() == pytest.approx(score[picked.index].tolist())
+
+
 def test_pass_at_group_equals_the_formulas():
     exact = np.random.default_rng(3).uniform(0, 0.2, 60)
     exact[:20] = np.nan

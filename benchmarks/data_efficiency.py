@@ -1,0 +1,257 @@
+"""Tables, picture and raw table of a study that `minirec compare` has run.
+
+python benchmarks/data_efficiency.py --from runs/study
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from measuring import machine
+
+from minirec_pl.compare.report import at_equal_cost, cell, comparison
+from minirec_pl.compare.results import chosen_gains
+from minirec_pl.compare.statistics import Interval, user_bootstrap
+from minirec_pl.compare.study import Study
+from minirec_pl.compare.tasks import cell_path
+
+STUDIES = Path(__file__).resolve().parent / "studies"
+RESULTS = Path(__file__).resolve().parent / "results"
+HEADLINE = ("minirec_dynamic", 0.1)
+REFERENCES = ("random_redraw", "full")
+SHARES = (0.1, 0.25, 0.5, 1.0)
+# Okabe and Ito's colours, told apart by every common colour blindness; grey for those in the background.
+STYLES = {
+    "full": ("#000000", "*"),
+    "random_redraw": ("#0072B2", "o"),
+    "random": ("#56B4E9", "s"),
+    "minirec_dynamic": ("#D55E00", "^"),
+    "minirec_paper": ("#E69F00", "v"),
+    "minirec_official": ("#CC79A7", "D"),
+    "reward_variance": ("#009E73", "P"),
+}
+
+
+def main(args=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--from", dest="folder", required=True, type=Path, metavar="DIR", help="--to of the study")
+    parser.add_argument("--study", type=Path, default=STUDIES / "data_efficiency.yaml", help="YAML file of the study")
+    parser.add_argument("--ablations", type=Path, default=STUDIES / "ablations.yaml", help="that of its ablations")
+    parser.add_argument("--to", type=Path, default=RESULTS, metavar="DIR", help=f"default: {RESULTS}")
+    options = parser.parse_args(args)
+    options.to.mkdir(parents=True, exist_ok=True)
+    study = Study.read(options.study)
+    frame = pd.read_parquet(options.folder / f"{options.study.stem}.parquet")
+    lines = [*_head(study, frame), *_headline(frame), *_users(study, frame, options.folder), *_by_budget(frame)]
+    lines += [*_equal_cost(frame, "tokens", "M tokens", 1e6), *_equal_cost(frame, "seconds", "seconds", 1.0)]
+    ablations = options.folder / f"{options.ablations.stem}.parquet"
+    if ablations.is_file():
+        lines += _ablations(Study.read(options.ablations), pd.read_parquet(ablations))
+        shutil.copyfile(ablations, options.to / ablations.name)
+    draw(frame, options.to / "data_efficiency.png")
+    shutil.copyfile(options.folder / f"{options.study.stem}.parquet", options.to / "data_efficiency.parquet")
+    (options.to / "data_efficiency.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _head(study, frame):
+    seeds = ", ".join(map(str, sorted(frame["seed"].unique())))
+    cells = frame[frame["epoch"] == 0].groupby(
+        ["dataset", "window", "method", "setting", "budget", "seed"], observed=True
+    )
+    return [
+        "# Quality against cost of selection methods",
+        "",
+        f"`minirec compare --config benchmarks/studies/{study.path.name} --to runs/study --jobs 2`, then",
+        "`python benchmarks/data_efficiency.py --from runs/study` writes this page. One cell again:",
+        f"`minirec compare --config benchmarks/studies/{study.path.name} --to DIR --cell ID`.",
+        "",
+        f"{cells.ngroups} cells, seeds {seeds}. {machine()}.",
+        "",
+        "All methods of a data set and seed start from the same warm policy. A cell is evaluated before training and",
+        "after each epoch; the epoch is chosen on validation and NDCG@10 reported on test, the whole catalogue ranked.",
+        "Tokens (forward and backward) and seconds include warm start, scoring, selection and training, and leave",
+        "evaluation out; those of the chosen epoch are what had been spent by then. [ ] are 95 % intervals over seeds;",
+        "differences are paired by seed. The window `all` is the mean of the windows of a seed.",
+        "",
+        "![NDCG@10 over tokens](data_efficiency.png)",
+        "",
+    ]
+
+
+def headline_row(row):
+    """The row of the headline table of one arm, from a row of `comparison`."""
+    where = " ".join(filter(None, (row["dataset"], row["window"])))
+    values = [interval(row, "figure"), *(interval(row, f"minus_{name}") for name in REFERENCES)]
+    shown = [cell(values[0]), *(cell(value, signed=True) for value in values[1:])]
+    return (
+        f"| {where} | {row['method']} | {row['budget']:.1%} | {' | '.join(shown)} | {row['tokens_total'] / 1e6:.3f} |"
+    )
+
+
+def _headline(frame):
+    compared = comparison(frame, REFERENCES)
+    rows = compared[(compared["method"] == HEADLINE[0]) & np.isclose(compared["budget"], HEADLINE[1])]
+    lines = [
+        "## Headline",
+        "",
+        "| data | method | budget | NDCG@10 | minus random_redraw | minus full | M tokens of the run |",
+    ]
+    return [*lines, "| --- | --- " + "| ---: " * 5 + "|", *(headline_row(row) for row in rows.to_dict("records")), ""]
+
+
+def _users(study, frame, folder):
+    """Differences at the headline's budget with users as the unit of resampling."""
+    lines = [
+        f"## Users as the unit: differences at a budget of {HEADLINE[1]:.0%}",
+        "",
+        "Users are drawn anew 2,000 times, each with all test samples; gains are averaged over seeds first.",
+        "",
+        "| data | users | method | minus random_redraw | minus full |",
+        "| --- | ---: | --- | ---: | ---: |",
+    ]
+    cells = {}
+    for one in study.cells():
+        path = cell_path(folder, one)
+        if path.is_file() and (one.budget == HEADLINE[1] or not one.method.takes_budget):
+            cells.setdefault(one.data.label, {}).setdefault(one.method.name, {})[one.seed] = chosen_gains(path)
+    for label, methods in cells.items():
+        for method, runs in methods.items():
+            found = [_user_interval(runs, methods.get(name, {})) for name in REFERENCES if name != method]
+            if method in REFERENCES or not any(found):
+                continue
+            users = len(np.unique(next(iter(runs.values()))[1]))
+            shown = (cell(value, signed=True) if value else "–" for value in found)
+            lines.append(f"| {label.replace('/', ' ')} | {users} | {method} | {' | '.join(shown)} |")
+    return [*lines, ""]
+
+
+def _user_interval(runs, rivals):
+    seeds = sorted(runs.keys() & rivals.keys())
+    if not seeds:
+        return None
+    own, other = (np.stack([part[seed][0] for seed in seeds]) for part in (runs, rivals))
+    return user_bootstrap(own, other, runs[seeds[0]][1])
+
+
+def _by_budget(frame):
+    compared = comparison(frame, ("random_redraw",))
+    lines = ["## Every method and budget", ""]
+    for (dataset, window), part in compared.groupby(["dataset", "window"], sort=False):
+        budgets = sorted(part.loc[part["method"] != "full", "budget"].unique())
+        full = part[part["method"] == "full"]
+        said = f"; full: {cell(interval(full.iloc[0], 'figure'))}" if len(full) else ""
+        lines += [
+            f"### {dataset} {window}".rstrip() + said,
+            "",
+            "NDCG@10, and below it the difference to random_redraw.",
+            "",
+        ]
+        lines += ["| method | " + " | ".join(f"{budget:.1%}" for budget in budgets) + " |"]
+        lines += ["| --- " + "| ---: " * len(budgets) + "|"]
+        for method, rows in part[part["method"] != "full"].groupby("method", sort=False):
+            by_budget = rows.set_index("budget")
+            lines.append(_line(method, [by_budget.loc[b] if b in by_budget.index else None for b in budgets]))
+        lines.append("")
+    return lines
+
+
+def _line(method, rows):
+    def shown(row):
+        if row is None:
+            return "–"
+        minus = interval(row, "minus_random_redraw")
+        return cell(interval(row, "figure")) + (f"<br>{cell(minus, signed=True)}" if minus.n else "")
+
+    return f"| {method} | " + " | ".join(map(shown, rows)) + " |"
+
+
+def _equal_cost(frame, cost, unit, scale):
+    """NDCG@10 where every run had spent as much as the full pool's after its warm start, times a share."""
+    lines = [f"## At equal {cost}", "", f"Shares of the {cost} that the full pool spends after the warm start; the", ""]
+    lines[-2] += " best budget of a method at each, by its mean; – where no run's evaluation points cover it."
+    full = frame[frame["method"] == "full"]
+    if not len(full):
+        return []
+    for (dataset, window), part in frame.groupby(["dataset", "window"], observed=True, sort=False):
+        own = full[(full["dataset"] == dataset) & (full["window"] == window)]
+        spent = own.groupby("seed")[cost].agg(["min", "max"]).mean()
+        budgets = [spent["min"] + share * (spent["max"] - spent["min"]) for share in SHARES]
+        found = at_equal_cost(part, cost, budgets)
+        if not len(found):
+            continue
+        lines += [f"### {dataset} {window}".rstrip(), ""]
+        titles = (f"{share:.0%}: {budget / scale:,.3g} {unit}" for share, budget in zip(SHARES, budgets, strict=True))
+        lines += ["| method | " + " | ".join(titles) + " |", "| --- " + "| ---: " * len(SHARES) + "|"]
+        for method, rows in found.groupby("method", sort=False):
+            best = [_best(rows[rows["spent"] == budget]) for budget in budgets]
+            lines.append(f"| {method} | " + " | ".join(best) + " |")
+        lines.append("")
+    return lines
+
+
+def _best(rows):
+    if not len(rows):
+        return "–"
+    row = rows.loc[rows["figure"].idxmax()]
+    return f"{cell(interval(row, 'figure'))} ({row['budget']:.1%}, n={int(row['figure_n'])})"
+
+
+def _ablations(study, frame):
+    compared = comparison(frame, study.references)
+    lines = [f"## Ablations at a budget of {study.methods[0].budgets[0]:.0%}", ""]
+    for (dataset, window), part in compared.groupby(["dataset", "window"], sort=False):
+        lines += [f"### {dataset} {window}".rstrip(), ""]
+        lines += ["| method | NDCG@10 | " + " | ".join(f"minus {name}" for name in study.references) + " |"]
+        lines += ["| --- " + "| ---: " * (1 + len(study.references)) + "|"]
+        for row in part.to_dict("records"):
+            minus = (cell(interval(row, f"minus_{name}"), signed=True) for name in study.references)
+            lines.append(f"| {row['method']} | {cell(interval(row, 'figure'))} | {' | '.join(minus)} |")
+        lines.append("")
+    return lines
+
+
+def interval(row, name):
+    return Interval(row[name], row[f"{name}_low"], row[f"{name}_high"], int(row[f"{name}_n"]))
+
+
+def draw(frame, path):
+    """NDCG@10 at the chosen epoch over what the run spent after its warm start, a panel per data set."""
+    from matplotlib.figure import Figure
+
+    compared = comparison(frame, ())
+    compared = compared[~((compared["window"] != "all") & compared["dataset"].isin(_several(compared)))]
+    panels = list(compared.groupby(["dataset", "window"], sort=False))
+    figure = Figure(figsize=(5.2 * len(panels), 4.2), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(panels)))
+    for place, ((dataset, window), part) in zip(axes, panels, strict=True):
+        for method, rows in sorted(part.groupby("method"), key=lambda item: item[0] in STYLES):
+            rows = rows.sort_values("budget")
+            colour, marker = STYLES.get(method, ("0.7", None))
+            spent = (rows["tokens_total"] - rows["tokens_warm_start"]) / 1e6
+            error = (rows["figure_high"] - rows["figure"]).fillna(0.0) if method in STYLES else None
+            front = 3 if method in STYLES else 1
+            place.errorbar(spent, rows["figure"], error, color=colour, marker=marker, markersize=6, capsize=2, lw=1.2,
+                           label=method if method in STYLES else None, zorder=front)  # fmt: skip
+            if method not in STYLES:
+                place.annotate(method, (spent.iloc[-1], rows["figure"].iloc[-1]), fontsize=6, color="0.45")
+        place.set(xscale="log", xlabel="tokens after the warm start [M], scoring included")
+        place.set_title(
+            f"{dataset}, mean of its windows" if window == "all" else f"{dataset} {window}".rstrip(), loc="left"
+        )
+        place.grid(color="0.92")
+        place.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("NDCG@10 on test (95 % over seeds)")
+    axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=160, format="png")
+
+
+def _several(compared):
+    return [name for name, part in compared.groupby("dataset") if part["window"].nunique() > 1]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""One cell of a study, run in a worker process: model, data and Trainer as of `minirec fit`, and what came of it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from torch import Tensor
+
+from minirec_pl.cli import MiniRecCLI, Parser, ParserError, config_after_warm_start
+from minirec_pl.compare.results import Point, points_of, read_cell, write_cell
+from minirec_pl.compare.study import Cell, Data, Study, as_words, seeded
+from minirec_pl.data.assemble import Samples, Source
+from minirec_pl.data.datamodule import RecDataModule
+from minirec_pl.errors import InputError
+from minirec_pl.evaluation import sample_ranks
+from minirec_pl.files import replace_folder
+from minirec_pl.module import GRPORecModule
+from minirec_pl.recommender import RecModule
+from minirec_pl.score import ScoringTrainer
+from minirec_pl.selection.session import session_of
+from minirec_pl.sentences import sentence_of
+from minirec_pl.stages import Stages, WarmStart
+
+WARM, CELLS, START = "warm", "cells", "start.safetensors"
+QUIET = {
+    "trainer.logger": False,
+    "trainer.callbacks": None,
+    "trainer.enable_checkpointing": False,
+    "trainer.enable_progress_bar": False,
+    "trainer.enable_model_summary": False,
+    "trainer.num_sanity_val_steps": 0,
+    "trainer.limit_val_batches": 0,
+    "test_stages": False,
+}
+_read: dict[str, Samples] = {}
+
+
+class Parts(MiniRecCLI):
+    """Model, data and Trainer of a fit config; nothing is run and no run folder claimed.
+
+    Args:
+        words: as on the command line of `minirec fit`.
+        observers: callbacks that come before the selection.
+
+    Raises:
+        InputError: if the words cannot be parsed, or a value is refused.
+    """
+
+    def __init__(self, words: Sequence[str], observers: Sequence[Callback] = ()) -> None:
+        self._observers = list(observers)
+        try:
+            super().__init__(
+                RecModule,
+                LightningDataModule,
+                trainer_class=ScoringTrainer,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=None,
+                auto_configure_optimizers=False,
+                seed_everything_default=42,
+                parser_class=Parser,
+                args=list(words),
+                run=False,
+            )
+        except ParserError as error:
+            raise InputError(sentence_of(error)) from error
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses what is given, and nothing of this process's own command line."""
+        argv, sys.argv = sys.argv, sys.argv[:1]
+        try:
+            LightningCLI.parse_arguments(self, parser, args)
+        finally:
+            sys.argv = argv
+
+    def before_instantiate_classes(self) -> None:
+        """Leaves everything as it was given."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer with the observers and the selection."""
+        selection = self._get(self.config_init, "selection")
+        self.trainer_defaults["callbacks"] = [*self._observers, *([selection] if selection is not None else [])]
+        return LightningCLI.instantiate_trainer(self, **kwargs)
+
+    def read(self) -> tuple[GRPORecModule, RecDataModule]:
+        """Model and data, read and bound; a source that this process has read before is not read again.
+
+        Raises:
+            InputError: if they are not those that can be compared, or the data cannot be read.
+        """
+        if not isinstance(self.model, GRPORecModule) or not isinstance(self.datamodule, RecDataModule):
+            raise InputError("a study compares fits of a GRPORecModule on a RecDataModule: set model and data so")
+        self.datamodule.source = _ReadOnce(self.datamodule.source)
+        self.datamodule.prepare_data()
+        self.datamodule.setup("fit")
+        self.model.policy.bind(self.datamodule.catalogue)
+        return self.model, self.datamodule
+
+
+class _ReadOnce:
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def read(self) -> Samples:
+        key = repr(self.source)
+        if key not in _read:
+            _read[key] = self.source.read()
+        return _read[key]
+
+
+class _Observer(Callback):
+    """Evaluates after each epoch, before the next selection is paid for; keeps the selection, leaves no files."""
+
+    def __init__(self, splits: Sequence[str]) -> None:
+        super().__init__()
+        self.splits, self.points, self.selected = splits, list[Point](), list[Tensor]()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module: Any = pl_module
+        self.points.append(evaluate(module, trainer.datamodule, self.splits, len(self.points) + 1))  # type: ignore[attr-defined]
+        session = session_of(trainer)
+        self.selected.append(torch.tensor(session.selected or [], dtype=torch.int32))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        session = session_of(trainer)
+        session.plan_easiness, session.ledger = [], None
+
+
+def evaluate(module: RecModule, data: RecDataModule, splits: Sequence[str], epoch: int) -> Point:
+    """Ranks of the targets of each split, and what was spent until now."""
+    ids = {"validation": data.val_ids, "test": data.test_ids}
+    return Point(
+        epoch, module.cost.state_dict(), {name: sample_ranks(module.policy, data, ids[name]) for name in splits}
+    )
+
+
+def warm_folder(to: Path, study: Study, data: Data, seed: int) -> Path:
+    """Where the warm start of a data set and seed is kept."""
+    return to / WARM / data.label.replace("/", "-") / f"{seed}-{study.warm_fingerprint(data, seed)[:12]}"
+
+
+def cell_path(to: Path, cell: Cell) -> Path:
+    """The file of a cell."""
+    return to / CELLS / f"{cell.id}.safetensors"
+
+
+def check(study: Study, cells: Sequence[Cell]) -> None:
+    """Refuses overrides that the fit config does not take; makes the selection, but neither reads nor trains.
+
+    Raises:
+        InputError: naming the method and the option.
+    """
+    for cell in cells:
+        words = [*_config(study), *cell.words(1000, 64), *as_words(QUIET)]
+        try:
+            _quiet(lambda words=words: Parts(words))
+        except InputError as error:
+            raise InputError(f"{study.path}, cell {cell.id}: {error}") from error
+
+
+def warm_start(study: Study, data: Data, seed: int, to: Path) -> float:
+    """Trains the policy that all cells of a data set and seed start from, evaluates and keeps it.
+
+    Returns:
+        Seconds.
+
+    Raises:
+        InputError: as a fit does, or if the config has no `warm_start`.
+    """
+    started = time.perf_counter()
+    folder = warm_folder(to, study, data, seed)
+    if (folder / START).is_file():
+        return 0.0
+    words = as_words(
+        {**data.overrides, **seeded(seed), "selection": None, **QUIET}, {"{path}": data.path, "{seed}": seed}
+    )
+
+    def write(new: Path) -> None:
+        parts = Parts([*_config(study), *words])
+        options = parts._get(parts.config_init, "warm_start")
+        if not isinstance(options, WarmStart):
+            raise InputError(f"{study.config}: warm_start is missing, and all cells of a seed start from one")
+        module, table = parts.read()
+        seed_everything(seed, verbose=False)
+        stages = Stages(parts._side_trainer, new, module, table, tested=False)
+        stages.warm_start(options, parts.trainer)
+        (new / "warm_start" / "policy").rename(new / "policy")
+        point = evaluate(module, table, ("validation", "test"), 0)
+        facts = {
+            "pool": len(table.pool_ids),
+            "batch_size": table.batch_size,
+            "data": table.fingerprint,
+        }
+        write_cell(new / START, [point], facts, _user_index(table))
+
+    _quiet(lambda: replace_folder(folder, write, holds=START, what="warm start"))
+    return time.perf_counter() - started
+
+
+def run_cell(study: Study, cell: Cell, to: Path) -> dict[str, Any]:
+    """Runs one cell and writes its file.
+
+    Returns:
+        Its settings, as in the file.
+
+    Raises:
+        InputError: as a fit does.
+    """
+    started, cpu = time.perf_counter(), time.process_time()
+    warm = warm_folder(to, study, cell.data, cell.seed)
+    start, facts = read_cell(warm / START)
+    splits = ("validation",) if study.grid else ("validation", "test")
+    words = cell.words(facts["pool"], facts["batch_size"])
+    observer = _Observer(splits)
+    phases = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        config = Path(scratch, "config.yaml")
+        content = yaml.safe_load(study.config.read_text(encoding="utf-8"))
+        config.write_text(yaml.safe_dump(config_after_warm_start(content, warm / "policy")), encoding="utf-8")
+        words = ["--config", str(config), *words, *as_words({**QUIET, "trainer.default_root_dir": scratch})]
+
+        def fit() -> None:
+            parts = Parts(words, [observer])
+            phases["parsing"] = time.perf_counter() - started
+            module, data = parts.read()
+            phases["reading"] = time.perf_counter() - started - phases["parsing"]
+            seed_everything(cell.seed, verbose=False)
+            parts.trainer.fit(module, datamodule=data)
+
+        _quiet(fit)
+    first = points_of(start)[0]
+    ranks = {name: first.ranks[name] for name in splits}
+    points = [Point(0, first.cost, ranks), *observer.points]
+    seconds = time.perf_counter() - started
+    row = {
+        "cell": cell.id,
+        "fingerprint": study.fingerprint(cell),
+        "dataset": cell.data.name,
+        "window": cell.data.window,
+        "method": cell.method.name,
+        "setting": cell.setting,
+        "budget": cell.budget,
+        "seed": cell.seed,
+        "pool": facts["pool"],
+        "data": facts["data"],
+        "wall_seconds": round(seconds, 3),
+        "cpu_seconds": round(time.process_time() - cpu, 3),
+        "phases": {name: round(value, 3) for name, value in phases.items()},
+    }
+    index = {f"{name}_users": start[f"{name}_users"] for name in splits}
+    index |= {f"selected_{epoch}": ids for epoch, ids in enumerate(observer.selected) if len(ids)}
+    write_cell(cell_path(to, cell), points, row, index)
+    return row
+
+
+def _config(study: Study) -> list[str]:
+    return ["--config", str(study.config)]
+
+
+def _user_index(data: RecDataModule) -> dict[str, Tensor]:
+    parts = {"validation": data.val_ids, "test": data.test_ids}
+    return {f"{name}_users": torch.from_numpy(data.table.user[ids].astype(np.int32)) for name, ids in parts.items()}
+
+
+def _quiet(work: Any) -> None:
+    """Runs without Lightning's announcements and without warnings, which the table of results stands for."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        work()

@@ -1,0 +1,91 @@
+"""The committed study says what its raw table holds, and the page can be made from any study."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+TABLE, PAGE = RESULTS / "data_efficiency.parquet", RESULTS / "data_efficiency.md"
+NUMBER = r"[-+]?\d\.\d+"
+
+
+def chosen(frame, dataset, window, method, budget):
+    """Test NDCG@10 by seed at the epoch with the best validation, by plain loops."""
+    own = frame[(frame["dataset"] == dataset) & (frame["window"] == window) & (frame["method"] == method)]
+    own = own[np.isclose(own["budget"], budget)]
+    found = {}
+    for seed, rows in own.groupby("seed"):
+        validation = rows[rows["split"] == "validation"].sort_values("epoch")
+        epoch = validation["epoch"].iloc[int(np.argmax(validation["ndcg@10"].to_numpy()))]
+        found[seed] = rows[(rows["split"] == "test") & (rows["epoch"] == epoch)]["ndcg@10"].item()
+    return found
+
+
+def interval(values):
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    return [np.mean(values), low, high]
+
+
+def check_headline(page, frame):
+    """Every row of the headline table against the raw table."""
+    section = page.split("## Headline")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][2:]
+    assert rows
+    for data, method, budget, *figures, _ in rows:
+        dataset, _, window = data.partition(" ")
+        share = float(budget.rstrip("%")) / 100
+        windows = [w for w in frame[frame["dataset"] == dataset]["window"].unique() if window in (w, "all")]
+
+        def mean(method, share, dataset=dataset, windows=windows):
+            parts = [chosen(frame, dataset, w, method, share) for w in windows]
+            return {seed: np.mean([part[seed] for part in parts]) for seed in set.intersection(*map(set, parts))}
+
+        own = mean(method, share)
+        expected = [interval(list(own.values()))]
+        for rival in (mean("random_redraw", share), mean("full", 1.0)):
+            expected.append(interval([own[seed] - rival[seed] for seed in own.keys() & rival.keys()]))
+        shown = [[float(number) for number in re.findall(NUMBER, figure)] for figure in figures]
+        assert np.array(shown) == pytest.approx(np.array(expected), abs=5.1e-5)
+
+
+@pytest.mark.skipif(not (TABLE.is_file() and PAGE.is_file()), reason="the study has not been run and committed yet")
+def test_headline_of_the_committed_page_follows_from_the_raw_table():
+    assert TABLE.stat().st_size < 2 * 2**20
+    frame = pd.read_parquet(TABLE).astype({"dataset": str, "window": str, "method": str, "split": str})
+    check_headline(PAGE.read_text(), frame)
+
+
+def made_up():
+    """A raw table of two data sets, three seeds and three methods, with figures out of thin air."""
+    random, rows = np.random.default_rng(0), []
+    for dataset, window in (("one", "early"), ("one", "late"), ("two", "")):
+        for method, budget in (("full", 1.0), ("random_redraw", 0.1), ("minirec_dynamic", 0.1)):
+            for seed in (1, 2, 3):
+                for epoch in range(3):
+                    for split in ("validation", "test"):
+                        row = {"dataset": dataset, "window": window, "method": method, "setting": "", "seed": seed}
+                        row |= {"budget": budget, "epoch": epoch, "split": split, "ndcg@10": random.uniform(0.05, 0.1)}
+                        row |= {"hit_rate@10": 0.2, "tokens": 1000 + 100 * epoch, "tokens_warm_start": 1000}
+                        row |= {"tokens_scoring": 0, "tokens_training": 100 * epoch, "rollouts": 10, "seconds": epoch}
+                        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def test_the_page_of_a_study_holds_its_figures(tmp_path):
+    from compare_tools import STUDY, write_study
+    from data_efficiency import main
+
+    frame = made_up()
+    methods = {**STUDY["methods"], "random_redraw": {}, "minirec_dynamic": {}}
+    study = write_study(tmp_path, methods=methods)
+    frame.to_parquet(tmp_path / "study.parquet")
+    main(["--from", str(tmp_path), "--study", str(study), "--to", str(tmp_path / "made")])
+    page = (tmp_path / "made" / "data_efficiency.md").read_text()
+    check_headline(page, frame)
+    assert "one all" in page
+    assert (tmp_path / "made" / "data_efficiency.png").read_bytes().startswith(b"\x89PNG")
+    assert pd.read_parquet(tmp_path / "made" / "data_efficiency.parquet").equals(frame)
