@@ -22,6 +22,7 @@ OWN_HELP = {
     "data": "describe: what the data of a config hold",
     "export": "a policy's language model as an ordinary Hugging Face folder, adapters merged in",
     "compare": "selection methods at equal cost: every cell of a study, resumable",
+    "dashboard": "a W&B workspace and a report template for the runs of a project",
     "check": "what a fit would do, need and trip over, before it starts",
 }
 
@@ -75,6 +76,11 @@ def _dispatch(argv: list[str]) -> int:
         from minirec_pl.export import run as export
 
         export(argv[1:])
+        return 0
+    if argv and argv[0] == "dashboard":
+        from minirec_pl.dashboard import run as dashboard
+
+        dashboard(argv[1:])
         return 0
     parser = _parser()
     if not argv:

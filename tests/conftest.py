@@ -99,3 +99,14 @@ def command(tmp_path_factory):
     made = Command(folder)
     assert main(made.warm(folder / "warm")) == 0
     return made
+
+
+@pytest.fixture(scope="session")
+def dashboard_run(tmp_path_factory):
+    """A small fit with `SelectionDashboard` on an offline W&B run and CSV: (folder, its rows in W&B, what was seen)."""
+    from dashboard_run import logged_run
+    from wandb_file import history, read_run
+
+    folder = tmp_path_factory.mktemp("dashboard")
+    seen = logged_run(folder)
+    return folder, history(read_run(folder)), seen

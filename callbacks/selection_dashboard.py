@@ -1,0 +1,215 @@
+"""Shows in W&B, TensorBoard or CSV what was selected, why, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from lightning.pytorch import Callback
+
+from minirec_pl.cost import Cost
+from minirec_pl.dashboard import LEDGER, PLAN, TERMS
+from minirec_pl.errors import InputError
+from minirec_pl.selection.session import session_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from minirec_pl.selection.session import SelectionSession
+
+GROUPS = ("pool", "picks")
+STEP_METRICS = {  # what W&B plots them over by default
+    "cost/tokens": ("val/ndcg@10", "val/hit_rate@10", "val/mrr", "val/coverage@10"),
+    "cost/rollouts": ("train/reward", "reward", "reward_std", "frac_reward_zero_std", "entropy"),
+}
+_BINS = 40
+
+
+class SelectionDashboard(Callback):
+    """Logs each selection and plan, and the cost beside every figure, under names that stay.
+
+    | name | what | unit | when | loggers |
+    |---|---|---|---|---|
+    | `selection/ledger` | the ledger, a row per sample | table | each selection | W&B |
+    | `curriculum/plan` | position, fold, sample_id, easiness of the coming epoch | table | each plan | W&B |
+    | `selection/TERM/pool` | a term of the ledger, over the pool | histogram | each selection | W&B, TensorBoard |
+    | `selection/TERM/picks` | over the picks, in the same bins | histogram | each selection | W&B, TensorBoard |
+    | `cost/rollouts` | scoring and training | completions | with each step and validation | all |
+    | `cost/tokens` | forward and backward, all phases | tokens | with each step and validation | all |
+    | `cost/seconds` | all phases, without evaluation | s | with each step and validation | all |
+    | `cost/scoring_rollouts`, `cost/training_rollouts` | by phase | completions | each epoch's end | all |
+    | `cost/PHASE_tokens` | PHASE is warm_start, scoring or training | tokens | each epoch's end | all |
+    | `cost/warm_start_seconds`, `cost/training_seconds` | by phase | s | each epoch's end | all |
+
+    TERM is difficulty, learnability, representativeness or novelty; one that the selector does not know is left out.
+    Costs are running totals of the first rank, of a module with a `cost`, as ours have; of another none is logged.
+
+    The selection's own callbacks log, to all loggers: `cost/scoring_seconds`, `cost/selection_seconds`,
+    `selection/size`, `selection/pool`, `selection/scored`, `selection/reward_mean`, `selection/share_near_zero`,
+    `selection/learnability_near_zero`, `selection/learnability_weight`, `selection/novelty_share`,
+    `selection/coverage/NAME`, `selection/overlap`, `selection/trained_reward`, `selection/trained_share_mixed`,
+    `curriculum/length` and `curriculum/n_folds`.
+
+    W&B plots the validation over `cost/tokens` and the rewards over `cost/rollouts` unless told otherwise; every row
+    that holds them holds all three costs. Other loggers take no tables: the ledger is the `ledger.parquet` of the run
+    folder. No random number is drawn. `minirec dashboard` builds a W&B workspace and a report of these names.
+
+    Args:
+        max_rows: rows of a ledger's table; of a larger pool the picks, best first, and others at even distances.
+
+    Raises:
+        InputError: if `max_rows` is below 1.
+    """
+
+    def __init__(self, max_rows: int = 10_000) -> None:
+        super().__init__()
+        if max_rows < 1:
+            raise InputError(f"max_rows is {max_rows}: give at least 1")
+        self.max_rows = max_rows
+        self._shown: tuple[int, Any] = (-1, None)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Tells W&B what to plot over what."""
+        if stage != "fit":
+            return
+        self._shown = (-1, None)
+        if trainer.is_global_zero and _cost(pl_module) is not None:
+            for experiment in _experiments(trainer, "WandbLogger"):
+                for step_metric, names in STEP_METRICS.items():
+                    for name in names:
+                        experiment.define_metric(name, step_metric=step_metric)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the plan that a run starts or goes on with."""
+        self._show(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the plan of the epoch."""
+        self._show(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs what has been spent, beside the figures of the step, where the Trainer logs them."""
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and trainer.global_step % every == 0:
+            self._log_cost(trainer, pl_module, by_phase=False, on_step=True)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs what has been spent, beside the figures of the validation."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._log_cost(trainer, pl_module, by_phase=False)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs what has been spent, by phase, too."""
+        self._log_cost(trainer, pl_module, by_phase=True)
+
+    def _log_cost(self, trainer: Trainer, module: LightningModule, *, by_phase: bool, on_step: bool = False) -> None:
+        cost = _cost(module)
+        if cost is not None and trainer.loggers:
+            values = totals(cost) | (phases(cost) if by_phase else {})
+            module.log_dict(values, on_step=on_step, on_epoch=not on_step, batch_size=1, rank_zero_only=True)
+
+    def _show(self, trainer: Trainer) -> None:
+        session = session_of(trainer)
+        if not (trainer.is_global_zero and session.ready and trainer.loggers) or session.plan_epoch == self._shown[0]:
+            return
+        new = session.ledger is not None and session.ledger is not self._shown[1]
+        self._shown = (session.plan_epoch, session.ledger)
+        histograms = _histograms(session) if new else {}
+        for experiment in _experiments(trainer, "TensorBoardLogger"):
+            for name, (values, edges) in histograms.items():
+                experiment.add_histogram(name, values, session.step(trainer), bins=edges)
+        for experiment in _experiments(trainer, "WandbLogger"):
+            self._show_wandb(experiment, session, histograms if new else None, session.step(trainer))
+
+    def _show_wandb(self, experiment: Any, session: SelectionSession, histograms: Any, step: int) -> None:
+        import wandb
+
+        from minirec_pl.wandb_table import FrameTable
+
+        row: dict[str, Any] = {"epoch": session.plan_epoch, "trainer/global_step": step}
+        if histograms is not None:
+            assert session.ledger is not None
+            row[LEDGER] = FrameTable(table_rows(session.ledger.table, self.max_rows), LEDGER)
+            for name, (values, edges) in histograms.items():
+                row[name] = wandb.Histogram(np_histogram=np.histogram(values, edges))
+        if session.plan:
+            row[PLAN] = FrameTable(_plan(session), PLAN)
+        experiment.log(row)
+
+
+def totals(cost: Cost) -> dict[str, float]:
+    """Rollouts, tokens and seconds of all phases so far, by the names that are logged."""
+    return {
+        "cost/rollouts": float(sum(cost.rollouts.values())),
+        "cost/tokens": float(sum(cost.tokens_forward.values()) + sum(cost.tokens_backward.values())),
+        "cost/seconds": sum(cost.seconds.values()),
+    }
+
+
+def phases(cost: Cost) -> dict[str, float]:
+    """The same by phase, where no other callback logs it."""
+    tokens = {name: cost.tokens_forward[name] + cost.tokens_backward[name] for name in cost.tokens_forward}
+    return {
+        **{f"cost/{name}_rollouts": float(cost.rollouts[name]) for name in ("scoring", "training")},
+        **{f"cost/{name}_tokens": float(tokens[name]) for name in ("warm_start", "scoring", "training")},
+        **{f"cost/{name}_seconds": cost.seconds[name] for name in ("warm_start", "training")},
+    }
+
+
+def _cost(module: LightningModule) -> Cost | None:
+    cost = getattr(module, "cost", None)
+    return cost if isinstance(cost, Cost) else None
+
+
+def _experiments(trainer: Trainer, kind: str) -> Iterator[Any]:
+    """What the loggers of a class, of `lightning` or `pytorch_lightning`, write to."""
+    for logger in trainer.loggers:
+        if any(base.__name__ == kind for base in type(logger).__mro__):
+            yield logger.experiment  # type: ignore[attr-defined]
+
+
+def _histograms(session: SelectionSession) -> dict[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
+    """The known values of each term, of the pool and of the picks, and the edges of the pool's bins."""
+    assert session.ledger is not None
+    assert session.selected is not None
+    table, found = session.ledger.table, {}
+    picked = np.isin(table["sample_id"].to_numpy(), session.selected)
+    for term in TERMS:
+        values = table[term].to_numpy()
+        known = np.isfinite(values)
+        if known.any():
+            edges = np.histogram_bin_edges(values[known], _BINS)
+            for group, rows in zip(GROUPS, (known, known & picked), strict=True):
+                found[f"selection/{term}/{group}"] = (values[rows], edges)
+    return found
+
+
+def table_rows(table: pd.DataFrame, most: int) -> pd.DataFrame:
+    """At most so many rows of a ledger, in its order: the picks, best first, then others at even distances."""
+    if len(table) <= most:
+        return table
+    rank = table["rank"].to_numpy(dtype="float64", na_value=np.inf)
+    picks = np.argsort(rank, kind="stable")[: min(most, int(np.isfinite(rank).sum()))]
+    others, n_others = np.flatnonzero(np.isinf(rank)), most - len(picks)
+    kept = others[np.arange(n_others) * len(others) // max(1, n_others)]
+    return table.iloc[np.sort(np.concatenate([picks, kept]))]
+
+
+def _plan(session: SelectionSession) -> pd.DataFrame:
+    """The plan in training order, with the columns of `plan.parquet`; easiness is missing without an order by it."""
+    assert session.plan is not None
+    position = np.arange(len(session.plan))
+    starts = session.fold_starts or [0]
+    return pd.DataFrame(
+        {
+            "position": position,
+            "fold": np.searchsorted(starts, position, side="right") - 1,
+            "sample_id": session.plan,
+            "easiness": session.plan_easiness or np.full(len(position), np.nan),
+        }
+    )

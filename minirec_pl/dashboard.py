@@ -1,0 +1,220 @@
+"""`minirec dashboard`: a W&B workspace and a report template for runs with `SelectionDashboard`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from minirec_pl.errors import InputError
+
+if TYPE_CHECKING:
+    from wandb_workspaces.reports.v2.interface import Report
+    from wandb_workspaces.workspaces import Workspace
+
+NAME = "MiniRec"
+TOKENS, ROLLOUTS, SECONDS, STEP = "cost/tokens", "cost/rollouts", "cost/seconds", "trainer/global_step"
+LEDGER, PLAN = "selection/ledger", "curriculum/plan"
+TERMS = ("difficulty", "learnability", "representativeness", "novelty")
+
+# Section: what it shows, then its lines as (title, x, [y, ...]).
+LINES: dict[str, tuple[str, list[tuple[str, str, list[str]]]]] = {
+    "Quality over cost": (
+        "Validation figures over everything that was spent: scoring, selection and training, and the warm start.",
+        [
+            ("NDCG@10 over tokens", TOKENS, ["val/ndcg@10"]),
+            ("NDCG@10 over rollouts", ROLLOUTS, ["val/ndcg@10"]),
+            ("NDCG@10 over seconds", SECONDS, ["val/ndcg@10"]),
+            ("HR@10 over tokens", TOKENS, ["val/hit_rate@10"]),
+            ("MRR over tokens", TOKENS, ["val/mrr"]),
+            ("Coverage@10 over tokens", TOKENS, ["val/coverage@10"]),
+        ],
+    ),
+    "Training": (
+        "Rewards of the rollouts that were trained on, and what the objective made of them.",
+        [
+            ("Mean reward", ROLLOUTS, ["reward"]),
+            ("Spread of the reward in a group", ROLLOUTS, ["reward_std"]),
+            ("Groups without reward variance", ROLLOUTS, ["frac_reward_zero_std"]),
+            ("Entropy", ROLLOUTS, ["entropy"]),
+            ("Share clipped", ROLLOUTS, ["clip_ratio/low_mean", "clip_ratio/high_mean"]),
+            ("Length of a completion", ROLLOUTS, ["completions/mean_length"]),
+        ],
+    ),
+    "Selection": (
+        "What the pool looks like, which part of it was picked, and why: the terms of the value, their histograms over "
+        "pool and picks, and the ledger with a row per sample.",
+        [
+            ("Mean reward of the picks", STEP, ["selection/reward_mean"]),
+            ("Picks with a reward near zero", STEP, ["selection/share_near_zero"]),
+            ("Picks kept from the selection before", STEP, ["selection/overlap"]),
+            ("Picks decided by novelty", STEP, ["selection/novelty_share"]),
+            ("Pool with a learnability near zero", STEP, ["selection/learnability_near_zero"]),
+            ("Coverage by the picks", STEP, ["selection/coverage/user_id", "selection/coverage/item_id"]),
+        ],
+    ),
+    "Curriculum": (
+        "The order of the last plan, and what came of it in training.",
+        [
+            ("Mean reward met in training", STEP, ["selection/trained_reward"]),
+            ("Groups with mixed rewards", STEP, ["selection/trained_share_mixed"]),
+            ("Samples an epoch", STEP, ["curriculum/length"]),
+        ],
+    ),
+    "Cost": (
+        "Running totals by phase; evaluation is not counted.",
+        [
+            ("Tokens", STEP, ["cost/warm_start_tokens", "cost/scoring_tokens", "cost/training_tokens"]),
+            ("Rollouts", STEP, ["cost/scoring_rollouts", "cost/training_rollouts"]),
+            (
+                "Seconds",
+                STEP,
+                [f"cost/{phase}_seconds" for phase in ("warm_start", "scoring", "selection", "training")],
+            ),
+        ],
+    ),
+}
+
+
+def workspace(entity: str, project: str) -> Workspace:
+    """The workspace, a section for each of `LINES`, not saved yet.
+
+    Args:
+        entity: W&B user or team.
+        project: of the runs.
+
+    Raises:
+        InputError: without the package wandb-workspaces.
+    """
+    ws = _packages()[0]
+    sections = [ws.Section(name=name, panels=_panels(name), is_open=True) for name in LINES]
+    return ws.Workspace(entity=entity, project=project, name=NAME, sections=sections)  # type: ignore[no-any-return]
+
+
+def report(entity: str, project: str) -> Report:
+    """The report template: the same panels with a sentence on each section, not saved yet.
+
+    Args:
+        entity: W&B user or team.
+        project: of the runs.
+
+    Raises:
+        InputError: without the package wandb-workspaces.
+    """
+    wr = _packages()[1]
+    blocks: list[Any] = []
+    for name, (text, _) in LINES.items():
+        runs = wr.Runset(name="Runs")  # of the report's own project, so that nothing has to be looked up
+        blocks += [wr.H2(text=name), wr.P(text=text), wr.PanelGrid(runsets=[runs], panels=_panels(name))]
+    return wr.Report(  # type: ignore[no-any-return]
+        entity=entity,
+        project=project,
+        title="MiniRec: quality, selection and cost",
+        description="Made by `minirec dashboard`; write what the runs show between the panels.",
+        blocks=blocks,
+        width="fluid",
+    )
+
+
+def specs(entity: str, project: str) -> dict[str, Any]:
+    """Workspace and report as they would be sent to W&B, as plain JSON values."""
+    parts: dict[str, Any] = {"workspace": workspace(entity, project), "report": report(entity, project)}
+    return {
+        name: json.loads(part._to_model().model_dump_json(by_alias=True, exclude_none=True))
+        for name, part in parts.items()
+    }
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Runs `minirec dashboard`.
+
+    Args:
+        arguments: those after the subcommand.
+
+    Raises:
+        InputError: without an entity, a project, the package, a login or a network.
+    """
+    parser = _Parser(
+        prog="minirec dashboard",
+        description="Builds a W&B workspace and a report template that show the runs of a project, which log by "
+        "minirec_pl.callbacks.SelectionDashboard. Each call makes new ones.",
+    )
+    parser.add_argument("--entity", help="W&B user or team")
+    parser.add_argument("--project", help="W&B project of the runs")
+    parser.add_argument("--dry-run", action="store_true", help="print both as JSON; needs no network and no login")
+    options = parser.parse_args(arguments)
+    for name, what in (("entity", "user or team"), ("project", "project")):
+        if not re.fullmatch(r"[^/\s]+", getattr(options, name) or ""):
+            raise InputError(
+                f"--{name} is {getattr(options, name)!r}: give the name of a W&B {what}, as in "
+                "`minirec dashboard --entity me --project minirec`"
+            )
+    if options.dry_run:
+        print(json.dumps(specs(options.entity, options.project), indent=2))
+        return
+    _save(options.entity, options.project)
+
+
+def _save(entity: str, project: str) -> None:
+    import wandb
+
+    made: list[str] = []
+    try:
+        wandb.Api()
+        parts: dict[str, Any] = {"report": report(entity, project), "workspace": workspace(entity, project)}
+        for name, part in parts.items():  # the report makes the project where it is new
+            made.append(f"{name}: {part.save().url}")
+    except wandb.errors.UsageError as error:
+        raise InputError("you are not logged in to W&B: run `wandb login`, or use --dry-run") from error
+    except (wandb.Error, OSError, ValueError) as error:
+        kept = f" after {made[0]} was made" if made else ""
+        raise InputError(
+            f"W&B did not answer as it should{kept} ({' '.join(str(error).split())}): check the network, "
+            f"`wandb login`, and that you may write to {entity}/{project}"
+        ) from error
+    finally:
+        for line in made:
+            print(line)
+
+
+def _panels(section: str) -> list[Any]:
+    wr = _packages()[1]
+    made = [wr.LinePlot(title=title, x=x, y=y) for title, x, y in LINES[section][1]]
+    if section == "Selection":
+        for term in TERMS:
+            keys = [f"selection/{term}/{group}" for group in ("pool", "picks")]
+            made.append(wr.MediaBrowser(title=f"{term.capitalize()} of pool and picks", media_keys=keys))
+        made += [_scatter(LEDGER, "difficulty", "learnability"), _table(LEDGER)]
+    if section == "Curriculum":
+        made += [_scatter(PLAN, "position", "easiness"), _table(PLAN)]
+    return made
+
+
+def _scatter(table: str, x: str, y: str) -> Any:
+    return _packages()[1].CustomChart(
+        query={"summaryTable": {"tableKey": table}},
+        chart_name="wandb/scatter/v0",
+        chart_fields={"x": x, "y": y},
+        chart_strings={"title": f"{y.capitalize()} over {x}"},
+    )
+
+
+def _table(key: str) -> Any:
+    wr = _packages()[1]
+    return wr.WeavePanelSummaryTable(table_name=key, layout=wr.Layout(w=24, h=12))
+
+
+def _packages() -> tuple[Any, Any]:
+    try:
+        import wandb_workspaces.reports.v2 as wr
+        import wandb_workspaces.workspaces as ws
+    except ModuleNotFoundError as error:
+        raise InputError("minirec dashboard needs wandb-workspaces: pip install 'minirec-pl[dashboard]'") from error
+    return ws, wr
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see `minirec dashboard --help`")
