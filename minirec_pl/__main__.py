@@ -20,6 +20,7 @@ OWN_HELP = {
     **TRAINER_COMMANDS,
     "select": "pick a subset from signals: ledger, plan, diagnostics, picture",
     "data": "describe: what the data of a config hold",
+    "report": "runs as one HTML page: quality, cost, what was picked and why",
     "export": "a policy's language model as an ordinary Hugging Face folder, adapters merged in",
     "check": "what a fit would do, need and trip over, before it starts",
 }
@@ -55,6 +56,11 @@ def _dispatch(argv: list[str]) -> int:
         from minirec_pl.select import run as select
 
         select(argv[1:])
+        return 0
+    if argv and argv[0] == "report":
+        from minirec_pl.report.command import run as report
+
+        report(argv[1:])
         return 0
     if argv and argv[0] == "data":
         if argv[1:2] in (["--help"], ["-h"]):
