@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -132,7 +133,8 @@ def plot_map(axes: Axes, vectors: torch.Tensor, sample_id: torch.Tensor, plan: p
     flat = np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
     at = flat[np.searchsorted(shown, picks)]
     axes.plot(flat[:, 0], flat[:, 1], ".", color="0.8", markersize=3, zorder=0, rasterized=True)
-    folds = axes.scatter(at[:, 0], at[:, 1], c=plan["fold"], cmap="viridis", s=8, rasterized=True)
+    look: dict[str, Any] = {"cmap": "viridis", "s": 12, "edgecolors": "0.15", "linewidths": 0.4, "rasterized": True}
+    folds = axes.scatter(at[:, 0], at[:, 1], c=plan["fold"], **look)
     n_folds = int(plan["fold"].max()) + 1
     if n_folds > 1:
         axes.figure.colorbar(folds, ax=axes, label="fold of the plan", ticks=MaxNLocator(integer=True))

@@ -28,7 +28,7 @@ COLOURS = (BLUE, VERMILION, GREEN, "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 HATCHES = ("", "//", "xx", "\\\\")
-_STYLE = {
+_STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -124,15 +124,15 @@ def pool_and_picks(pool: Floats, picks: Floats, label: str, caption: str, *, log
         pool, picks = pool.clip(floor), picks.clip(floor)
         axes.set_xscale("log")
         caption += f" The axis is logarithmic; its first bar also holds what lies below {floor:.2g}."
+    bins = edges.tolist()
     if len(pool):
         share = np.full(len(pool), 1 / len(pool))
-        axes.hist(
-            pool, edges, weights=share, color="0.82", edgecolor="0.45", linewidth=0.5, label=f"pool, {len(pool):,}"
-        )
+        look: dict[str, Any] = {"color": "0.82", "edgecolor": "0.45", "linewidth": 0.5}
+        axes.hist(pool, bins, weights=share, label=f"pool, {len(pool):,}", **look)
     if len(picks):
         share = np.full(len(picks), 1 / len(picks))
-        look: dict[str, Any] = {"histtype": "step", "color": VERMILION, "linewidth": 1.6, "hatch": "////"}
-        axes.hist(picks, edges.tolist(), weights=share, label=f"picks, {len(picks):,}", **look)
+        look = {"histtype": "step", "color": VERMILION, "linewidth": 1.6, "hatch": "////"}
+        axes.hist(picks, bins, weights=share, label=f"picks, {len(picks):,}", **look)
     axes.set(xlabel=label, ylabel="share of samples")
     figure.legend(loc="outside upper left", ncols=2, fontsize=8)
     parts = [f"median {np.median(of):.3g} in the {name}" for name, of in (("pool", pool), ("picks", picks)) if len(of)]
@@ -180,7 +180,7 @@ def value_by_rank(value: Floats) -> Picture:
     """The value of each pick, in the order of the pick."""
     figure, axes = _axes()
     axes.plot(np.arange(1, len(value) + 1), value, color=GREEN, linewidth=1.6)
-    axes.set(xlabel="rank of the pick", ylabel="value when it was picked", ylim=(0, None))
+    axes.set(xlabel="rank of the pick", ylabel="value when it was picked", ylim=(min(0.0, value.min()), None))
     alt = f"Value by rank: {value[0]:.3g} of the first pick, {value[-1]:.3g} of the last, {len(value):,}."
     return Picture(_uri(figure), alt, "What a pick was worth when its turn came: novelty times score.")
 
@@ -207,10 +207,10 @@ def plan(table: pd.DataFrame) -> Picture:
     figure, axes = _axes(_WIDE)
     starts = np.flatnonzero(np.diff(table["fold"], prepend=-1)).tolist()
     plot_plan(axes, table["easiness"].tolist(), starts)
-    size, folds = f"{len(table):,} samples", f"{len(starts)} fold{'s' if len(starts) > 1 else ''}"
-    alt = f"Easiness of {size} in the order of training, in {folds}."
+    folds = f" in {len(starts)} folds, told apart by shade" if len(starts) > 1 else ""
     when = f" of epoch {table['epoch'].iloc[0]}" if "epoch" in table else ""
-    return Picture(_uri(figure), alt, f"The last plan{when}: {size} in {folds}, told apart by shade.", wide=True)
+    caption = f"The last plan{when}: {len(table):,} samples{folds}."
+    return Picture(_uri(figure), f"Easiness of each sample in the order of training. {caption}", caption, wide=True)
 
 
 def stacked(cost: Mapping[str, Mapping[str, float]], phases: Sequence[str], label: str) -> Picture:

@@ -237,7 +237,7 @@ def _terms(run: Run) -> Part | str:
             part.pictures.append(figures.pool_and_picks(columns[term], columns[term][picked], term, caption))
     for term, draw in (("novelty", _novelty), ("value", figures.value_by_rank)):
         of_picks: Floats = columns[term][picked][np.argsort(columns["rank"][picked])]
-        if not np.isnan(of_picks).any():
+        if len(of_picks) and not np.isnan(of_picks).any():
             part.pictures.append(draw(of_picks))
     return part if part.pictures else "the selector used none of these terms."
 
