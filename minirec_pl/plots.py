@@ -50,7 +50,8 @@ def plot_plan(axes: Axes, rewards: Sequence[float], fold_starts: Sequence[int]) 
             axes.axvspan(start, end, color="0.93", zorder=0)
     for start in fold_starts[1:]:
         axes.axvline(start, color="0.6", linewidth=0.8, linestyle=":")
-    axes.plot(range(len(rewards)), rewards, ".", markersize=3, color="#0072B2", label="mean reward of a sample")
+    look: dict[str, Any] = {"markersize": 3, "color": "#0072B2", "rasterized": True}
+    axes.plot(range(len(rewards)), rewards, ".", label="mean reward of a sample", **look)
     known = [reward for reward in rewards if not math.isnan(reward)]
     if known:
         mean = sum(known) / len(known)

@@ -52,6 +52,11 @@ class Grid:
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
 
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers."""
+        return [any(row[i].value is not None for row in self.rows) for i in range(len(self.columns))]
+
 
 @dataclass
 class Part:
