@@ -20,6 +20,7 @@ OWN_HELP = {
     **TRAINER_COMMANDS,
     "select": "pick a subset from signals: ledger, plan, diagnostics, picture",
     "data": "describe: what the data of a config hold",
+    "report": "runs as one HTML page: quality, cost, what was picked and why",
     "export": "a policy's language model as an ordinary Hugging Face folder, adapters merged in",
     "compare": "selection methods at equal cost: every cell of a study, resumable",
     "dashboard": "a W&B workspace and a report template for the runs of a project",
@@ -62,6 +63,11 @@ def _dispatch(argv: list[str]) -> int:
         from minirec_pl.select import run as select
 
         select(argv[1:])
+        return 0
+    if argv and argv[0] == "report":
+        from minirec_pl.report.command import run as report
+
+        report(argv[1:])
         return 0
     if argv and argv[0] == "data":
         if argv[1:2] in (["--help"], ["-h"]):

@@ -70,6 +70,12 @@ class Cost:
         for name, totals in state.items():
             setattr(self, name, dict(totals))
 
+    def totals(self) -> dict[str, float]:
+        """Sums over the phases: `rollouts`, `tokens` (forward and backward) and `seconds`."""
+        tokens = sum(self.tokens_forward.values()) + sum(self.tokens_backward.values())
+        seconds = round(sum(self.seconds.values()), 3)
+        return {"rollouts": sum(self.rollouts.values()), "tokens": tokens, "seconds": seconds}
+
     def row(self) -> dict[str, Any]:
         """The cost columns of `results.json`: sums of tokens over the phases, rollouts and seconds by phase."""
         return {

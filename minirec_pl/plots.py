@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,25 +35,31 @@ def draw_curriculum(
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots()
+    plot_plan(axes, rewards, fold_starts)
+    folds = f" in {len(fold_starts)} fold{'s' if len(fold_starts) > 1 else ''}, easy to hard in each"
+    words = f", {order}" if order else folds if fold_starts else ", in no order of difficulty"
+    axes.set_title(f"Plan of epoch {epoch}: {len(rewards):,} samples{words}", loc="left")
+    write_atomically(path, lambda scratch: figure.savefig(scratch, dpi=150, format="png"))
+
+
+def plot_plan(axes: Axes, rewards: Sequence[float], fold_starts: Sequence[int]) -> None:
+    """Plots what `draw_curriculum` draws; arguments as there."""
     ends = [*fold_starts[1:], len(rewards)]
     for fold, (start, end) in enumerate(zip(fold_starts, ends, strict=False)):
         if fold % 2:
             axes.axvspan(start, end, color="0.93", zorder=0)
     for start in fold_starts[1:]:
         axes.axvline(start, color="0.6", linewidth=0.8, linestyle=":")
-    axes.plot(range(len(rewards)), rewards, ".", markersize=3, color="#0072B2", label="mean reward of a sample")
+    look: dict[str, Any] = {"markersize": 3, "color": "#0072B2", "rasterized": True}
+    axes.plot(range(len(rewards)), rewards, ".", label="mean reward of a sample", **look)
     known = [reward for reward in rewards if not math.isnan(reward)]
     if known:
         mean = sum(known) / len(known)
         axes.axhline(mean, color="#D55E00", linewidth=1.2, label=f"mean of the plan, {mean:.3f}")
-    folds = f" in {len(fold_starts)} fold{'s' if len(fold_starts) > 1 else ''}, easy to hard in each"
-    words = f", {order}" if order else folds if fold_starts else ", in no order of difficulty"
     axes.set(xlabel="position in the epoch", ylabel="mean reward", xlim=(0, max(1, len(rewards))))
-    axes.set_title(f"Plan of epoch {epoch}: {len(rewards):,} samples{words}", loc="left")
     axes.margins(y=0.25)
     axes.legend(loc="upper right", ncols=2, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    write_atomically(path, lambda scratch: figure.savefig(scratch, dpi=150, format="png"))
 
 
 def draw_selection(signals: Signals, ledger: SelectionLedger, plan: pd.DataFrame, path: Path) -> None:
@@ -98,19 +105,39 @@ def _draw_map(axes: Axes, signals: Signals, plan: pd.DataFrame) -> None:
         axes.text(0.5, 0.5, "no embeddings", ha="center", va="center", transform=axes.transAxes, color="0.4")
         axes.set_axis_off()
         return
-    row_of = pd.Series(np.arange(len(signals)), index=signals.sample_id.numpy())
+    plot_map(axes, signals.embedding, signals.sample_id, plan)
+
+
+def plot_map(axes: Axes, vectors: torch.Tensor, sample_id: torch.Tensor, plan: pd.DataFrame) -> float:
+    """Plots unit vectors of the pool on their two principal components, those of a plan coloured by fold.
+
+    Args:
+        axes: to plot on.
+        vectors: [N, D] float.
+        sample_id: [N] int64.
+        plan: columns `sample_id` and `fold`.
+
+    Returns:
+        The share of the variance that the two components hold, in [0, 1]; NaN where all vectors are equal.
+    """
+    row_of = pd.Series(np.arange(len(sample_id)), index=sample_id.numpy())
     picks = row_of.loc[plan["sample_id"]].to_numpy()
-    shown = np.union1d(np.random.default_rng(0).permutation(len(signals))[:_SHOWN], picks)
-    unit = torch.nn.functional.normalize(signals.embedding[torch.from_numpy(shown)].float(), dim=1)
+    shown = np.union1d(np.random.default_rng(0).permutation(len(sample_id))[:_SHOWN], picks)
+    unit = torch.nn.functional.normalize(vectors[torch.from_numpy(shown)].float(), dim=1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         _, _, components = torch.pca_lowrank(unit, q=min(2, *unit.shape))
-    flat = ((unit - unit.mean(dim=0)) @ components).numpy()
+    centred = unit - unit.mean(dim=0)
+    flat = (centred @ components).numpy()
+    whole = float(centred.square().sum())
+    share = float(np.square(flat).sum()) / whole if whole > 0 else math.nan
     flat = np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
     at = flat[np.searchsorted(shown, picks)]
-    axes.plot(flat[:, 0], flat[:, 1], ".", color="0.85", markersize=3, zorder=0, rasterized=True)
-    folds = axes.scatter(at[:, 0], at[:, 1], c=plan["fold"], cmap="viridis", s=8, rasterized=True)
+    axes.plot(flat[:, 0], flat[:, 1], ".", color="0.8", markersize=3, zorder=0, rasterized=True)
+    look: dict[str, Any] = {"cmap": "viridis", "s": 12, "edgecolors": "0.15", "linewidths": 0.4, "rasterized": True}
+    folds = axes.scatter(at[:, 0], at[:, 1], c=plan["fold"], **look)
     n_folds = int(plan["fold"].max()) + 1
     if n_folds > 1:
         axes.figure.colorbar(folds, ax=axes, label="fold of the plan", ticks=MaxNLocator(integer=True))
     axes.set(xlabel="first principal component", ylabel="second", xticks=[], yticks=[])
+    return share

@@ -31,6 +31,7 @@ RUNS: dict[str, list[str]] = {
     "grpo_minirec": [],
 }
 SEEDED = {"grpo_random": "--selection.selector.seed", "grpo_minirec": "--selection.curriculum.seed"}
+SHOWN = (*FIGURES, *(f"{name}_se_users" for name in FIGURES))
 PIPE_WIDTH = 120
 Row = dict[str, Any]
 
@@ -60,7 +61,7 @@ def quickstart(data: Path, to: Path, configs: Path, seed: int) -> None:
     warm = ["fit", "--config", str(files["warm-start"]), *common, f"--trainer.default_root_dir={warm_root}"]
     warm_row, warm_data = _fit_and_test("warm_start", warm)
     popularity = popularity_row(warm_data)
-    kept = {name: popularity[name] for name in (*FIGURES, "rollouts", "tokens", "seconds")}
+    kept = {name: popularity[name] for name in (*SHOWN, "rollouts", "tokens", "seconds")}
     rows = [{"method": "popularity", **kept, "samples_per_epoch": 0, "distinct_samples": 0}, warm_row]
     policy = f"--model.policy.pretrained={warm_root / 'latest' / 'policy'}"
     for method, overrides in RUNS.items():
@@ -90,7 +91,7 @@ def _fit_and_test(method: str, arguments: list[str]) -> tuple[Row, RecDataModule
     tested = run(test_arguments)
     test = json.loads((tested.run_dir / "results.json").read_text(encoding="utf-8"))
     costs = ("samples_per_epoch", "distinct_samples", "rollouts", "tokens", "seconds")
-    row = {"method": method, **{name: test[name] for name in FIGURES}, **{name: fit[name] for name in costs}}
+    row = {"method": method, **{name: test[name] for name in SHOWN}, **{name: fit[name] for name in costs}}
     return row, fitted.datamodule
 
 

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
@@ -24,13 +25,16 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 INTERRUPTED = "interrupted.ckpt"
+EVALUATIONS = "evaluations.csv"
 
 
 class RunFolder(Callback):
-    """Writes `results.json` and `policy/` into the run folder, and a checkpoint on Ctrl-C.
+    """Writes `results.json`, `evaluations.csv` and `policy/` into the run folder, and a checkpoint on Ctrl-C.
 
     * `results.json`: after a fit the last and the best validation figures and the cost, after a test the test
       figures.
+    * `evaluations.csv`: after a fit a row per validation: epoch, step, what was spent until then (rollouts, tokens and
+      seconds of all phases) and the figures.
     * `policy/`: after a fit the policy with the weights of the best checkpoint (the last ones if none is kept), as a
       Hugging Face folder.
     * `checkpoints/interrupted.ckpt`: where Ctrl-C stopped a fit, taken at the end of the running step, or of the
@@ -46,6 +50,7 @@ class RunFolder(Callback):
         self._stop = False
         self._samples: dict[int, int] = {}
         self._validation: dict[str, float] = {}
+        self._evaluations: list[dict[str, float]] = []
         self._random_states: list[dict[str, Any]] | None = None
         self._device = torch.device("cpu")
         self._distinct: set[int] = set()
@@ -122,6 +127,7 @@ class RunFolder(Callback):
         return {
             "samples": dict(self._samples),
             "validation": dict(self._validation),
+            "evaluations": [dict(row) for row in self._evaluations],
             "distinct": torch.tensor(sorted(self._distinct), dtype=torch.int64),
             "random_states": gather_states({"torch": torch.get_rng_state(), "cuda": cuda}, self._device),
         }
@@ -130,6 +136,7 @@ class RunFolder(Callback):
         """Counts and random numbers of the run so far."""
         self._samples = dict(state_dict["samples"])
         self._validation = dict(state_dict["validation"])
+        self._evaluations = list(state_dict["evaluations"])
         self._distinct = set(state_dict["distinct"].tolist())
         self._random_states = state_dict["random_states"]
 
@@ -160,14 +167,20 @@ class RunFolder(Callback):
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_score is not None:
             results["best"] = {str(checkpoint.monitor): float(checkpoint.best_model_score)}
         write_json(self.folder(trainer) / "results.json", results)
+        if self._evaluations:
+            table = pd.DataFrame(self._evaluations)
+            write_atomically(self.folder(trainer) / EVALUATIONS, lambda scratch: table.to_csv(scratch, index=False))
         with policy_of(pl_module.policy, best):
             pl_module.policy.save_pretrained(self.folder(trainer) / "policy", pl_module.cost.state_dict())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keeps the figures; after `validate` writes them."""
+        """Keeps the figures and what they have cost; after `validate` writes them."""
         if trainer.sanity_checking:
             return
         self._validation = _figures(trainer, "val/")
+        if trainer.state.fn == TrainerFn.FITTING and isinstance(pl_module, RecModule):
+            spent = {"epoch": trainer.current_epoch, "step": trainer.global_step, **pl_module.cost.totals()}
+            self._evaluations.append({**spent, **self._validation})
         if trainer.is_global_zero and trainer.state.fn == TrainerFn.VALIDATING:
             write_json(self.folder(trainer) / "results.json", {"stage": "validate", **self._validation})
 

@@ -61,7 +61,8 @@ def check_rows(rows):
         assert 0 <= row["ndcg@10"] <= row["hit_rate@10"] <= 1
         assert isinstance(row["samples_per_epoch"], int)
         assert isinstance(row["distinct_samples"], int)
-        known = {"method", "hit_rate@10", "ndcg@10", "samples_per_epoch", "distinct_samples", *COSTS}
+        figures = {"hit_rate@10", "hit_rate@10_se_users", "ndcg@10", "ndcg@10_se_users"}
+        known = {"method", "samples_per_epoch", "distinct_samples", *figures, *COSTS}
         assert set(row) == known
 
 

@@ -3,6 +3,7 @@ import shlex
 import signal
 
 import cli_tools
+import pandas as pd
 import pytest
 import torch
 from cli_tools import equal_weights, interrupt, results, sentence
@@ -56,6 +57,8 @@ def test_ctrl_c_and_the_command_it_prints_end_like_one_run(
     assert main(resume[1:]) == 0
     resumed = tmp_path / "runs" / "latest"
     assert results(resumed) == results(whole[kind])
+    one, other = (pd.read_csv(run / "evaluations.csv").drop(columns="seconds") for run in (resumed, whole[kind]))
+    pd.testing.assert_frame_equal(one, other)
     assert equal_weights(resumed, whole[kind])
     assert resumed.resolve() != first
     assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before

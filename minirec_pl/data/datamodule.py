@@ -258,6 +258,19 @@ class RecDataModule(LightningDataModule):
             }
         )
 
+    def sample_texts(self, sample_ids: IntArray, last: int = 8) -> pd.DataFrame:
+        """Samples in words: sample_id, user_id, history (list of titles, most recent last) and target, [n] rows.
+
+        Args:
+            sample_ids: [n].
+            last: Items of the history at most.
+        """
+        titles = np.asarray(self.catalogue.titles or self.catalogue.item_ids, dtype=object)
+        table = self.users_and_items(sample_ids).drop(columns=Columns.ITEM_ID)
+        table["history"] = [titles[self.table.history(sample_id, last)].tolist() for sample_id in sample_ids.tolist()]
+        table["target"] = titles[self.table.item[sample_ids]]
+        return table
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of catalogue and samples: equal fingerprints mean equal sample_ids and item indices."""

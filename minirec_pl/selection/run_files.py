@@ -1,23 +1,34 @@
-"""What a selection leaves in the run folder: `ledger.parquet`, `diagnostics.json` and `signals.safetensors`."""
+"""What a selection leaves in the run folder: `ledger.parquet`, `diagnostics.json`, `signals.safetensors` and more."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minirec_pl.files import write_json
+import numpy as np
+import pandas as pd
+
+from minirec_pl.files import write_atomically, write_json
 from minirec_pl.selection.diagnostics import Diagnostics, diagnose
+from minirec_pl.selection.examples import notable
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from minirec_pl.selection.session import SelectionSession
 
+LEDGER, SIGNALS, DIAGNOSTICS = "ledger.parquet", "signals.safetensors", "diagnostics.json"
+PLAN, EXAMPLES = "plan.parquet", "examples.parquet"
 _PAUSE = 60.0  # seconds
 
 
 class RunFiles:
-    """Writes the files of the last selection when a fit ends, and before that at most once a minute."""
+    """Writes the files of the last selection when a fit ends, and before that at most once a minute.
+
+    When it ends also `plan.parquet`, the last plan (see `plan_of`), and `examples.parquet`, the samples of `notable` in
+    words, where the DataModule has words.
+    """
 
     def __init__(self) -> None:
         self._written = time.monotonic()
@@ -26,23 +37,50 @@ class RunFiles:
         """Writes the files, all of the same selection, on the first rank.
 
         Args:
-            session: with a ledger, else nothing is done.
+            session: with a ledger, else only the plan is written.
             trainer: whose run folder is written to.
-            at_once: False leaves it for later within a minute of the last time.
+            at_once: True at the end; False leaves it for later within a minute of the last time.
 
         Raises:
             InputError: if the folder cannot be written.
         """
-        if session.ledger is None or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
             return
-        if not at_once and time.monotonic() - self._written < _PAUSE:
+        if not at_once and (session.ledger is None or time.monotonic() - self._written < _PAUSE):
             return
         folder = session.folder(trainer)
-        session.ledger.to_parquet(folder / "ledger.parquet")
-        write_json(folder / "diagnostics.json", diagnostics_of(session, trainer).as_dict())
+        if at_once and session.plan is not None:
+            _write_table(plan_of(session), folder / PLAN)
+        if session.ledger is None:
+            return
+        session.ledger.to_parquet(folder / LEDGER)
+        write_json(folder / DIAGNOSTICS, diagnostics_of(session, trainer).as_dict())
         if session.scored:
-            session.store.save(folder / "signals.safetensors")
+            session.store.save(folder / SIGNALS)
+        in_words = getattr(getattr(trainer, "datamodule", None), "sample_texts", None)
+        if at_once and in_words is not None:
+            ids = pd.concat([rows["sample_id"] for rows in notable(session.ledger).values()])
+            _write_table(in_words(np.unique(ids.to_numpy(dtype=np.int64))), folder / EXAMPLES)
         self._written = time.monotonic()
+
+
+def _write_table(table: pd.DataFrame, path: Path) -> None:
+    write_atomically(path, lambda scratch: table.to_parquet(scratch, index=False))
+
+
+def plan_of(session: SelectionSession) -> pd.DataFrame:
+    """The plan of a session: epoch, position, fold (from 0), sample_id and easiness (NaN where the order is random)."""
+    assert session.plan is not None
+    position = np.arange(len(session.plan))
+    return pd.DataFrame(
+        {
+            "epoch": session.plan_epoch,
+            "position": position,
+            "fold": np.searchsorted(session.fold_starts or [0], position, side="right") - 1,
+            "sample_id": session.plan,
+            "easiness": session.plan_easiness or np.nan,
+        }
+    )
 
 
 def diagnostics_of(session: SelectionSession, trainer: Trainer) -> Diagnostics:

@@ -78,6 +78,24 @@ def test_catalogue_follows_the_item_file_or_first_appearance(tmp_path):
         assert catalogue.titles == [title for _, title in items]
 
 
+def test_samples_in_words(tmp_path):
+    rows = random_rows(3)
+    titles = {f"i{item}": f"Title {item}" for item in range(60)}
+    write_dataset(tmp_path, rows, items=titles.items())
+    data = ready(tmp_path)
+    texts = data.sample_texts(data.pool_ids, last=4)
+    assert texts["sample_id"].tolist() == data.pool_ids.tolist()
+    known = known_before(rows)
+    for text in texts.itertuples():
+        user, item, _, history = known[text.sample_id]
+        assert (text.user_id, text.target) == (user, titles[item])
+        assert text.history == [titles[earlier] for earlier in history[-4:]]
+    write_dataset(tmp_path / "untitled", rows)
+    untitled = ready(tmp_path / "untitled")
+    (text,) = untitled.sample_texts(untitled.pool_ids[:1]).itertuples()
+    assert text.target == known[text.sample_id][1]
+
+
 def test_popularity_counts_the_train_part_only(toy):
     data = ready(toy[0])
     ordered = known_before(toy[1])

@@ -1,0 +1,238 @@
+"""The pictures of a report, as SVG in data URIs."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import cycle
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from minirec_pl.plots import plot_map, plot_plan
+
+Floats = npt.NDArray[np.float64]
+BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"  # of the palette of Okabe and Ito
+COLOURS = (BLUE, VERMILION, GREEN, "#E69F00", "#CC79A7", "#56B4E9", "#000000")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+HATCHES = ("", "//", "xx", "\\\\")
+_STYLE: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "hatch.linewidth": 0.6,
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "minirec",
+}
+_SIZE, _WIDE = (4.6, 3.1), (7.4, 3.1)  # inches
+_BINS = 30
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image with the words that stand for it and beside it.
+
+    Attributes:
+        uri: `data:image/svg+xml;base64,...`
+        alt: what it shows, for who cannot see it.
+        caption: how to read it.
+        wide: whether it takes the whole width.
+    """
+
+    uri: str
+    alt: str
+    caption: str
+    wide: bool = False
+
+
+def style() -> AbstractContextManager[None]:
+    """Within it all pictures look alike."""
+    return mpl.rc_context(_STYLE)
+
+
+def _axes(size: tuple[float, float] = _SIZE) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots()
+
+
+def _uri(figure: Figure) -> str:
+    written = BytesIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(written, format="svg", dpi=150, metadata=nothing)
+    return f"data:image/svg+xml;base64,{base64.b64encode(written.getvalue()).decode('ascii')}"
+
+
+def quality(evaluations: Mapping[str, pd.DataFrame], figure_name: str, over: str, label: str) -> Picture:
+    """A figure of validation over what was spent, a line per run that spent anything.
+
+    Args:
+        evaluations: of each run, see `minirec_pl.run_folder.RunFolder`.
+        figure_name: a column of them.
+        over: another: rollouts, tokens or seconds.
+        label: the x axis in words.
+    """
+    figure, axes = _axes()
+    styles = zip(cycle(COLOURS), cycle(DASHES), cycle(MARKERS), strict=False)
+    ends = []
+    for (name, table), (colour, dash, marker) in zip(evaluations.items(), styles, strict=False):
+        if table[over].iloc[-1] == 0:
+            continue
+        look: dict[str, Any] = {"color": colour, "linestyle": dash, "marker": marker, "markersize": 4}
+        axes.plot(table[over], table[figure_name], label=name, **look)
+        ends.append(f"{name} ends at {table[figure_name].iloc[-1]:.4f} after {table[over].iloc[-1]:,.0f}")
+    axes.set(xlabel=label, ylabel=f"validation {figure_name}")
+    axes.margins(y=0.15)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(axis="y", color="0.9", linewidth=0.6)
+    if len(evaluations) > 1:
+        columns = 2 if max(map(len, evaluations)) < 25 else 1
+        figure.legend(loc="outside upper left", ncols=columns, fontsize=8)
+    return Picture(_uri(figure), f"Validation {figure_name} over {label}: {'; '.join(ends)}.", f"Over {label}.")
+
+
+def pool_and_picks(pool: Floats, picks: Floats, label: str, caption: str, *, logarithmic: bool = False) -> Picture:
+    """Two histograms over each other, each in shares of its own samples.
+
+    Args:
+        pool: [N], NaN left out; an empty one is not drawn.
+        picks: [n], likewise.
+        label: what they are.
+        caption: see `Picture`.
+        logarithmic: equal steps of the logarithm, if nearly all values are crowded near zero.
+    """
+    figure, axes = _axes()
+    pool, picks = pool[~np.isnan(pool)], picks[~np.isnan(picks)]
+    both = np.concatenate([pool, picks])
+    low, high = float(both.min()), float(both.max())
+    edges = np.linspace(low, high if high > low else low + 1, _BINS + 1)
+    if logarithmic and low >= 0 and np.median(both) > 0 and np.quantile(both, 0.9) < 0.3:
+        floor = max(float(np.quantile(both[both > 0], 0.02)), high * 1e-4)
+        edges = np.geomspace(floor, high, _BINS + 1) if floor < high else edges
+        pool, picks = pool.clip(floor), picks.clip(floor)
+        axes.set_xscale("log")
+        caption += f" The axis is logarithmic; its first bar also holds what lies below {floor:.2g}."
+    bins = edges.tolist()
+    if len(pool):
+        share = np.full(len(pool), 1 / len(pool))
+        look: dict[str, Any] = {"color": "0.82", "edgecolor": "0.45", "linewidth": 0.5}
+        axes.hist(pool, bins, weights=share, label=f"pool, {len(pool):,}", **look)
+    if len(picks):
+        share = np.full(len(picks), 1 / len(picks))
+        look = {"histtype": "step", "color": VERMILION, "linewidth": 1.6, "hatch": "////"}
+        axes.hist(picks, bins, weights=share, label=f"picks, {len(picks):,}", **look)
+    axes.set(xlabel=label, ylabel="share of samples")
+    figure.legend(loc="outside upper left", ncols=2, fontsize=8)
+    parts = [f"median {np.median(of):.3g} in the {name}" for name, of in (("pool", pool), ("picks", picks)) if len(of)]
+    return Picture(_uri(figure), f"Histogram of {label}: {', '.join(parts)}.", caption)
+
+
+def learnability_curve(difficulty: Floats, learnability: Floats, gate: tuple[float, float]) -> Picture:
+    """The histogram of the difficulty in use, with the learnability of each value.
+
+    Args:
+        difficulty: [n] of the scored pool.
+        learnability: [n], scaled to [0, 1].
+        gate: lowest and highest difficulty that may be picked; infinite where open.
+    """
+    figure, axes = _axes(_WIDE)
+    order = np.argsort(difficulty)
+    low, high = float(difficulty.min()), float(difficulty.max())
+    axes.hist(difficulty, _BINS, color="0.82", edgecolor="0.45", linewidth=0.5, label="samples of the pool")
+    for start, end in ((low, gate[0]), (gate[1], high)):
+        if start < end:
+            shut: dict[str, Any] = {
+                "facecolor": "none",
+                "edgecolor": "0.4",
+                "hatch": "xx",
+                "linewidth": 0.8,
+                "alpha": 0.6,
+            }
+            axes.axvspan(start, end, label="outside the gate", **shut)
+    axes.set(xlabel="difficulty in use (higher is easier)", ylabel="samples")
+    right = axes.twinx()
+    right.spines["right"].set_visible(True)
+    right.plot(difficulty[order], learnability[order], color=BLUE, linewidth=2, label="learnability L")
+    right.set(ylabel="learnability L", ylim=(0, 1.05))
+    figure.legend(loc="outside upper left", ncols=3, fontsize=8)
+    peak = float(difficulty[int(learnability.argmax())])
+    alt = (
+        f"Histogram of the difficulty of {len(difficulty):,} samples, median {np.median(difficulty):.3g}, with the "
+        f"learnability curve, which is highest at {peak:.3g}."
+    )
+    caption = "Bars count samples (left axis), the line is what learnability makes of their difficulty (right axis)."
+    return Picture(_uri(figure), alt, caption, wide=True)
+
+
+def value_by_rank(value: Floats) -> Picture:
+    """The value of each pick, in the order of the pick."""
+    figure, axes = _axes()
+    axes.plot(np.arange(1, len(value) + 1), value, color=GREEN, linewidth=1.6)
+    axes.set(xlabel="rank of the pick", ylabel="value when it was picked", ylim=(min(0.0, value.min()), None))
+    alt = f"Value by rank: {value[0]:.3g} of the first pick, {value[-1]:.3g} of the last, {len(value):,}."
+    return Picture(_uri(figure), alt, "What a pick was worth when its turn came: novelty times score.")
+
+
+def vector_map(vectors: torch.Tensor, sample_id: torch.Tensor, plan: pd.DataFrame, what: str) -> Picture:
+    """Vectors on their two principal components, see `minirec_pl.plots.plot_map`.
+
+    Args:
+        vectors: [N, D].
+        sample_id: [N].
+        plan: of the picks.
+        what: what the vectors are.
+    """
+    figure, axes = _axes((4.6, 3.7))
+    share = plot_map(axes, vectors, sample_id, plan)
+    held = "" if math.isnan(share) else f", which hold {share:.0%} of the variance"
+    alt = f"Map of the {what} of {len(sample_id):,} samples of the pool, with {len(plan):,} picks by fold."
+    caption = f"The {what}, as unit vectors on the first two principal components of the pool{held}. Grey: the pool."
+    return Picture(_uri(figure), alt, caption)
+
+
+def plan(table: pd.DataFrame) -> Picture:
+    """The easiness along a plan, see `minirec_pl.selection.run_files.plan_of`."""
+    figure, axes = _axes(_WIDE)
+    starts = np.flatnonzero(np.diff(table["fold"], prepend=-1)).tolist()
+    plot_plan(axes, table["easiness"].tolist(), starts)
+    folds = f" in {len(starts)} folds, told apart by shade" if len(starts) > 1 else ""
+    when = f" of epoch {table['epoch'].iloc[0]}" if "epoch" in table else ""
+    caption = f"The last plan{when}: {len(table):,} samples{folds}."
+    return Picture(_uri(figure), f"Easiness of each sample in the order of training. {caption}", caption, wide=True)
+
+
+def stacked(cost: Mapping[str, Mapping[str, float]], phases: Sequence[str], label: str) -> Picture:
+    """What runs spent by phase, as bars.
+
+    Args:
+        cost: by run, then by phase.
+        phases: in the order of the bar's parts.
+        label: the unit in words.
+    """
+    figure, axes = _axes((_WIDE[0], 1.3 + 0.32 * len(cost)))
+    names, left = list(cost), np.zeros(len(cost))
+    for phase, colour, hatch in zip(phases, cycle(COLOURS), cycle(HATCHES), strict=False):
+        widths = np.array([cost[name].get(phase, 0.0) for name in names])
+        words = phase.replace("_", " ")
+        axes.barh(names, widths, left=left, color=colour, hatch=hatch, edgecolor="white", height=0.65, label=words)
+        left += widths
+    axes.invert_yaxis()
+    axes.set(xlabel=label)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.legend(loc="outside upper left", ncols=4, fontsize=8)
+    sums = "; ".join(f"{name} {total:,.0f}" for name, total in zip(names, left, strict=True))
+    return Picture(
+        _uri(figure), f"{label.capitalize()} by phase, in all: {sums}.", f"{label.capitalize()} by phase.", wide=True
+    )

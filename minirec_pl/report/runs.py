@@ -1,0 +1,199 @@
+"""What run folders hold, read for a report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from minirec_pl.arguments import CONFIG
+from minirec_pl.cost import PHASES
+from minirec_pl.errors import InputError
+from minirec_pl.evaluation import FIGURES
+from minirec_pl.policy.folder import SIDE_FILE
+from minirec_pl.run_folder import EVALUATIONS
+from minirec_pl.selection.ledger import SelectionLedger
+from minirec_pl.selection.run_files import DIAGNOSTICS, EXAMPLES, LEDGER, PLAN, SIGNALS
+from minirec_pl.selection.signals import Signals
+from minirec_pl.selection.store import SignalStore
+
+RESULTS = "results.json"
+Row = dict[str, Any]
+
+
+@dataclass
+class Run:
+    """One run; a part that it did not leave is None or empty.
+
+    Attributes:
+        name: how the report calls it.
+        folder: where it is.
+        rows: of the headline table, as `results.json` has them, each with `label` and `part` (test or validation).
+        evaluations: a row per validation, see `minirec_pl.run_folder.RunFolder`.
+        ledger: of the last selection.
+        plan: of the last planned epoch, see `minirec_pl.selection.run_files.plan_of`.
+        signals: of the pool.
+        examples: samples in words, indexed by sample_id.
+        warnings: of the diagnostics.
+        cost: `seconds`, `rollouts`, `tokens_forward` and `tokens_backward` by phase.
+        config: YAML.
+    """
+
+    name: str
+    folder: Path
+    rows: list[Row] = field(default_factory=list)
+    evaluations: pd.DataFrame | None = None
+    ledger: SelectionLedger | None = None
+    plan: pd.DataFrame | None = None
+    signals: Signals | None = None
+    examples: pd.DataFrame | None = None
+    warnings: list[str] = field(default_factory=list)
+    cost: dict[str, dict[str, float]] = field(default_factory=dict)
+    config: str | None = None
+
+
+def read_runs(folders: Sequence[Path]) -> tuple[list[Row], list[Run]]:
+    """Reads run folders.
+
+    Args:
+        folders: of fits, of a `minirec quickstart`, or with a ledger alone, as `minirec select` or a Trainer of one's
+            own leaves it; a folder of runs stands for its `latest`.
+
+    Returns:
+        The rows of the headline table, and the runs.
+
+    Raises:
+        InputError: if a folder holds none of these, a run has not finished, or a file of it cannot be read.
+    """
+    rows: list[Row] = []
+    runs: list[Run] = []
+    for folder in folders:
+        latest = folder / "latest"
+        place = latest if not (folder / RESULTS).is_file() and latest.is_dir() else folder
+        results = _results(place)
+        if "rows" in results:
+            rows += [{"label": row["method"], "part": "test", **row} for row in results["rows"]]
+            methods = [(row["method"], place / row["method"] / "latest") for row in results["rows"]]
+            runs += [_read(path.resolve(), name, _results(path)) for name, path in methods if path.is_dir()]
+        else:
+            resolved = place.resolve()
+            run = _read(resolved, f"{resolved.parent.name}/{resolved.name}".strip("/"), results)
+            rows += run.rows
+            runs.append(run)
+    if len({run.name for run in runs}) < len(runs):
+        for run in runs:
+            run.name = str(run.folder)
+    return rows, runs
+
+
+def _results(folder: Path) -> Row:
+    if not folder.is_dir():
+        raise InputError(f"there is no run folder '{folder}': give a folder that `minirec fit` or `quickstart` left.")
+    if not (folder / RESULTS).is_file():
+        if (folder / CONFIG).is_file():
+            raise InputError(
+                f"the run in '{folder}' has not finished ({RESULTS} is missing): let it end, or resume it from its "
+                "last checkpoint."
+            )
+        if (folder / LEDGER).is_file():
+            return {}
+        raise InputError(f"'{folder}' is no run folder ({RESULTS} is missing): give one that `minirec fit` left.")
+    results = _json(folder / RESULTS)
+    if "rows" not in results and results.get("stage") != "fit":
+        raise InputError(
+            f"'{folder}' is a run of `minirec {results.get('stage', '?')}`, which trains nothing: give the folder of a "
+            "fit; its test is found beside it."
+        )
+    return results
+
+
+def _json(path: Path) -> Row:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}); copy it again or repeat the run.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is damaged (no mapping); copy it again or repeat the run.")
+    return content
+
+
+def _table(path: Path) -> pd.DataFrame | None:
+    if not path.is_file():
+        return None
+    try:
+        return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}); copy it again or repeat the run.") from error
+
+
+def _read(folder: Path, name: str, results: Row) -> Run:
+    run = Run(name, folder)
+    run.evaluations, run.plan = _table(folder / EVALUATIONS), _table(folder / PLAN)
+    examples = _table(folder / EXAMPLES)
+    run.examples = None if examples is None else examples.set_index("sample_id")
+    if (folder / LEDGER).is_file():
+        run.ledger = SelectionLedger.from_parquet(folder / LEDGER)
+    if (folder / SIGNALS).is_file():
+        run.signals = SignalStore.load(folder / SIGNALS).pool_view(0)
+    if (folder / DIAGNOSTICS).is_file():
+        run.warnings = _json(folder / DIAGNOSTICS).get("warnings", [])
+    if (folder / CONFIG).is_file():
+        run.config = (folder / CONFIG).read_text(encoding="utf-8", errors="replace")
+    run.cost = _cost(folder, results)
+    run.rows = _rows(run, results)
+    return run
+
+
+def _cost(folder: Path, results: Row) -> dict[str, dict[str, float]]:
+    """What a run spent by phase; tokens by phase are kept with its policy."""
+    side = folder / "policy" / SIDE_FILE
+    spent = _json(side).get("training_cost", {}) if side.is_file() else {}
+    cost: dict[str, dict[str, float]] = {}
+    for name in ("seconds", "rollouts"):
+        if name in results:
+            cost[name] = dict(results[name])
+    for name in ("tokens_forward", "tokens_backward"):
+        if spent.get(name):
+            cost[name] = {phase: spent[name].get(phase, 0) for phase in PHASES}
+    return cost
+
+
+def _rows(run: Run, results: Row) -> list[Row]:
+    if not results:
+        return []
+    counts = {
+        name: results[name] for name in ("samples_per_epoch", "distinct_samples", "rollouts", "tokens", "seconds")
+    }
+    if "stages" in results:
+        own = {"trained": counts}
+        return [
+            {**own.get(row["stage"], {}), **row, "label": f"{run.name}: {row['stage']}", "part": "test"}
+            for row in results["stages"]
+        ]
+    tested = _test_beside(run.folder, results.get("best_checkpoint"))
+    if tested is not None:
+        return [{**counts, **tested, "label": run.name, "part": "test"}]
+    figures = {name: results["validation"][name] for name in FIGURES if name in results["validation"]}
+    return [{**counts, **figures, "label": run.name, "part": "validation"}]
+
+
+def _test_beside(folder: Path, checkpoint: str | None) -> Row | None:
+    """The figures of a `minirec test` of a run's best checkpoint, which has the next folder of the same root."""
+    if checkpoint is None:
+        return None
+    wanted = (folder.name, *Path(checkpoint).parts[-2:])
+    for path in sorted(folder.parent.glob(f"*/{RESULTS}")):
+        config = path.with_name(CONFIG)
+        if path.parent == folder or not config.is_file():
+            continue
+        results = _json(path)
+        if results.get("stage") == "test":
+            tested = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("ckpt_path") or ""
+            if Path(tested).parts[-3:] == wanted:
+                return {name: value for name, value in results.items() if name != "stage"}
+    return None
