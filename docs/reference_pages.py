@@ -58,7 +58,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def reference_pages() -> dict[str, str]:
     """Markdown of each page, by name."""
-    made = {name: _page(title, intro, list(_described(places))) for name, (title, intro, places) in PAGES.items()}
+    made: dict[str, str] = {}
+    shown: set[Any] = set()
+    for name, (title, intro, places) in PAGES.items():
+        described = [one for one in _described(places) if one[1] not in shown]
+        shown |= {thing for _, thing in described}
+        made[name] = _page(title, intro, described)
     return {**made, COMMANDS: _commands()}
 
 

@@ -57,8 +57,9 @@ def write_workplace(folder, warm_policy):
     """Toy data, configs and policies under the names that the texts use."""
     write_toy(folder / "data", name="ml-100k")
     (folder / "configs").symlink_to(REPOSITORY / "configs")
-    for place in ("runs/ml-100k/warm-start/latest", "runs/quickstart/warm_start/latest"):
-        shutil.copytree(warm_policy, folder / place / "policy")
+    run_folder = folder / "runs" / "ml-100k" / "warm-start" / "version_0"
+    shutil.copytree(warm_policy, run_folder / "policy")
+    (run_folder.parent / "latest").symlink_to(run_folder.name)
     own = folder / "data" / "own"
     own.mkdir()
     log = log_frame(n=1500, n_users=25, n_moments=600, n_items=60)

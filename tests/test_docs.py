@@ -21,7 +21,7 @@ from documents import blocks, check_session, make_classes, run_block, write_work
 DOCS = REPOSITORY / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 GOLDEN = REPOSITORY.parent / "shared" / "golden" / "published_cds_and_vinyl.npz"
-SLOW = {"own-data", "scaling"}
+SLOW = {"budget", "getting-started", "own-data", "scaling", "selector"}
 pytestmark = pytest.mark.filterwarnings("ignore")
 sys.path.insert(0, str(DOCS))
 
@@ -103,12 +103,15 @@ def test_every_option_of_a_config_is_explained_in_the_reference(reference):
     for thing in (GRPORecModule, RecDataModule, MiniRec, MiniRecSelector, WarmStart):
         (page,) = [text for text in reference.values() if f"\n## {thing.__name__}\n" in text]
         entry = page.partition(f"\n## {thing.__name__}\n")[2].partition("\n## ")[0]
+        rows = [line.strip("| ").split(" | ") for line in entry.splitlines() if line.startswith("| <code>")]
+        explained = {row[0]: row for row in rows if len(row) == 4}
         for name, parameter in inspect.signature(thing).parameters.items():
-            (row,) = [line for line in entry.splitlines() if line.startswith(f"| <code>{name}</code> |")]
-            *_, default, meaning, _ = row.split(" | ") if row.endswith(" | ") else (*row.split("|"),)
-            assert len(meaning.strip()) > 8, row
-            if isinstance(parameter.default, (int, float)):
-                assert str(parameter.default) in default
+            _, _, default, meaning = explained[f"<code>{name}</code>"]
+            assert len(meaning) > 8
+            if isinstance(parameter.default, (bool, int, float, str)):
+                assert default == f"<code>{parameter.default!r}</code>"
+            elif parameter.default is parameter.empty:
+                assert default == "required"
 
 
 def test_the_examples_that_the_reference_shows_are_true(tmp_path, monkeypatch):
@@ -147,8 +150,8 @@ def test_the_sentences_of_troubleshooting_are_said_by_the_code():
 def test_every_logged_figure_is_in_the_glossary(workplace, tmp_path):
     from minirec_pl.__main__ import main
 
-    options = ["--model.beta=0.1", "--trainer.check_val_every_n_epoch=1", f"--trainer.default_root_dir={tmp_path}/runs"]
-    quiet = ["--trainer.enable_progress_bar=false", "--trainer.logger=lightning.pytorch.loggers.CSVLogger"]
+    options = ["--model.beta=0.1", "--trainer.log_every_n_steps=1", f"--trainer.default_root_dir={tmp_path}/runs"]
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.logger=null"]
     assert main(["fit", "--config", "configs/ml-100k/quickstart.yaml", *options, *quiet]) == 0
     logged = set(pd.read_csv(tmp_path / "runs" / "latest" / "metrics.csv").columns) - {"epoch", "step"}
     listed = glossary()
@@ -165,7 +168,12 @@ def test_every_figure_of_the_glossary_is_one_of_the_code():
     pieces = {piece for text in said for piece in re.split(r"[/ ]", text)}
     known = {name for name in glossary() if name.rpartition("/")[2] in pieces or name in said}
     computed = {"rewards/NAME/mean", "val/hit_rate@10", "val/ndcg@10", "val/coverage@10"}
-    computed |= {"selection/ragged_repeat", "selection/ragged_drop", "selection/coverage/NAME"}
+    computed |= {
+        "selection/ragged_repeat",
+        "selection/ragged_drop",
+        "selection/coverage/user_id",
+        "selection/coverage/item_id",
+    }
     assert glossary() - known <= computed
 
 
@@ -186,6 +194,7 @@ def test_every_paper_that_the_code_names_is_in_the_index():
     assert named <= set(re.findall(r"\d{4}\.\d{5}", (DOCS / "papers.md").read_text()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [cells[3].strip("`") for cells in paper_rows() if cells[3].startswith("`--")], ids=str
 )
