@@ -60,10 +60,13 @@ def reference_pages() -> dict[str, str]:
     """Markdown of each page, by name."""
     made: dict[str, str] = {}
     shown: set[Any] = set()
-    for name, (title, intro, places) in PAGES.items():
-        described = [one for one in _described(places) if one[1] not in shown]
-        shown |= {thing for _, thing in described}
-        made[name] = _page(title, intro, described)
+    for page, (title, intro, places) in PAGES.items():
+        parts = [f"# {title}", intro]
+        for dotted, thing in _described(places):
+            if thing not in shown:
+                parts += [f"## {dotted.rpartition('.')[2]}", *_entry(dotted, thing)]
+            shown.add(thing)
+        made[page] = "\n\n".join(parts) + "\n"
     return {**made, COMMANDS: _commands()}
 
 
@@ -89,14 +92,7 @@ def _described(places: list[str]) -> Iterator[Described]:
         if name:
             yield f"{module}.{name}", getattr(import_module(module), name)
         else:
-            yield from public_names(import_module(module))
-
-
-def _page(title: str, intro: str, described: list[Described]) -> str:
-    parts = [f"# {title}", intro]
-    for dotted, thing in sorted(described, key=lambda one: (one[0].rpartition(".")[0].count("."), one[0].lower())):
-        parts += [f"## {dotted.rpartition('.')[2]}", *_entry(dotted, thing)]
-    return "\n\n".join(parts) + "\n"
+            yield from sorted(public_names(import_module(module)), key=lambda one: one[0].lower())
 
 
 def _entry(dotted: str, thing: Any) -> Iterator[str]:

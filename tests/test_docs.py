@@ -177,6 +177,16 @@ def test_every_figure_of_the_glossary_is_one_of_the_code():
     assert glossary() - known <= computed
 
 
+def test_the_cost_table_holds_the_sums_that_the_session_prints():
+    text = (DOCS / "scaling.md").read_text()
+    sums = [float(value) for value in re.findall(r", ([\d.]+)\]", text)][:5]
+    rows = re.findall(r"\| ([\d.]+) G \| (\d+) % \| ([\d,]+) \|", text)
+    assert [float(row[0]) for row in rows] == sums
+    assert [int(row[1]) for row in rows] == [round(100 * value / sums[0]) for value in sums]
+    hours = [int(row[2].replace(",", "")) for row in rows]
+    assert hours == pytest.approx([value * 1e9 / 1000 / 3600 for value in sums], rel=0.01)
+
+
 def paper_rows():
     for line in (DOCS / "papers.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
@@ -251,7 +261,8 @@ def test_the_site_is_built_without_a_warning_and_asks_for_nothing_outside(tmp_pa
         assert reader.found
         for place in reader.found:
             assert not re.match(r"(?:\w+:)?//", place), (page, place)
-            assert (page.parent / place.partition("?")[0]).exists() or place.startswith("data:"), (page, place)
+            home = site if place.startswith("/") else page.parent  # 404.html is served anywhere
+            assert (home / place.partition("?")[0].lstrip("/")).exists(), (page, place)
     for sheet in site.rglob("*.css"):
         assert not re.search(r"(?:url\(|@import )[\"']?(?:https?:)?//", sheet.read_text(encoding="utf-8"))
 
