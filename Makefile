@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test test-slow lint format clean
+.PHONY: quickstart test test-slow lint docs format clean
 .DELETE_ON_ERROR:
 
 quickstart: $(INSTALLED)
@@ -22,6 +22,10 @@ lint: $(INSTALLED)
 	rm -rf build/types && mkdir -p build/types
 	cp -r minirec_pl build/types/minirec_pl && cp -r callbacks build/types/minirec_pl/callbacks
 	cd build/types && $(abspath $(BIN))/mypy --cache-dir ../../.mypy_cache --config-file ../../pyproject.toml --strict -p minirec_pl
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site: build/site/index.html"
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import WandbLogger
 from minirec_pl.errors import InputError
 from minirec_pl.files import write_atomically
 from minirec_pl.module import GRPORecModule
+from minirec_pl.run_folder import run_folder
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -50,9 +51,11 @@ class CompletionsTable(Callback):
         self.print_table = print_table
         self._rows: list[Row] = []
         self._shown = 0
+        self._folder = Path()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses modules that make no rollouts."""
+        self._folder = run_folder(trainer)
         if stage == "fit" and not isinstance(pl_module, GRPORecModule):
             raise InputError(
                 f"CompletionsTable shows the rollouts of GRPORecModule and {type(pl_module).__name__} makes none: "
@@ -76,8 +79,7 @@ class CompletionsTable(Callback):
         if self.print_table and rows:
             _print(rows)
         self._log(trainer)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        write_atomically(folder / FILE, lambda scratch: pd.DataFrame(self._rows).to_parquet(scratch, index=False))
+        write_atomically(self._folder / FILE, lambda scratch: pd.DataFrame(self._rows).to_parquet(scratch, index=False))
 
     def _log(self, trainer: Trainer) -> None:
         for logger in trainer.loggers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from minirec_pl.errors import InputError
@@ -15,6 +16,14 @@ TRAINER_COMMANDS = {
     "test": "full-ranking metrics on the test part",
     "predict": "top-K recommendations as parquet",
     "score": "the signals of the pool, for `minirec select`",
+}
+OWN_COMMANDS = {
+    "check": "minirec_pl.check",
+    "compare": "minirec_pl.compare.command",
+    "dashboard": "minirec_pl.dashboard",
+    "export": "minirec_pl.export",
+    "report": "minirec_pl.report.command",
+    "select": "minirec_pl.select",
 }
 OWN_HELP = {
     **TRAINER_COMMANDS,
@@ -51,24 +60,8 @@ def _dispatch(argv: list[str]) -> int:
 
         run(argv)
         return 0
-    if argv and argv[0] == "check":
-        from minirec_pl.check import run as check
-
-        return check(argv[1:])
-    if argv and argv[0] == "compare":
-        from minirec_pl.compare.command import run as compare
-
-        return compare(argv[1:])
-    if argv and argv[0] == "select":
-        from minirec_pl.select import run as select
-
-        select(argv[1:])
-        return 0
-    if argv and argv[0] == "report":
-        from minirec_pl.report.command import run as report
-
-        report(argv[1:])
-        return 0
+    if argv and argv[0] in OWN_COMMANDS:
+        return import_module(OWN_COMMANDS[argv[0]]).run(argv[1:]) or 0
     if argv and argv[0] == "data":
         if argv[1:2] in (["--help"], ["-h"]):
             argv = ["data", "describe", "--help"]
@@ -77,16 +70,6 @@ def _dispatch(argv: list[str]) -> int:
         from minirec_pl.describe import run as describe
 
         describe(argv[2:])
-        return 0
-    if argv and argv[0] == "export":
-        from minirec_pl.export import run as export
-
-        export(argv[1:])
-        return 0
-    if argv and argv[0] == "dashboard":
-        from minirec_pl.dashboard import run as dashboard
-
-        dashboard(argv[1:])
         return 0
     parser = _parser()
     if not argv:

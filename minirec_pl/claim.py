@@ -14,16 +14,35 @@ from minirec_pl.errors import InputError
 RUN_DIR_VARIABLE = "MINIREC_RUN_DIR"
 
 
+def is_first() -> bool:
+    """Whether this process is the first of its run, be the others started by Lightning or by `srun`."""
+    return "LOCAL_RANK" not in os.environ and (slurm_step() is None or os.environ["SLURM_PROCID"] == "0")
+
+
+def slurm_step() -> str | None:
+    """Name of the step of several tasks that `srun` has started this process in, else None."""
+    by_hand = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")  # Lightning starts the processes then
+    if by_hand or int(os.environ.get("SLURM_NTASKS", 1)) < 2 or "SLURM_PROCID" not in os.environ:
+        return None
+    return f"slurm_{os.environ.get('SLURM_JOB_ID', 0)}_{os.environ.get('SLURM_STEP_ID', 0)}"
+
+
 def claim_folder(root: Path) -> Path:
     """Makes the next folder `version_N` of a root; other ranks take that of the first.
+
+    Tasks of a SLURM step know nothing of each other yet, and share `slurm_JOB_STEP`.
 
     Raises:
         InputError: if it cannot be made.
     """
     if RUN_DIR_VARIABLE in os.environ and "LOCAL_RANK" in os.environ:
         return Path(os.environ[RUN_DIR_VARIABLE])
+    step = slurm_step()
     try:
         root.mkdir(parents=True, exist_ok=True)
+        if step is not None:
+            (root / step).mkdir(exist_ok=True)
+            return root / step
         number = 0
         while True:
             folder = root / f"version_{number}"

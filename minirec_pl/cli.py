@@ -21,7 +21,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 
 from minirec_pl.arguments import CONFIG, config_of_checkpoint, configs_first, values_of
 from minirec_pl.checkpoints import AtomicCheckpointIO, check_checkpoint, policy_of
-from minirec_pl.claim import claim_folder, csv_logger, pin_policy, send_to
+from minirec_pl.claim import claim_folder, csv_logger, is_first, pin_policy, send_to
 from minirec_pl.errors import InputError
 from minirec_pl.files import write_atomically
 from minirec_pl.process import finish_wandb, own_process_state
@@ -117,7 +117,7 @@ class MiniRecCLI(LightningCLI):
         self.new_folders = [folder for folder in (root, *root.parents) if not folder.exists()]
         self.run_dir = claim_folder(root)
         pin_policy(config)
-        if "LOCAL_RANK" not in os.environ:
+        if is_first():
             self._parser(self.subcommand).save(config, self.run_dir / CONFIG, skip_none=False, overwrite=True)
         config.trainer.default_root_dir = str(self.run_dir)
         if self.subcommand == "score":
@@ -153,7 +153,7 @@ class MiniRecCLI(LightningCLI):
 
     def discard_failed_start(self) -> None:
         """Removes the run folder where the run never got as far as leaving something of use."""
-        if not hasattr(self, "run_dir") or "LOCAL_RANK" in os.environ:
+        if not hasattr(self, "run_dir") or not is_first():
             return
         left = {path.relative_to(self.run_dir).parts[0] for path in self.run_dir.rglob("*") if not path.is_dir()}
         if left <= LEFT_BY_A_FAILED_START and not (self.run_dir / WARM_START / "policy").is_dir():

@@ -56,14 +56,11 @@ class RunFolder(Callback):
         self._distinct: set[int] = set()
         self._previous_handler: Any = None
         self._pid = 0
-
-    @staticmethod
-    def folder(trainer: Trainer) -> Path:
-        """The folder of a run: where the first logger writes, else `default_root_dir`."""
-        return Path(trainer.log_dir or trainer.default_root_dir)
+        self._folder = Path()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes over Ctrl-C for the time of a fit."""
+        self._folder = run_folder(trainer)
         if stage == "fit" and threading.current_thread() is threading.main_thread():
             trainer.callbacks.append(_AfterEpoch(self))  # type: ignore[attr-defined]
             self._pid = os.getpid()
@@ -117,7 +114,7 @@ class RunFolder(Callback):
             self._save_and_stop(trainer)
 
     def _save_and_stop(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(self.folder(trainer) / "checkpoints" / INTERRUPTED)
+        trainer.save_checkpoint(self._folder / "checkpoints" / INTERRUPTED)
         self._stop = False
         raise KeyboardInterrupt
 
@@ -166,12 +163,12 @@ class RunFolder(Callback):
         }
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_score is not None:
             results["best"] = {str(checkpoint.monitor): float(checkpoint.best_model_score)}
-        write_json(self.folder(trainer) / "results.json", results)
+        write_json(self._folder / "results.json", results)
         if self._evaluations:
             table = pd.DataFrame(self._evaluations)
-            write_atomically(self.folder(trainer) / EVALUATIONS, lambda scratch: table.to_csv(scratch, index=False))
+            write_atomically(self._folder / EVALUATIONS, lambda scratch: table.to_csv(scratch, index=False))
         with policy_of(pl_module.policy, best):
-            pl_module.policy.save_pretrained(self.folder(trainer) / "policy", pl_module.cost.state_dict())
+            pl_module.policy.save_pretrained(self._folder / "policy", pl_module.cost.state_dict())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the figures and what they have cost; after `validate` writes them."""
@@ -182,7 +179,7 @@ class RunFolder(Callback):
             spent = {"epoch": trainer.current_epoch, "step": trainer.global_step, **pl_module.cost.totals()}
             self._evaluations.append({**spent, **self._validation})
         if trainer.is_global_zero and trainer.state.fn == TrainerFn.VALIDATING:
-            write_json(self.folder(trainer) / "results.json", {"stage": "validate", **self._validation})
+            write_json(self._folder / "results.json", {"stage": "validate", **self._validation})
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the test figures, with their standard errors where the users are known."""
@@ -193,7 +190,15 @@ class RunFolder(Callback):
         if table is not None and isinstance(pl_module, RecModule):
             ids, ranks = pl_module.test_ranks.unbind(dim=1)
             figures = {**ranking_figures(ranks, table.user[ids.numpy()]), **figures}
-        write_json(self.folder(trainer) / "results.json", {"stage": "test", **figures})
+        write_json(self._folder / "results.json", {"stage": "test", **figures})
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """The folder of a run: where the first logger writes, else `default_root_dir`.
+
+    All ranks must ask at the same time, since Lightning has the first tell the others.
+    """
+    return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 class _AfterEpoch(Checkpoint):

@@ -2,12 +2,13 @@
 
 import re
 import sys
-from pathlib import Path
 
 import pytest
+from cli_tools import REPOSITORY
+from documents import blocks, run_program
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-PROGRAMS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PROGRAMS = [block.text for block in blocks(REPOSITORY / "README.md") if block.language == "python"]
 
 
 def test_the_table_is_filled_in():
@@ -22,8 +23,7 @@ def test_there_are_two_programs_and_the_first_is_short():
 
 def test_the_drop_in_program_trains_on_a_quarter(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names: dict = {"__name__": "program"}
-    exec(compile(PROGRAMS[1], "README.md", "exec"), names)
+    names = run_program(PROGRAMS[1], "README.md")
     from minirec_pl.selection import SelectionLedger
 
     (ledger,) = tmp_path.rglob("ledger.parquet")
@@ -38,8 +38,7 @@ def test_the_first_program_runs_on_the_data_and_policy_it_names(tmp_path, monkey
     program = PROGRAMS[0].replace('"ml-100k"', '"toy", warm_fraction=0.5').replace("(0.02, 0.95)", "(-1.0, 2.0)")
     assert program != PROGRAMS[0]
     monkeypatch.chdir(tmp_path)
-    names: dict = {"__name__": "program"}
-    exec(compile(program, "README.md", "exec"), names)
+    names = run_program(program, "README.md")
     assert 0.0 <= float(names["module"].trainer.callback_metrics["val/ndcg@10"]) <= 1.0
 
 
