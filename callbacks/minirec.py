@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class MiniRec(SessionCallback):
     """Trains on a small part of the pool, chosen anew as the policy learns, from easy to hard (arXiv 2602.04278).
 
-    The same as the callbacks `RewardHistory()`, `RescoreSamples(rescore_fraction, probe)`,
-    `SelectSamples(budget, selector)` and `curriculum` together. Nothing is scored for
+    The same as the callbacks `RewardHistory()`, `RescoreSamples(rescore_fraction, probe,
+    score_fraction)`, `SelectSamples(budget, selector)` and `curriculum` together. Nothing is scored for
     a selector that needs no signals, unless the curriculum does, and with `budget=1.0, curriculum="shuffled"` nothing
     is scored or selected.
 
@@ -34,6 +34,7 @@ class MiniRec(SessionCallback):
     | `warmup_epochs` | 0 | epochs | on the whole pool, before the first selection |
     | `every_n_epochs` | 1 | epochs | how long a selection is kept |
     | `rescore_fraction` | 0.1 | share of the pool in [0, 1] | scored again after an epoch, stalest first |
+    | `score_fraction` | 1.0 | share of the pool in (0, 1] | scored before the first selection, drawn at random |
     | `selector` | `MiniRecSelector()` | object | which samples |
     | `curriculum` | `EasyToHardCurriculum()` | object, or "shuffled" | in which order; made anew every epoch |
 
@@ -49,6 +50,8 @@ class MiniRec(SessionCallback):
         curriculum: how to order what was picked; None takes `EasyToHardCurriculum()`, "shuffled" shuffles every epoch.
             The others are `HardToEasyCurriculum`, `MovingTargetCurriculum` and `GaussianCurriculum`.
         probe: how a module without `sample_signals(batch)` is scored, for instance `HeadProbe("classifier")`.
+        score_fraction: part of the pool that is scored before the first selection, drawn at random; what was never
+            scored is not picked. With as large a `rescore_fraction` each epoch chooses among more of the pool.
 
     Raises:
         InputError: for an argument of another type, and as the single callbacks do.
@@ -67,6 +70,7 @@ class MiniRec(SessionCallback):
         selector: Selector | None = None,
         curriculum: Curriculum | Literal["shuffled"] | None = None,
         probe: HeadProbe | None = None,
+        score_fraction: float = 1.0,
     ) -> None:
         super().__init__()
         if budget is None:
@@ -84,7 +88,7 @@ class MiniRec(SessionCallback):
         select = SelectSamples(budget, selector, warmup_epochs=warmup_epochs, every_n_epochs=every_n_epochs)
         self.selector = select.selector
         self._history = RewardHistory()
-        rescore = RescoreSamples(rescore_fraction, probe)
+        rescore = RescoreSamples(rescore_fraction, probe, score_fraction)
         self.parts: list[SessionCallback] = [self._history]
         if curriculum == "shuffled" and isinstance(budget, float) and budget == 1.0:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from minirec_pl.errors import InputError
@@ -17,23 +18,29 @@ if TYPE_CHECKING:
 class RescoreSamples(SessionCallback):
     """Takes rewards, gradient signals and embeddings of samples from the module, in one pass.
 
-    Before the first epoch every sample of the pool is scored; after each later epoch the stalest `rescore_fraction`;
-    with `fast_dev_run` at most 64.
+    Before the first selection the whole pool is scored, or a random part of it; after each epoch the stalest
+    `rescore_fraction`, samples never scored first; with `fast_dev_run` at most 64. What was never scored is not picked.
 
     Args:
         rescore_fraction: part of the pool that is scored again after an epoch, from 0 (never) to 1 (all of it).
         probe: how; None asks the module's `sample_signals(batch)`, any other module takes a `HeadProbe`.
+        score_fraction: part of the pool that is scored before the first selection, above 0 and at most 1.
 
     Raises:
-        InputError: if the fraction is outside [0, 1].
+        InputError: if a fraction is out of range.
     """
 
-    def __init__(self, rescore_fraction: float = 0.1, probe: HeadProbe | None = None) -> None:
+    def __init__(
+        self, rescore_fraction: float = 0.1, probe: HeadProbe | None = None, score_fraction: float = 1.0
+    ) -> None:
         super().__init__()
+        if not 0.0 < score_fraction <= 1.0:
+            raise InputError(f"score_fraction is {score_fraction}: it is a part of the pool, above 0 and at most 1")
         if not 0.0 <= rescore_fraction <= 1.0:
             raise InputError(f"rescore_fraction is {rescore_fraction}: it is a part of the pool, from 0 to 1")
         self.rescore_fraction = rescore_fraction
         self.probe = probe
+        self.score_fraction = score_fraction
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Registers for the phase `rescore`."""
@@ -45,7 +52,9 @@ class RescoreSamples(SessionCallback):
 
     def _rescore(self, session: SelectionSession, trainer: Trainer, module: LightningModule, epoch: int) -> None:
         store = session.store
-        count = round(self.rescore_fraction * len(store)) if session.scored else len(store)
+        count = math.ceil(self.score_fraction * len(store))
+        if session.scored:
+            count = round(self.rescore_fraction * len(store))
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             count = min(count, 64)
         if count == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -190,7 +191,7 @@ class Preflight:
             num_generations=options.get("num_generations", 1),
             scoring_generations=options.get("scoring_generations", 0),
             rescored=round((chosen.get("rescore_fraction") or 0) * pool),
-            scores=selection is not None,
+            scored=0 if selection is None else math.ceil(chosen.get("score_fraction", 1.0) * pool),
             prompt=round(float(np.mean(self.prompts.lengths))),
             completion=completion,
             batch_size=data.batch_size,

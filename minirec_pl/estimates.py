@@ -21,7 +21,7 @@ class Load:
         num_generations: G.
         scoring_generations: rollouts of a scored sample.
         rescored: samples that are scored again after an epoch.
-        scores: the pool is scored before the first epoch.
+        scored: samples that are scored before the first epoch.
         prompt: tokens of a prompt.
         completion: tokens of a completion at most.
         batch_size: prompts a training batch.
@@ -36,7 +36,7 @@ class Load:
     num_generations: int
     scoring_generations: int
     rescored: int
-    scores: bool
+    scored: int
     prompt: int
     completion: int
     batch_size: int
@@ -46,7 +46,7 @@ class Load:
 
     def rollouts(self) -> dict[str, int]:
         """Rollouts at most, by phase: `scoring` and `training`."""
-        scored = (self.pool + self.rescored * (self.epochs - 1)) * self.scores
+        scored = self.scored + self.rescored * (self.epochs - 1)
         return {
             "scoring": scored * self.scoring_generations,
             "training": self.selected * self.epochs * self.num_generations,
@@ -60,7 +60,7 @@ class Load:
         """
         made = self.rollouts()
         prompts = self.selected * self.epochs
-        scored = (self.pool + self.rescored * (self.epochs - 1)) * self.scores
+        scored = self.scored + self.rescored * (self.epochs - 1)
         trained = prompts * self.prompt + made["training"] * self.completion
         return {
             "generated": sum(made.values()) * self.completion,

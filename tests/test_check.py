@@ -80,7 +80,7 @@ LOAD = Load(
     num_generations=4,
     scoring_generations=2,
     rescored=10,
-    scores=True,
+    scored=90,
     prompt=50,
     completion=8,
     batch_size=5,
@@ -91,12 +91,12 @@ LOAD = Load(
 
 
 def test_rollouts_and_tokens_are_counted_by_hand():
-    assert LOAD.rollouts() == {"scoring": (100 + 2 * 10) * 2, "training": 20 * 3 * 4}
+    assert LOAD.rollouts() == {"scoring": (90 + 2 * 10) * 2, "training": 20 * 3 * 4}
     prompts, rollouts = 20 * 3, 20 * 3 * 4
     trained = prompts * 50 + rollouts * 8
     assert LOAD.tokens() == {
-        "generated": (240 + 240) * 8,
-        "forward": (120 + prompts) * 50 + trained,
+        "generated": (220 + 240) * 8,
+        "forward": (110 + prompts) * 50 + trained,
         "backward": trained,
     }
 

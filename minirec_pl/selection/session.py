@@ -73,7 +73,7 @@ class SelectionSession:
         asked: options of `sample_signals` that the selector asks for, see `signal_options`.
         probe: how a module is scored; None asks its `sample_signals`.
         active: False in a run with `overfit_batches`, in which nothing is selected.
-        scored: True once the whole pool has been scored.
+        scored: True once the pool has been scored, or the part of it that was asked for.
         trained: what was met in training since the last plan, see `nothing_trained`.
         trained_reward: mean reward met in training between the last two plans; None where none was.
         target_difficulty: target of a `MovingTargetCurriculum`, in [0, 1]; None before its first plan.

@@ -1,5 +1,7 @@
 """What reaches `training_step` is what the ledger and the plan say."""
 
+import itertools
+import math
 import warnings
 from pathlib import Path
 
@@ -156,6 +158,28 @@ def test_first_pass_scores_the_whole_pool_and_later_ones_the_stalest(toy_data, t
     assert int((clocks[1] == 1).sum()) == round(0.25 * n)
     assert int((clocks[4] == 0).sum()) <= n - 4 * round(0.25 * n) + 4
     assert clocks[4].unique().tolist()[-4:] == [1, 2, 3, 4]
+
+
+def test_a_random_part_is_scored_first_and_more_of_the_pool_each_epoch(toy_data, tiny_policy, make_trainer):
+    scored, picked = [], []
+
+    class Clocks(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            session = session_of(trainer)
+            ids = session.store.sample_ids
+            scored.append(set(ids[session.store.clock("gradient_epoch") >= 0].tolist()))
+            picked.append(set(session.selected))
+
+    data = toy_data()
+    minirec = MiniRec(0.1, rescore_fraction=0.25, selector=all_pass(), score_fraction=0.25)
+    make_trainer(callbacks=[minirec, Clocks()], max_epochs=3).fit(module_of(tiny_policy()), data)
+    n = len(data.pool_ids)
+    assert len(scored[0]) == math.ceil(0.25 * n)
+    assert [len(more - less) for less, more in itertools.pairwise(scored)] == [round(0.25 * n)] * 2
+    assert all(len(picks) == int(0.1 * n) and picks <= known for picks, known in zip(picked, scored, strict=True))
+    assert any(picks - scored[0] for picks in picked[1:])
+    ranks = sorted(data.pool_ids.tolist().index(sample) for sample in scored[0])
+    assert n / 3 < ranks[len(ranks) // 2] < 2 * n / 3, "the part is not spread over the pool"
 
 
 def test_rewards_met_in_training_reach_the_store(toy_data, tiny_policy, make_trainer):
@@ -485,6 +509,7 @@ def test_a_module_that_cannot_be_scored_is_told_what_to_define(make_trainer):
         ({"budget": True}, "budget is True"),
         ({"budget": float("nan")}, "budget is nan"),
         ({"rescore_fraction": 1.1}, "rescore_fraction is 1.1"),
+        ({"score_fraction": 0.0}, "score_fraction is 0.0"),
         ({"warmup_epochs": -1}, "warmup_epochs is -1"),
         ({"every_n_epochs": 0}, "every_n_epochs 0"),
     ],
