@@ -127,6 +127,7 @@ def _convert(gguf: Path, new: Path) -> None:
 
     read: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.add_special_tokens({"bos_token": START, "eos_token": END})  # some transformers leave them out
     ids = dict(zip(("bos_token_id", "eos_token_id"), tokenizer.convert_tokens_to_ids([START, END]), strict=True))
     ids["pad_token_id"] = ids["eos_token_id"]
     values = read.config.to_dict()
