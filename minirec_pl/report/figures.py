@@ -37,7 +37,7 @@ _STYLE: Any = {
     "svg.fonttype": "path",
     "svg.hashsalt": "minirec",
 }
-_SIZE, _WIDE = (4.6, 3.1), (7.4, 3.1)  # inches
+_SIZE, _WIDE = (4.6, 3.1), (5.6, 3.1)  # inches
 _BINS = 30
 
 
