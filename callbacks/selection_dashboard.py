@@ -119,11 +119,12 @@ class SelectionDashboard(Callback):
             return
         new = session.ledger is not None and session.ledger is not self._shown[1]
         self._shown = (session.plan_epoch, session.ledger)
-        histograms = _histograms(session) if new else {}
-        for experiment in _experiments(trainer, "TensorBoardLogger"):
+        boards, runs = (list(_experiments(trainer, kind)) for kind in ("TensorBoardLogger", "WandbLogger"))
+        histograms = _histograms(session) if new and boards + runs else {}
+        for experiment in boards:
             for name, (values, edges) in histograms.items():
                 experiment.add_histogram(name, values, session.step(trainer), bins=edges)
-        for experiment in _experiments(trainer, "WandbLogger"):
+        for experiment in runs:
             self._show_wandb(experiment, session, histograms if new else None, session.step(trainer))
 
     def _show_wandb(self, experiment: Any, session: SelectionSession, histograms: Any, step: int) -> None:
