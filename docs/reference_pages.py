@@ -35,7 +35,11 @@ PAGES = {  # page: title, introduction, what is on it
         ["minirec_pl.policy", "minirec_pl.policy.item_codes:SemanticIds"],
     ),
     "rewards": ("Rewards", "`model.init_args.rewards` of a config, by dotted path.", ["minirec_pl.rewards"]),
-    "data": ("Data", "Sources (`data.init_args.source` of a config), and what is made of them.", ["minirec_pl.data"]),
+    "data": (
+        "Data",
+        "Sources (`data.init_args.source` of a config), and what is made of them.",
+        ["minirec_pl.data.sources", "minirec_pl.data"],
+    ),
     "functions": (
         "Objectives, gradients, metrics",
         "Pure tensor functions, and torchmetrics of full rankings.",
@@ -127,7 +131,7 @@ def _options(function: Callable[..., Any] | None, described: dict[str, str | Non
     if function is None or not described:
         return
     for name, parameter in inspect.signature(function).parameters.items():
-        if name == "self":
+        if name == "self" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         required = parameter.default is parameter.empty
         default = "required" if required else _code(getattr(parameter.default, "__name__", repr(parameter.default)))
