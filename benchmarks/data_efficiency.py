@@ -221,6 +221,7 @@ def interval(row, name):
 def draw(frame, path):
     """NDCG@10 at the chosen epoch over what the run spent after its warm start, a panel per data set."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     compared = comparison(frame, ())
     compared = compared[~((compared["window"] != "all") & compared["dataset"].isin(_several(compared)))]
@@ -230,15 +231,18 @@ def draw(frame, path):
     for place, ((dataset, window), part) in zip(axes, panels, strict=True):
         for method, rows in sorted(part.groupby("method"), key=lambda item: item[0] in STYLES):
             rows = rows.sort_values("budget")
-            colour, marker = STYLES.get(method, ("0.7", None))
-            spent = (rows["tokens_total"] - rows["tokens_warm_start"]) / 1e6
+            colour, marker = STYLES.get(method, ("0.7", "."))
+            spent = (rows["tokens_total"] - rows["tokens_warm_start"]) / 1e3
             error = (rows["figure_high"] - rows["figure"]).fillna(0.0) if method in STYLES else None
             front = 3 if method in STYLES else 1
             place.errorbar(spent, rows["figure"], error, color=colour, marker=marker, markersize=6, capsize=2, lw=1.2,
                            label=method if method in STYLES else None, zorder=front)  # fmt: skip
             if method not in STYLES:
                 place.annotate(method, (spent.iloc[-1], rows["figure"].iloc[-1]), fontsize=6, color="0.45")
-        place.set(xscale="log", xlabel="tokens after the warm start [M], scoring included")
+        place.set(xscale="log", xlabel="thousand tokens after the warm start, scoring included")
+        place.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        place.xaxis.set_major_formatter(StrMethodFormatter("{x:,.5g}"))
+        place.xaxis.set_minor_formatter(NullFormatter())
         place.set_title(
             f"{dataset}, mean of its windows" if window == "all" else f"{dataset} {window}".rstrip(), loc="left"
         )

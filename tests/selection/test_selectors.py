@@ -68,8 +68,10 @@ def test_a_term_with_weight_zero_decides_nothing():
     signals = random_pool()
     got = MiniRecSelector(mode="official", beta=0.0).select(signals, 12).selected()
     assert got == MiniRecSelector(mode="official", beta=0.0).select(without(signals, "gradient"), 12).selected()
-    strong = MiniRecSelector(mode="official", alpha=1e9).select(signals, 12).selected()
-    assert got == strong
+    assert got != MiniRecSelector(mode="official").select(signals, 12).selected()
+    assert MiniRecSelector(alpha=0.0, gate=(0.0, 1.0), mu=0.9).select(signals, 12).selected() == (
+        expected_ranking(signals, 12, alpha=0.0)
+    )
 
 
 def without(signals, name):
@@ -337,6 +339,7 @@ def test_redundant_samples_equal_a_loop(mode):
         ({"difficulty": "max"}, "difficulty must be one of"),
         ({"on_short": "fail"}, "on_short must be one of"),
         ({"gradient": "second"}, "gradient must be one of"),
+        ({"alpha": 0.0, "beta": 0.0}, "not 0 beside alpha=0"),
         ({"gradient_space": "head"}, "gradient_space must be one of answer, lora"),
         ({"gradient_space": "lora", "gradient": "hvp"}, "gradient_space='lora' has no Hessian-vector products"),
         (
