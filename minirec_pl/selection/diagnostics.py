@@ -30,7 +30,7 @@ class Diagnostics:
         n_pool: samples of the pool.
         n_scored: samples with the signals that the selector needs.
         n_selected: picks.
-        share_near_zero: share of the picks whose mean reward (or difficulty, where no rollout was drawn) is below 0.05.
+        share_near_zero: share of the picks whose difficulty (or mean reward, where none is known) is below 0.05.
         pool_share_near_zero: the same share of the scored pool.
         learnability_near_zero: share of the scored pool with a learnability below 0.05.
         n_separated: samples that learnability lifts above that.
@@ -78,7 +78,7 @@ def diagnose(ledger: SelectionLedger, samples: pd.DataFrame | None = None) -> Di
     picked = columns["rank"] > 0
     scored = ~np.isnan(columns["learnability"])
     learn, represent, score = (columns[name][scored] for name in ("learnability", "representativeness", "score"))
-    easiness = np.where(columns["n_rollouts"] > 0, columns["reward_mean"], columns["difficulty"])
+    easiness = np.where(np.isnan(columns["difficulty"]), columns["reward_mean"], columns["difficulty"])
     known = ~np.isnan(easiness)
     found = Diagnostics(
         n_pool=len(ledger),
