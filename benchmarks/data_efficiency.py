@@ -21,7 +21,8 @@ from minirec_pl.compare.tasks import cell_path
 
 STUDIES = Path(__file__).resolve().parent / "studies"
 RESULTS = Path(__file__).resolve().parent / "results"
-HEADLINE = ("minirec_dynamic", 0.1)
+HEADLINE = (("minirec_lean", 0.05), ("minirec_lean", 0.1), ("minirec_dynamic", 0.1), ("random_redraw", 0.1))
+USERS_AT = 0.1
 REFERENCES = ("random_redraw", "full")
 SHARES = (0.1, 0.25, 0.5, 1.0)
 # Okabe and Ito's colours, told apart by every common colour blindness; grey for those in the background.
@@ -30,9 +31,9 @@ STYLES = {
     "random_redraw": ("#0072B2", "o"),
     "random": ("#56B4E9", "s"),
     "minirec_dynamic": ("#D55E00", "^"),
+    "minirec_lean": ("#009E73", "P"),
     "minirec_paper": ("#E69F00", "v"),
     "minirec_official": ("#CC79A7", "D"),
-    "reward_variance": ("#009E73", "P"),
 }
 
 
@@ -82,31 +83,36 @@ def _head(study, frame):
     ]
 
 
-def headline_row(row):
-    """The row of the headline table of one arm, from a row of `comparison`."""
+def headline_row(row, full):
+    """The row of the headline table of one arm, from its row of `comparison` and that of the full pool."""
     where = " ".join(filter(None, (row["dataset"], row["window"])))
     values = [interval(row, "figure"), *(interval(row, f"minus_{name}") for name in REFERENCES)]
     shown = [cell(values[0]), *(cell(value, signed=True) for value in values[1:])]
-    return (
-        f"| {where} | {row['method']} | {row['budget']:.1%} | {' | '.join(shown)} | {row['tokens_total'] / 1e6:.3f} |"
-    )
+    own, whole = (one["tokens_total"] - one["tokens_warm_start"] for one in (row, full))
+    spent = f"{own / 1e3:,.0f} ({own / whole:.0%} of full)"
+    return f"| {where} | {row['method']} | {row['budget']:.1%} | {' | '.join(shown)} | {spent} |"
 
 
 def _headline(frame):
     compared = comparison(frame, REFERENCES)
-    rows = compared[(compared["method"] == HEADLINE[0]) & np.isclose(compared["budget"], HEADLINE[1])]
     lines = [
         "## Headline",
         "",
-        "| data | method | budget | NDCG@10 | minus random_redraw | minus full | M tokens of the run |",
+        "| data | method | budget | NDCG@10 | minus random_redraw | minus full | k tokens after the warm start |",
+        "| --- | --- " + "| ---: " * 5 + "|",
     ]
-    return [*lines, "| --- | --- " + "| ---: " * 5 + "|", *(headline_row(row) for row in rows.to_dict("records")), ""]
+    for _, part in compared.groupby(["dataset", "window"], sort=False):
+        full = part[part["method"] == "full"]
+        for method, budget in HEADLINE:
+            rows = part[(part["method"] == method) & np.isclose(part["budget"], budget)]
+            lines += [headline_row(row, full.iloc[0]) for row in rows.to_dict("records") if len(full)]
+    return [*lines, ""]
 
 
 def _users(study, frame, folder):
     """Differences at the headline's budget with users as the unit of resampling."""
     lines = [
-        f"## Users as the unit: differences at a budget of {HEADLINE[1]:.0%}",
+        f"## Users as the unit: differences at a budget of {USERS_AT:.0%}",
         "",
         "Users are drawn anew 2,000 times, each with all test samples; gains are averaged over seeds first.",
         "",
@@ -116,7 +122,7 @@ def _users(study, frame, folder):
     cells = {}
     for one in study.cells():
         path = cell_path(folder, one)
-        if path.is_file() and (one.budget == HEADLINE[1] or not one.method.takes_budget):
+        if path.is_file() and (one.budget == USERS_AT or not one.method.takes_budget):
             cells.setdefault(one.data.label, {}).setdefault(one.method.name, {})[one.seed] = chosen_gains(path)
     for label, methods in cells.items():
         for method, runs in methods.items():
@@ -139,7 +145,7 @@ def _user_interval(runs, rivals):
 
 def _by_budget(frame):
     compared = comparison(frame, ("random_redraw",))
-    lines = ["## Every method and budget", ""]
+    lines = ["<!-- --8<-- [start:budgets] -->", "## Every method and budget", ""]
     for (dataset, window), part in compared.groupby(["dataset", "window"], sort=False):
         budgets = sorted(part.loc[part["method"] != "full", "budget"].unique())
         full = part[part["method"] == "full"]
@@ -156,7 +162,7 @@ def _by_budget(frame):
             by_budget = rows.set_index("budget")
             lines.append(_line(method, [by_budget.loc[b] if b in by_budget.index else None for b in budgets]))
         lines.append("")
-    return lines
+    return [*lines, "<!-- --8<-- [end:budgets] -->", ""]
 
 
 def _line(method, rows):

@@ -46,9 +46,10 @@ def check_headline(page, frame):
 
         own = mean(method, share)
         expected = [interval(list(own.values()))]
-        for rival in (mean("random_redraw", share), mean("full", 1.0)):
+        rivals = [mean("random_redraw", share)] if method != "random_redraw" else []
+        for rival in (*rivals, mean("full", 1.0)):
             expected.append(interval([own[seed] - rival[seed] for seed in own.keys() & rival.keys()]))
-        shown = [[float(number) for number in re.findall(NUMBER, figure)] for figure in figures]
+        shown = [[float(number) for number in re.findall(NUMBER, figure)] for figure in figures if figure != "–"]
         assert np.array(shown) == pytest.approx(np.array(expected), abs=5.1e-5)
 
 
