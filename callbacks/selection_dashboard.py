@@ -146,11 +146,7 @@ class SelectionDashboard(Callback):
 
 def totals(cost: Cost) -> dict[str, float]:
     """Rollouts, tokens and seconds of all phases so far, by the names that are logged."""
-    return {
-        "cost/rollouts": float(sum(cost.rollouts.values())),
-        "cost/tokens": float(sum(cost.tokens_forward.values()) + sum(cost.tokens_backward.values())),
-        "cost/seconds": sum(cost.seconds.values()),
-    }
+    return {f"cost/{name}": float(value) for name, value in cost.totals().items()}
 
 
 def phases(cost: Cost) -> dict[str, float]:
