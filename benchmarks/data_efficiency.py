@@ -75,7 +75,7 @@ def _head(study, frame):
         "All methods of a data set and seed start from the same warm policy. A cell is evaluated before training and",
         "after each epoch; the epoch is chosen on validation and NDCG@10 reported on test, the whole catalogue ranked.",
         "Tokens (forward and backward) and seconds include warm start, scoring, selection and training, and leave",
-        "evaluation out; those of the chosen epoch are what had been spent by then. [ ] are 95 % intervals over seeds;",
+        "evaluation out; the headline and the picture count the whole run. [ ] are 95 % intervals over seeds;",
         "differences are paired by seed. The window `all` is the mean of the windows of a seed.",
         "",
         "![NDCG@10 over tokens](data_efficiency.png)",
@@ -178,7 +178,7 @@ def _line(method, rows):
 def _equal_cost(frame, cost, unit, scale):
     """NDCG@10 where every run had spent as much as the full pool's after its warm start, times a share."""
     lines = [f"## At equal {cost}", "", f"Shares of the {cost} that the full pool spends after the warm start; the", ""]
-    lines[-2] += " best budget of a method at each, by its mean; – where no run's evaluation points cover it."
+    lines[-2] += " budget of a method at each is chosen on validation; – where no run's evaluation points cover it."
     full = frame[frame["method"] == "full"]
     if not len(full):
         return []
@@ -186,23 +186,25 @@ def _equal_cost(frame, cost, unit, scale):
         own = full[(full["dataset"] == dataset) & (full["window"] == window)]
         spent = own.groupby("seed")[cost].agg(["min", "max"]).mean()
         budgets = [spent["min"] + share * (spent["max"] - spent["min"]) for share in SHARES]
-        found = at_equal_cost(part, cost, budgets)
+        found, guide = (at_equal_cost(rows, cost, budgets) for rows in (part, part[part["split"] == "validation"]))
         if not len(found):
             continue
         lines += [f"### {dataset} {window}".rstrip(), ""]
         titles = (f"{share:.0%}: {budget / scale:,.3g} {unit}" for share, budget in zip(SHARES, budgets, strict=True))
         lines += ["| method | " + " | ".join(titles) + " |", "| --- " + "| ---: " * len(SHARES) + "|"]
         for method, rows in found.groupby("method", sort=False):
-            best = [_best(rows[rows["spent"] == budget]) for budget in budgets]
+            guides = guide[guide["method"] == method]
+            best = [_chosen(*(of[of["spent"] == budget] for of in (rows, guides))) for budget in budgets]
             lines.append(f"| {method} | " + " | ".join(best) + " |")
         lines.append("")
     return lines
 
 
-def _best(rows):
+def _chosen(rows, guides):
+    """The arm whose budget has the best validation figure, by the mean of its seeds."""
     if not len(rows):
         return "–"
-    row = rows.loc[rows["figure"].idxmax()]
+    row = rows[rows["budget"] == guides.loc[guides["figure"].idxmax(), "budget"]].iloc[0]
     return f"{cell(interval(row, 'figure'))} ({row['budget']:.1%}, n={int(row['figure_n'])})"
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from minirec_pl.cost import Cost
 from minirec_pl.dashboard import LEDGER, PLAN, TERMS
 from minirec_pl.errors import InputError
+from minirec_pl.selection.run_files import plan_of
 from minirec_pl.selection.session import session_of
 
 if TYPE_CHECKING:
@@ -139,17 +140,13 @@ class SelectionDashboard(Callback):
             for name, (values, edges) in histograms.items():
                 row[name] = wandb.Histogram(np_histogram=np.histogram(values, edges))
         if session.plan:
-            row[PLAN] = FrameTable(_plan(session), PLAN)
+            row[PLAN] = FrameTable(plan_of(session).drop(columns="epoch"), PLAN)
         experiment.log(row)
 
 
 def totals(cost: Cost) -> dict[str, float]:
     """Rollouts, tokens and seconds of all phases so far, by the names that are logged."""
-    return {
-        "cost/rollouts": float(sum(cost.rollouts.values())),
-        "cost/tokens": float(sum(cost.tokens_forward.values()) + sum(cost.tokens_backward.values())),
-        "cost/seconds": sum(cost.seconds.values()),
-    }
+    return {f"cost/{name}": float(value) for name, value in cost.totals().items()}
 
 
 def phases(cost: Cost) -> dict[str, float]:
@@ -199,18 +196,3 @@ def table_rows(table: pd.DataFrame, most: int) -> pd.DataFrame:
     others, n_others = np.flatnonzero(np.isinf(rank)), most - len(picks)
     kept = others[np.arange(n_others) * len(others) // max(1, n_others)]
     return table.iloc[np.sort(np.concatenate([picks, kept]))]
-
-
-def _plan(session: SelectionSession) -> pd.DataFrame:
-    """The plan in training order, with the columns of `plan.parquet`; easiness is missing without an order by it."""
-    assert session.plan is not None
-    position = np.arange(len(session.plan))
-    starts = session.fold_starts or [0]
-    return pd.DataFrame(
-        {
-            "position": position,
-            "fold": np.searchsorted(starts, position, side="right") - 1,
-            "sample_id": session.plan,
-            "easiness": session.plan_easiness or np.full(len(position), np.nan),
-        }
-    )

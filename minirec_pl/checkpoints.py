@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from minirec_pl.errors import InputError
 from minirec_pl.files import write_atomically
 
+_OF_ADAPTERS = ("lora_", "trainable_tokens_", "modules_to_save.")  # in peft's names
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoints, but a full disk leaves no half-written file and an older one as it was."""
@@ -55,14 +57,15 @@ def check_checkpoint(path: Path) -> None:
 def weights_under_adapters(module: nn.Module) -> dict[str, Tensor]:
     """The frozen weights of peft models inside `module`, by their names in its `state_dict`.
 
-    Training leaves them as they were loaded, so that no checkpoint has to hold them.
+    Training leaves them as they were loaded, so that no checkpoint has to hold them. Adapters, frozen ones too, are not
+    among them.
     """
     return {
         f"{prefix}.{name}".removeprefix("."): parameter.detach()
         for prefix, part in module.named_modules()
         if hasattr(part, "peft_config") and hasattr(part, "get_base_model")
         for name, parameter in part.named_parameters(remove_duplicate=False)
-        if not parameter.requires_grad
+        if not parameter.requires_grad and not any(mark in name for mark in _OF_ADAPTERS)
     }
 
 

@@ -210,10 +210,12 @@ class RecModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the cost so far, so that a resumed run states the sum, and which catalogue the weights belong to.
 
-        Weights under LoRA adapters are left out; a digest tells whether a model has the same.
+        Weights under LoRA adapters are left out, unless a strategy spreads them over ranks; a digest tells whether a
+        model has the same.
         """
         checkpoint["cost"] = self.cost.state_dict()
-        if fixed := self._under_adapters():
+        fixed = self._under_adapters()
+        if fixed and fixed.keys() <= checkpoint["state_dict"].keys():
             checkpoint["under_adapters"] = self._adapted_digest = self._adapted_digest or weights_digest(fixed)
             for name in fixed:
                 del checkpoint["state_dict"][name]

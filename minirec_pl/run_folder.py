@@ -133,7 +133,7 @@ class RunFolder(Callback):
         """Counts and random numbers of the run so far."""
         self._samples = dict(state_dict["samples"])
         self._validation = dict(state_dict["validation"])
-        self._evaluations = list(state_dict["evaluations"])
+        self._evaluations = list(state_dict.get("evaluations", ()))
         self._distinct = set(state_dict["distinct"].tolist())
         self._random_states = state_dict["random_states"]
 

@@ -45,7 +45,10 @@ def run(args: Sequence[str]) -> int:
         _check_folder(to)
         deadline = None if options.time_limit is None else time.monotonic() + 60 * options.time_limit
         failed = _run(study, open_cells, to, options.jobs, deadline)
-    done = [cell_path(to, cell) for cell in study.cells() if cell_path(to, cell).is_file()]
+    paths = {cell_path(to, cell): cell for cell in study.cells() if cell_path(to, cell).is_file()}
+    done = [path for path, cell in paths.items() if _is_of(study, cell, path)]
+    if len(done) < len(paths):
+        print(f"left out: {len(paths) - len(done)} cells in {to} that were run with another study")
     if done:
         frame, path = tidy(done), to / f"{study.path.stem}.parquet"
         write_tidy(frame, path)
@@ -123,12 +126,16 @@ def _finished(study: Study, cell: Cell, to: Path) -> bool:
     path = cell_path(to, cell)
     if not path.is_file():
         return False
-    if read_cell(path)[1].get("fingerprint") != study.fingerprint(cell):
+    if not _is_of(study, cell, path):
         raise InputError(
             f"{path} was run with another study: its config, overrides, epochs or budget differ from {study.path}; "
             "choose another --to, or delete the file to run the cell again"
         )
     return True
+
+
+def _is_of(study: Study, cell: Cell, path: Path) -> bool:
+    return bool(read_cell(path)[1].get("fingerprint") == study.fingerprint(cell))
 
 
 def _check_folder(to: Path) -> None:

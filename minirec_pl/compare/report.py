@@ -55,7 +55,7 @@ def comparison(frame: pd.DataFrame, references: Sequence[str]) -> pd.DataFrame:
 
     Args:
         frame: tidy table.
-        references: methods; those that take a budget are compared at the same budget, others at their only one.
+        references: methods; those that take a budget are compared at the same budget, others with their whole pool.
 
     Returns:
         A row per data set, window, method, setting and budget: `seeds`, means of what was spent, `figure` (test NDCG@10
@@ -153,7 +153,7 @@ def _difference(runs: pd.DataFrame, part: pd.DataFrame, reference: str) -> Inter
         return t_interval([])
     same = (runs["dataset"] == own["dataset"]) & (runs["window"] == own["window"]) & (runs["method"] == reference)
     rival = runs[same]
-    if rival["budget"].nunique() > 1:
+    if (rival["budget"] < 1).any():
         rival = rival[rival["budget"] == own["budget"]]
     rival = rival[(rival["setting"] == own["setting"])]
     paired = part.merge(rival, on="seed", suffixes=("", "_rival"))

@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from minirec_pl.errors import InputError
-from minirec_pl.selection.budget import check_budget
 from minirec_pl.sentences import check_yaml
 
 FORMAT = 1
@@ -167,16 +167,13 @@ class Study:
 
     def warm_fingerprint(self, data: Data, seed: int) -> str:
         """SHA-256 (hex) of what a warm start is made of."""
-        return _digest([FORMAT, self._config(), data.overrides, seed])
+        return _digest([FORMAT, _parsed(self.config.read_text(encoding="utf-8")), data.overrides, seed])
 
     def fingerprint(self, cell: Cell) -> str:
         """SHA-256 (hex) of what a cell is made of: config, overrides, budget, epochs and seed."""
         method = cell.method
         own = [method.overrides, method.epochs, method.takes_budget, cell.budget, cell.overrides]
         return _digest([self.warm_fingerprint(cell.data, cell.seed), *own])
-
-    def _config(self) -> Any:
-        return yaml.safe_load(self.config.read_text(encoding="utf-8"))
 
 
 def seeded(seed: int) -> Overrides:
@@ -209,6 +206,11 @@ def _filled(value: Any, places: Mapping[str, Any]) -> Any:
         for place, known in places.items():
             value = known if value == place else value.replace(place, str(known)) if isinstance(value, str) else value
     return value
+
+
+@cache
+def _parsed(text: str) -> Any:
+    return yaml.safe_load(text)
 
 
 def _names(data: Sequence[Data]) -> str:
@@ -293,7 +295,8 @@ class _Reader:
         if not isinstance(budgets, list) or not budgets:
             raise InputError(f"{self.path}, {where}: give budgets, a list of shares of the pool such as [0.05, 0.1]")
         for budget in budgets:
-            check_budget(budget)
+            if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= 1:
+                raise InputError(f"{self.path}, {where}: budget {budget!r} is no share of the pool, above 0, at most 1")
         return tuple(float(budget) for budget in budgets)
 
     def _seeds(self) -> tuple[int, ...]:

@@ -91,13 +91,14 @@ def body_of(model: Any) -> Callable[..., Any]:
     checkpointing at work they stay as they are, since a layer that recomputes looks for its own weights.
 
     Without gradient, LoRA adapters on layers that compute in float32 on a processor are added to the weights, which
-    saves two products a layer; nothing is added on other devices or in half precision, where it would be rounded. The
-    result keeps the weights of now: ask for another one after an optimizer step.
+    saves two products a layer; nothing is added on other devices, in half precision or under autocast, where it would
+    be rounded. The result keeps the weights of now: ask for another one after an optimizer step.
     """
     body: nn.Module = without_adapter_wrapper(model).base_model
     if recomputes(body):
         return body
-    layers = {} if torch.is_grad_enabled() else _layers_to_merge(body)
+    apart = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+    layers = {} if apart else _layers_to_merge(body)
     weights = {f"{name}.base_layer.weight": _merged_weight(layer) for name, layer in layers.items()}
     for name, parameter in body.named_parameters():
         if name not in weights and _lacks_arithmetic(parameter):
@@ -135,10 +136,10 @@ def _at_work(layer: Any) -> list[str]:
 
 
 def _merged_weight(layer: Any) -> Tensor:
-    weight: Tensor = layer.get_base_layer().weight.detach()
+    weight: Tensor = layer.get_base_layer().weight.detach().float()
     for name in _at_work(layer):
         weight = weight + layer.get_delta_weight(name)
-    return weight.float()
+    return weight
 
 
 @contextmanager

@@ -208,9 +208,16 @@ def recompute(model: Any) -> None:
 
 
 def grow(model: Any, tokenizer: Any) -> None:
-    """Gives the model rows for the tokens of its tokenizer that have none."""
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    """Gives the model rows for the tokens of its tokenizer that have none.
+
+    They begin as copies of the first rows, so that a model under stored adapters is the same whenever it is loaded.
+    """
+    known = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():
+            for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+                end.weight[known:] = end.weight[torch.arange(len(tokenizer) - known) % known]
 
 
 def save_language_model(

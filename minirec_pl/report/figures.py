@@ -75,6 +75,11 @@ def _uri(figure: Figure) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(written.getvalue()).decode('ascii')}"
 
 
+def _literal(name: str) -> str:
+    """A name that matplotlib does not take for a formula, whatever dollars are in it."""
+    return name.replace("$", r"\$")
+
+
 def quality(evaluations: Mapping[str, pd.DataFrame], figure_name: str, over: str, label: str) -> Picture:
     """A figure of validation over what was spent, a line per run that spent anything.
 
@@ -91,7 +96,7 @@ def quality(evaluations: Mapping[str, pd.DataFrame], figure_name: str, over: str
         if table[over].iloc[-1] == 0:
             continue
         look: dict[str, Any] = {"color": colour, "linestyle": dash, "marker": marker, "markersize": 4}
-        axes.plot(table[over], table[figure_name], label=name, **look)
+        axes.plot(table[over], table[figure_name], label=_literal(name), **look)
         ends.append(f"{name} ends at {table[figure_name].iloc[-1]:.4f} after {table[over].iloc[-1]:,.0f}")
     axes.set(xlabel=label, ylabel=f"validation {figure_name}")
     axes.margins(y=0.15)
@@ -226,7 +231,16 @@ def stacked(cost: Mapping[str, Mapping[str, float]], phases: Sequence[str], labe
     for phase, colour, hatch in zip(phases, cycle(COLOURS), cycle(HATCHES), strict=False):
         widths = np.array([cost[name].get(phase, 0.0) for name in names])
         words = phase.replace("_", " ")
-        axes.barh(names, widths, left=left, color=colour, hatch=hatch, edgecolor="white", height=0.65, label=words)
+        axes.barh(
+            [_literal(name) for name in names],
+            widths,
+            left=left,
+            color=colour,
+            hatch=hatch,
+            edgecolor="white",
+            height=0.65,
+            label=words,
+        )
         left += widths
     axes.invert_yaxis()
     axes.set(xlabel=label)

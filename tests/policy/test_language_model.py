@@ -8,6 +8,7 @@ from tiny_llm import prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minirec_pl import InputError
+from minirec_pl.checkpoints import weights_digest, weights_under_adapters
 from minirec_pl.policy import Sampling, completion_logps, generate
 from minirec_pl.policy.causal_lm import body_of, head_of, same_in_training
 from minirec_pl.policy.language_model import PROJECTIONS, LanguageModel, Lora, grow, save_language_model
@@ -160,6 +161,31 @@ def test_checkpointing_with_sampling_in_between_leaves_gradients_equal(tmp_path,
     else:  # layers that recompute do so in half precision, the others may be widened
         assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.98
     assert torch.equal(*drawn)
+
+
+def test_the_weights_under_adapters_are_the_same_whenever_they_are_loaded(tmp_path):
+    model, tokenizer = loaded(chat_folder(tmp_path / "base"), extend=add_tokens)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    fixed = weights_under_adapters(model)
+    assert fixed.keys() == {name for name, parameter in parameters.items() if not parameter.requires_grad}
+    assert any("lora_B" in name for name in parameters.keys() - fixed.keys())
+    model.requires_grad_(False)
+    assert weights_under_adapters(model).keys() == fixed.keys()
+    save_language_model(model, tokenizer, tmp_path / "adapter")
+    digests = set()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        digests.add(weights_digest(weights_under_adapters(loaded(tmp_path / "adapter", lora=None)[0])))
+    assert len(digests) == 1
+
+
+def test_under_autocast_adapters_stay_apart(tmp_path):
+    model, _ = loaded(chat_folder(tmp_path / "base"))
+    shaken_adapters(model).eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        apart = states_of(model).detach()
+        with torch.no_grad():
+            assert torch.equal(states_of(model), apart)
 
 
 def states_of(model):
