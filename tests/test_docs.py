@@ -169,6 +169,8 @@ def test_every_figure_of_the_glossary_is_one_of_the_code():
     known = {name for name in glossary() if name.rpartition("/")[2] in pieces or name in said}
     computed = {"rewards/NAME/mean", "val/hit_rate@10", "val/ndcg@10", "val/coverage@10"}
     computed |= {
+        "cost/warm_start_seconds",
+        "cost/training_seconds",
         "selection/ragged_repeat",
         "selection/ragged_drop",
         "selection/coverage/user_id",
