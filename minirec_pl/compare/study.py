@@ -222,13 +222,15 @@ def _digest(value: Any) -> str:
 
 
 class _Reader:
-    def __init__(self, path: Path, paths: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, paths: Mapping[str, str], below: tuple[Path, ...] = ()) -> None:
+        if path.resolve() in below:
+            raise InputError(f"{path} is like itself, directly or through others: take `like` out of one of them")
         self.path, self.paths = path, paths
         self.content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
         self.models: dict[str, Method] = {}
         if like := self.content.get("like"):
             check_yaml(Path(like), STUDY)
-            above = _Reader(Path(like), {})
+            above = _Reader(Path(like), {}, (*below, path.resolve()))
             self.models = {method.name: method for method in above.study().methods}
             self.content = {**above.content, **self.content}
 

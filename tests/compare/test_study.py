@@ -67,6 +67,14 @@ def test_a_study_like_another_has_its_keys_and_methods(tmp_path, study):
     assert other.methods[0].overrides == study.methods[2].overrides
 
 
+def test_a_study_cannot_be_like_itself(tmp_path):
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text(f"like: {two}\n")
+    two.write_text(f"like: {one}\n")
+    with pytest.raises(InputError, match="one.yaml is like itself"):
+        Study.read(one)
+
+
 def test_words_keep_text_as_it_is():
     assert as_words({"a.b": "c d", "e": [1, "{x}"]}, {"{x}": 5}) == ["--a.b=c d", "--e=[1, 5]"]
 
