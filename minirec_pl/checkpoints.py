@@ -75,7 +75,7 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     for name, value in sorted(weights.items()):
         flat = value.detach().to("cpu").contiguous()
         sha.update(f"{name} {flat.dtype} {tuple(flat.shape)}\n".encode())
-        sha.update(flat.reshape(-1).view(torch.uint8).numpy())
+        sha.update(flat.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
