@@ -55,7 +55,7 @@ def rewards_of(completions):
 class PeakMemory:
     """Most memory above what was held at `start`, in MB: resident in this process (Linux), or allocated on the GPU."""
 
-    def __init__(self, device):
+    def __init__(self, device="cpu"):
         self.on_cpu = device == "cpu"
 
     def start(self):
