@@ -146,6 +146,7 @@ def test_hyperparameters_are_primitives_and_datasets_pickle(toy):
         "pool_samples": None,
         "val_samples": None,
         "test_samples": None,
+        "window": None,
     }
     dataset = copy.deepcopy(data.train_dataloader().dataset)
     assert dataset.__getitems__([data.pool_ids[0]])["sample_id"].item() == data.pool_ids[0]
