@@ -53,11 +53,6 @@ class Settings:
     warm_lr: float = 5e-3
     warm_batch_size: int = 128
 
-    @property
-    def steps(self) -> int:
-        """Steps of a budgeted epoch."""
-        return -(-round(self.n_pool * self.budget) // self.batch_size)
-
 
 def selector() -> MiniRecSelector:
     """As in configs/ml-100k/quickstart.yaml."""
@@ -139,28 +134,40 @@ def tokens_of(cost: Cost) -> int:
 
 
 class Curve(Callback):
-    """Quality over tokens, from before the first step, and how many samples of each kind an epoch trains on."""
+    """Quality over tokens, from before the first step, and how many samples of each kind an epoch trains on.
 
-    def __init__(self, every: int, epochs: int, at_least: int, part: str) -> None:
+    Args:
+        every: Epochs from one point to the next; 0.5 also takes one in the middle of an epoch.
+        epochs: It goes on for at least so many.
+        at_least: Tokens, likewise.
+        part: What the quality is of.
+    """
+
+    def __init__(self, every: float, epochs: int, at_least: int, part: str) -> None:
         self.every, self.epochs, self.at_least, self.part = every, epochs, at_least, part
         self.points: list[dict[str, float]] = []
         self.picks: list[Counter[str]] = []
         self.first: dict[str, dict[str, float]] = {}
 
-    def _note(self, trainer: Trainer, module: Any) -> None:
+    def _note(self, trainer: Trainer, module: Any, epoch: float) -> None:
         found = quality(module.policy, trainer.datamodule, self.part)  # type: ignore[attr-defined]
-        self.points.append({"step": trainer.global_step, "tokens": tokens_of(module.cost), **found})
+        self.points.append({"epoch": epoch, "tokens": tokens_of(module.cost), **found})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._note(trainer, pl_module)
+        self._note(trainer, pl_module, 0)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.global_step % self.every == 0:
-            self._note(trainer, pl_module)
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.every < 1 and 2 * (batch_idx + 1) == trainer.num_training_batches:
+            self._note(trainer, pl_module, trainer.current_epoch + 0.5)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        enough = trainer.current_epoch + 1 >= self.epochs and tokens_of(pl_module.cost) >= self.at_least
+        epoch = trainer.current_epoch + 1
+        enough = epoch >= self.epochs and tokens_of(pl_module.cost) >= self.at_least
         trainer.should_stop = trainer.should_stop or enough
+        if enough or epoch % self.every == 0:
+            self._note(trainer, pl_module, epoch)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data, session = trainer.datamodule, session_of(trainer)  # type: ignore[attr-defined]
@@ -222,7 +229,7 @@ def cell(
         selector=selector(),
         curriculum=EasyToHardCurriculum(),
     )
-    every = {"random": 3 * settings.steps, "full": 5 * settings.steps}.get(method, settings.steps)
+    every = {"random": 3, "full": 0.5}.get(method, 1)
     curve = Curve(every, settings.epochs, at_least, part)
     fit(module, data, LONGEST if at_least else settings.epochs, [curve, make()])
     cost = module.cost

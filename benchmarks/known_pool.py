@@ -63,23 +63,21 @@ def run_pool(settings: Settings, source: KnownKinds, policy: Any, curves: bool) 
     """All methods on one pool and seed.
 
     Returns:
-        By method the figures at the end of the budgeted epochs (`samples`) or, of the full pool, of as many epochs;
-        of random and full also at the tokens of each MiniRec; tokens, picks by kind and, if asked for, the curve.
+        By method the figures after the epochs of the settings (`samples`), of random and full also at the tokens of
+        each MiniRec; tokens, picks by kind and, if asked for, the curve.
     """
     found: dict[str, Any] = {}
     spent: dict[str, int] = {}
     for method in METHODS:
         scored = method.startswith("minirec")
         cell_of = cell(settings, source, policy, method, 0 if scored else max(spent.values()))
-        points, steps = cell_of.pop("points"), settings.epochs * settings.steps
-        if method == "full":
-            steps = settings.epochs * -(-settings.n_pool // settings.batch_size)
-        after = min(points, key=lambda point: abs(point["step"] - steps))
+        points = cell_of.pop("points")
+        after = next(point for point in points if point["epoch"] == settings.epochs)
         if scored:
             spent[method] = int(points[-1]["tokens"])
         picks = cell_of.pop("picks")
         found[method] = cell_of | {
-            "samples": {name: after[name] for name in (*FIGURES, "tokens", "step")},
+            "samples": {name: after[name] for name in (*FIGURES, "tokens")},
             "at_tokens_of": {other: at_tokens(points, tokens) for other, tokens in spent.items()},
             "picks": {kind: sum(epoch[kind] for epoch in picks[: settings.epochs]) for kind in KINDS},
             "epochs": len(picks),

@@ -103,7 +103,7 @@ def test_a_tiny_run_leaves_its_files(monkeypatch, tmp_path):
 
     chosen = {"10% useful, rest solved": {"useful": 0.1, "solved": 0.9}}
     monkeypatch.setattr(known_pool, "pools", lambda: chosen)
-    monkeypatch.setattr(known_pool, "Settings", lambda: Settings(n_pool=160, epochs=2, batch_size=16))
+    monkeypatch.setattr(known_pool, "Settings", lambda: Settings(n_pool=160, epochs=3, batch_size=16))
     main(["--seeds", "2", "--json", str(tmp_path / "k.json")])
     result = json.loads((tmp_path / "k.json").read_text())
     assert [row["seed"] for row in result["rows"]] == [0, 1]
@@ -113,9 +113,10 @@ def test_a_tiny_run_leaves_its_files(monkeypatch, tmp_path):
         assert 0.1 < methods["minirec"]["warm"]["ndcg@10 useful"] < 0.5
         assert methods["minirec"]["picks"]["solved"] == 0  # the gate leaves out what the warm start has solved
         assert methods["random"]["picks"]["solved"] > methods["random"]["picks"]["useful"] > 0
-        assert methods["minirec"]["tokens"]["scoring"] == 2 * 160 * 7  # a pass over seven tokens a sample and epoch
+        assert methods["minirec"]["tokens"]["scoring"] == 3 * 160 * 7  # a pass over seven tokens a sample and epoch
         assert methods["random"]["tokens"]["scoring"] == methods["full"]["tokens"]["scoring"] == 0
         spent = sum(methods["minirec"]["tokens"].values())
+        assert methods["minirec"]["samples"]["tokens"] == spent  # the last point comes after the last step
         assert methods["random"]["tokens"]["training"] >= spent
         assert methods["full"]["tokens"]["training"] >= spent
     text = (tmp_path / "k.md").read_text()
