@@ -66,7 +66,8 @@ def _head(study, frame):
     return [
         "# Quality against cost of selection methods",
         "",
-        f"`minirec compare --config benchmarks/studies/{study.path.name} --to runs/study --jobs 2`, then",
+        f"`minirec compare --config benchmarks/studies/{study.path.name} --to runs/study --jobs 2`, with",
+        "the Amazon files in `data/amazon-industrial` or where `--path amazon-industrial=DIR` says, then",
         "`python benchmarks/data_efficiency.py --from runs/study` writes this page. One cell again:",
         f"`minirec compare --config benchmarks/studies/{study.path.name} --to DIR --cell ID`.",
         "",

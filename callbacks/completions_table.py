@@ -12,10 +12,10 @@ import pandas as pd
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import WandbLogger
 
+from minirec_pl.claim import run_folder
 from minirec_pl.errors import InputError
 from minirec_pl.files import write_atomically
 from minirec_pl.module import GRPORecModule
-from minirec_pl.run_folder import run_folder
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from minirec_pl.errors import InputError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 RUN_DIR_VARIABLE = "MINIREC_RUN_DIR"
 
@@ -80,3 +83,11 @@ def send_to(logger: Any, folder: Path) -> None:
         logger.init_args.save_dir = str(folder)
     if kind in (CSVLogger.__name__, "TensorBoardLogger"):
         logger.init_args.name, logger.init_args.version = "", ""
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """The folder of a run: where the first logger writes, else `default_root_dir`.
+
+    All ranks must ask at the same time, since Lightning has the first tell the others.
+    """
+    return Path(trainer.log_dir or trainer.default_root_dir)

@@ -61,6 +61,17 @@ class Parser(LightningArgumentParser):
         raise ParserError(message) from ex
 
 
+CLI_OPTIONS: dict[str, Any] = {
+    "trainer_class": ScoringTrainer,
+    "subclass_mode_model": True,
+    "subclass_mode_data": True,
+    "save_config_callback": None,
+    "auto_configure_optimizers": False,
+    "seed_everything_default": 42,
+    "parser_class": Parser,
+}
+
+
 class MiniRecCLI(LightningCLI):
     """`minirec fit|validate|test|predict|score`.
 
@@ -258,17 +269,7 @@ def _start(cli: MiniRecCLI, args: Sequence[str]) -> None:
     for config in values_of(argv, "--config", "-c"):
         check_yaml(Path(config))
     cli.__init__(  # type: ignore[misc]
-        RecModule,
-        LightningDataModule,
-        trainer_class=ScoringTrainer,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=None,
-        auto_configure_optimizers=False,
-        seed_everything_default=42,
-        parser_class=Parser,
-        parser_kwargs={"prog": "minirec"},
-        args=argv,
+        RecModule, LightningDataModule, **CLI_OPTIONS, parser_kwargs={"prog": "minirec"}, args=argv
     )
 
 

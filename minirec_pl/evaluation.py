@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from rich.table import Table
@@ -22,6 +23,12 @@ from minirec_pl.random_state import isolated_random_state
 K = 10
 FIGURES = (f"hit_rate@{K}", f"ndcg@{K}")
 Row = dict[str, Any]
+
+
+def gains(ranks: Tensor) -> npt.NDArray[np.float64]:
+    """NDCG@10 of each sample, float64 of the shape of `ranks` (integers, from 1)."""
+    rank = ranks.numpy().astype(np.float64)
+    return np.where(rank <= K, 1 / np.log2(1 + rank), 0.0)
 
 
 def ranking_figures(ranks: Tensor, users: IntArray) -> dict[str, float | int]:
@@ -43,17 +50,16 @@ def ranking_figures(ranks: Tensor, users: IntArray) -> dict[str, float | int]:
         >>> figures["hit_rate@10"], figures["hit_rate@10_se"], figures["users"]
         (0.5, 0.5, 2)
     """
-    rank = ranks.numpy().astype(np.float64)
-    hit = (rank <= K).astype(np.float64)
+    hit = (ranks.numpy() <= K).astype(np.float64)
     user, n_users = np.unique(users, return_inverse=True)[1], len(np.unique(users))
     figures: dict[str, float | int] = {}
-    for name, values in zip(FIGURES, (hit, hit / np.log2(1 + rank)), strict=True):
+    for name, values in zip(FIGURES, (hit, gains(ranks)), strict=True):
         n, away = len(values), values - values.mean()
         sums = np.bincount(user, weights=away, minlength=n_users)
         figures[name] = float(values.mean())
         figures[f"{name}_se"] = _root((away**2).sum(), n) / np.sqrt(n)
         figures[f"{name}_se_users"] = _root((sums**2).sum(), n_users) * np.sqrt(n_users) / n
-    return {name: float(value) for name, value in figures.items()} | {"samples": len(rank), "users": n_users}
+    return {name: float(value) for name, value in figures.items()} | {"samples": len(hit), "users": n_users}
 
 
 def _root(squares: float, n: int) -> float:

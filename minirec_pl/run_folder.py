@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from minirec_pl.checkpoints import policy_of
+from minirec_pl.claim import run_folder
 from minirec_pl.evaluation import ranking_figures
 from minirec_pl.files import write_atomically, write_json
 from minirec_pl.recommender import RecModule
@@ -191,14 +192,6 @@ class RunFolder(Callback):
             ids, ranks = pl_module.test_ranks.unbind(dim=1)
             figures = {**ranking_figures(ranks, table.user[ids.numpy()]), **figures}
         write_json(self._folder / "results.json", {"stage": "test", **figures})
-
-
-def run_folder(trainer: Trainer) -> Path:
-    """The folder of a run: where the first logger writes, else `default_root_dir`.
-
-    All ranks must ask at the same time, since Lightning has the first tell the others.
-    """
-    return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 class _AfterEpoch(Checkpoint):

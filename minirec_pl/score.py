@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
+from minirec_pl.claim import run_folder
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.errors import InputError
 from minirec_pl.files import write_atomically, write_json
@@ -59,7 +60,7 @@ class ScoringTrainer(Trainer):
         if not isinstance(data, RecDataModule) or not isinstance(model, RecModule):
             raise InputError("minirec predict needs a RecDataModule and a module of minirec_pl: set data and model so")
         model.mask_seen, model.keep_reasoning = mask_seen, reasoning
-        run = Path(self.log_dir or self.default_root_dir)
+        run = run_folder(self)
         path = Path(to) if to else run / "predictions.parquet"
         parts = path.parent if to else run.parent
         requests = RequestData(data, _path(history), _path(candidates), parts)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from minirec_pl.cost import PHASES
 from minirec_pl.errors import InputError
+from minirec_pl.evaluation import K, gains
 from minirec_pl.files import load_tensors, save_tensors, write_atomically
 
-K = 10
 SPLITS = ("validation", "test")
 
 
@@ -77,12 +77,6 @@ def points_of(content: Mapping[str, Any]) -> list[Point]:
         )
         for i, cost in enumerate(content["points"])
     ]
-
-
-def gains(ranks: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """NDCG@10 of each sample, float64 of the shape of `ranks`."""
-    rank = ranks.numpy().astype(np.float64)
-    return np.where(rank <= K, 1 / np.log2(1 + rank), 0.0)
 
 
 def chosen_gains(path: Path) -> tuple[np.ndarray[Any, np.dtype[np.float64]], np.ndarray[Any, np.dtype[np.int64]]]:

@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import Tensor
 
-from minirec_pl.cli import MiniRecCLI, Parser, ParserError, config_after_warm_start
+from minirec_pl.cli import CLI_OPTIONS, MiniRecCLI, ParserError, config_after_warm_start
 from minirec_pl.compare.results import Point, points_of, read_cell, write_cell
 from minirec_pl.compare.study import Cell, Data, Study, as_words, seeded
 from minirec_pl.data.assemble import Samples, Source
@@ -29,7 +29,6 @@ from minirec_pl.evaluation import sample_ranks
 from minirec_pl.files import replace_folder
 from minirec_pl.module import GRPORecModule
 from minirec_pl.recommender import RecModule
-from minirec_pl.score import ScoringTrainer
 from minirec_pl.selection.session import session_of
 from minirec_pl.sentences import sentence_of
 from minirec_pl.stages import Stages, WarmStart
@@ -62,19 +61,7 @@ class Parts(MiniRecCLI):
     def __init__(self, words: Sequence[str], observers: Sequence[Callback] = ()) -> None:
         self._observers = list(observers)
         try:
-            super().__init__(
-                RecModule,
-                LightningDataModule,
-                trainer_class=ScoringTrainer,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                save_config_callback=None,
-                auto_configure_optimizers=False,
-                seed_everything_default=42,
-                parser_class=Parser,
-                args=list(words),
-                run=False,
-            )
+            super().__init__(RecModule, LightningDataModule, **CLI_OPTIONS, args=list(words), run=False)
         except ParserError as error:
             raise InputError(sentence_of(error)) from error
 

@@ -124,7 +124,7 @@ _REWARDS = "How the policy does on the samples of the pool, and on those that we
 _LEARNABILITY = (
     "A sample teaches most where the policy is neither hopeless nor sure: L is a Gaussian of the difficulty."
 )
-_TERMS = "A pick has the largest value = novelty × (alpha × learnability + representativeness) of all that are left."
+_TERMS = "A pick has the largest value = novelty × (alpha × learnability + beta × representativeness) of all left."
 _MAP = (
     "Principal components (PCA) of the vectors that the run stored: novelty is a distance between embeddings, "
     "representativeness a cosine of gradient signals."

@@ -34,7 +34,8 @@ class Diagnostics:
         pool_share_near_zero: the same share of the scored pool.
         learnability_near_zero: share of the scored pool with a learnability below 0.05.
         n_separated: samples that learnability lifts above that.
-        learnability_weight: share of the variance of alpha L + R that L brings, Cov(alpha L, score) / Var(score).
+        learnability_weight: share of the variance of alpha L + R that L brings, Cov(alpha L, score) / Var(score);
+            for a selector whose beta is 1.
         correlation: Pearson's, of L and R.
         novelty_share: share of the picks that alpha L + R alone would not have picked.
         coverage: share of the pool's distinct values that the picks have too, by column (users, items).

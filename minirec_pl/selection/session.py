@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from minirec_pl.claim import run_folder
 from minirec_pl.cost import Cost
 from minirec_pl.data.foreign import ForeignLoader
 from minirec_pl.data.install import TrainLoader, foresee
@@ -267,7 +268,7 @@ class SelectionSession:
     def folder(self, trainer: Trainer) -> Path:
         """Run folder: where the first logger writes, else `default_root_dir`; asked on all ranks at once, then kept."""
         if self._folder is None:
-            self._folder = Path(trainer.log_dir or trainer.default_root_dir)
+            self._folder = run_folder(trainer)
         return self._folder
 
     def state_dict(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
