@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minirec_pl.errors import InputError
-from minirec_pl.policy.causal_lm import body_of, head_of, run_prompt
+from minirec_pl.policy.causal_lm import body_of, head_of, run_prompt, run_widened
 from minirec_pl.policy.generation import eos_token_ids
 from minirec_pl.policy.rollout import evaluation_mode
 
@@ -100,7 +100,7 @@ def check_model(model: Any) -> None:
             if not prompt.cache.layers:
                 raise ValueError("it keeps no keys and values")
             ours = head_of(model).logits(prompt.states)
-            its = model(input_ids=tokens[:, 1:]).logits[:, -1].to(ours.dtype)
+            its = run_widened(model, input_ids=tokens[:, 1:]).logits[:, -1].to(ours.dtype)
         tolerance = 1e-4 if model.dtype.itemsize >= 4 else 5e-2
         same = torch.allclose(ours, its, rtol=tolerance, atol=tolerance * float(its.abs().max()))
     except (TypeError, ValueError, AttributeError) as error:

@@ -1,5 +1,6 @@
 import copy
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from test_generation import plain_weights
 from tiny_llm import KINDS, PlainModel, prompts, rows_of, tiny_llm
 
 from minirec_pl import InputError
-from minirec_pl.policy.causal_lm import Head, body_of, head_of, length_buckets
+from minirec_pl.policy.causal_lm import Head, body_of, computes_bfloat16, head_of, length_buckets
 from minirec_pl.policy.generation import generate
 from minirec_pl.policy.logps import completion_logps, head_logps
 
@@ -182,11 +183,17 @@ def test_half_precision_is_widened_only_where_the_processor_lacks_it(monkeypatch
     half, seen = tiny_llm().to(torch.bfloat16), []
     half.base_model.norm.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     for supported in (True, False):
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda answer=supported: answer)
+        monkeypatch.setattr("minirec_pl.policy.causal_lm.computes_bfloat16", lambda answer=supported: answer)
         assert head_of(half).weight.dtype == (torch.bfloat16 if supported else torch.float32)
         body_of(half)(input_ids=torch.tensor([[7, 8]]))
     assert seen == [torch.bfloat16, torch.float32]
     assert all(parameter.dtype == torch.bfloat16 for parameter in half.parameters())
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the processor's features are read from /proc/cpuinfo")
+def test_emulated_bfloat16_does_not_count():
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert computes_bfloat16() == bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
 
 
 @pytest.mark.parametrize("softcap", [None, 2.5])
