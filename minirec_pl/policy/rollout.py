@@ -155,7 +155,7 @@ def draw(logps: Tensor, uniform: Tensor) -> Tensor:
     padding = -logps.shape[-1] % _BLOCK
     mass = logps.exp()
     blocks = (nn.functional.pad(mass, (0, padding)) if padding else mass).view(len(logps), -1, _BLOCK)
-    block, rest = _invert(blocks.sum(dim=-1, dtype=torch.float64), uniform)
+    block, rest = _invert(blocks.sum(dim=-1).double(), uniform)
     inside = blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK)).double()
     place, _ = _invert(inside.flatten(0, 1), rest.flatten()[:, None])
     return block * _BLOCK + place.view_as(block)
