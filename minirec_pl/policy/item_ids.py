@@ -18,6 +18,8 @@ from minirec_pl.policy.prompt import PromptTemplate
 from minirec_pl.policy.text_states import text_states
 from minirec_pl.policy.tiny import item_token
 
+_START_LENGTH = 0.3
+
 IdKind = Literal["title", "semantic", "token"]
 ID_KINDS = ("title", "semantic", "token")
 
@@ -88,7 +90,8 @@ def added_ids(
     """Ids of new tokens, which are added to model and tokenizer, and these tokens.
 
     A new token's row in the embedding, and in the head where that has its own, starts in the direction of the mean of
-    the text tokens of the items that have it, as long as the other rows are on average.
+    the text tokens of the items that have it. It is 0.3 times as long as other rows are on average, so that no item
+    begins as a near certainty: the 1,682 of MovieLens-100K cost SmolLM2-135M 7.8 nats then, and 14.1 at full length.
 
     Args:
         model: without adapters.
@@ -148,7 +151,7 @@ def _start_rows(model: Any, ids: list[list[int]], texts: list[list[int]]) -> Non
         starts = torch.cumsum(lengths, 0) - lengths
         of_items = torch.nn.functional.embedding_bag(places, known, starts, mode="mean")
         rows = torch.zeros(len(tokens), known.shape[1]).index_add_(0, column, of_items[item])
-        rows = torch.nn.functional.normalize(rows, dim=1) * known.norm(dim=1).mean()
+        rows = torch.nn.functional.normalize(rows, dim=1) * (_START_LENGTH * known.norm(dim=1).mean())
         weight[tokens.to(weight.device)] = rows.to(weight)
 
 

@@ -112,7 +112,7 @@ def test_new_rows_start_at_the_mean_of_the_text_of_their_items(tmp_path, kind, i
         for token in new:
             members = [i for i, row in enumerate(ids.tolist()) if token in row]
             mean = torch.stack([old[texts[i]].mean(dim=0) for i in members]).mean(dim=0)
-            assert float(now[token].norm()) == pytest.approx(float(old[used].norm(dim=1).mean()), rel=1e-4)
+            assert float(now[token].norm()) == pytest.approx(0.3 * float(old[used].norm(dim=1).mean()), rel=1e-4)
             torch.testing.assert_close(now[token] / now[token].norm(), mean / mean.norm(), rtol=1e-4, atol=1e-5)
     assert "".join(tokenizer.convert_ids_to_tokens([t for t in ids[5].tolist() if t >= 0])) == policy.chat.id_texts[5]
 
