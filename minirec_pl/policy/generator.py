@@ -27,7 +27,7 @@ from minirec_pl.policy.language_model import LanguageModel
 from minirec_pl.policy.prompt import EncodedPrompts, PromptTemplate, encode_ids
 from minirec_pl.policy.ranking import item_scores
 from minirec_pl.policy.rollout import CompletionStates, Prompt, Rollouts, evaluation_mode
-from minirec_pl.policy.supervised import check_positions, pairs_as_prompts, sequence_nll
+from minirec_pl.policy.supervised import check_positions, sequence_nll, sequence_tokens
 from minirec_pl.policy.tiny import SPECIAL_TOKENS, build_tiny, check_model
 from minirec_pl.policy.trie import TokenTrie
 from minirec_pl.policy.trie_head import TrieHead, child_logps, item_logps
@@ -334,9 +334,7 @@ class GenerativePolicy(nn.Module):
 
     def sequence_tokens(self, batch: Batch) -> int:
         """Tokens that `sequence_nll` feeds through the model, padding not counted."""
-        if self.id_length == 1 and self.chat is None:
-            return int((batch["sequence"] >= 0).sum()) + len(batch["sequence"])
-        return self.prompt_tokens(pairs_as_prompts(batch)) + self.fed_tokens(batch["target"])
+        return sequence_tokens(self, batch)
 
     def sequence_nll(self, batch: Batch, dropout: float = 0.0) -> Tensor:
         """Mean negative log-likelihood of warm-start pairs in nats, a scalar with gradient.
@@ -344,7 +342,7 @@ class GenerativePolicy(nn.Module):
         Args:
             batch: `sequence` int64 [B, T] item index right-padded with -1, and pairs `row`, `position`, `target` [P]:
                 the state after `sequence[row, position]` predicts `target`.
-            dropout: probability, in training mode, of dropping an input embedding or a last hidden state value;
-                for one-token ids of a `config` only.
+            dropout: probability, in training mode, of dropping a value of the last hidden states, and of the input
+                embeddings where a `config` was given; for one-token ids only.
         """
         return sequence_nll(self, batch, dropout)

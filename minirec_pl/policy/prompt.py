@@ -78,12 +78,15 @@ class PromptTemplate:
 
     Args:
         system: what the model is told first; empty for nothing. Goes before `user` where a chat template has no system.
-        user: the request; `{history}` stands for the lines of the history, oldest first.
+        user: the request; `{history}`, here or in `answer`, stands for the lines of the history, oldest first.
         item: a line of the history; `{number}` from 1, `{title}`, `{text}` (all of the item's text), and `{id}`, what a
             generative policy writes for the item.
         rating: put after a line whose rating is known; `{rating}`.
         age: put after a line whose time is known; `{age}`, for example `3 days`.
-        answer: how the model's answer begins, as it stands.
+        separator: put between the lines of the history.
+        answer: how the model's answer begins, as it stands but for the history. With `{history}` here the model goes on
+            with the user's own list, and each stretch of a sequence is the beginning of the next one's prompt: a warm
+            start runs them all at once.
         longest_title: characters that are kept of a title or text.
 
     Raises:
@@ -105,10 +108,12 @@ class PromptTemplate:
     item: str = "{number}. {title}"
     rating: str = ", rated {rating}"
     age: str = ", {age} ago"
+    separator: str = "\n"
     answer: str = ""
     longest_title: int = 100
 
     def __post_init__(self) -> None:
+        places = int("{history}" in self.answer)
         for name, known in _FIELDS.items():
             text = getattr(self, name)
             try:
@@ -121,8 +126,10 @@ class PromptTemplate:
             if unknown:
                 takes = ", ".join(f"{{{field}}}" for field in known) or "no placeholder"
                 raise InputError(f"prompt.{name} has the placeholder {{{unknown[0]}}}: it takes {takes}")
-            if name == "user" and not found:
-                raise InputError("prompt.user does not say where the history goes: put {history} into it")
+            places += "history" in found
+        if places != 1:
+            where = "both prompt.user and prompt.answer hold" if places else "neither prompt.user nor prompt.answer has"
+            raise InputError(f"{where} the history: put {{history}} into one of them")
         if self.longest_title < 1:
             raise InputError(f"prompt.longest_title is {self.longest_title}: keep at least 1 character")
 
@@ -155,7 +162,7 @@ class PromptTemplate:
             if not math.isnan(age):
                 line += self.age.format(age=time_ago(age))
             lines.append(line)
-        return "\n".join(lines)
+        return self.separator.join(lines)
 
     def title_of(self, catalogue: Catalogue, item: int) -> str:
         """The title of an item, cut; its external id where it has none."""
@@ -178,23 +185,20 @@ class PromptTemplate:
                 "into its folder"
             )
         system, user = self.system.format(), self.user.format(history=history)
+        answer = self.answer.replace("{history}", history)
         if system:
             with_system = [{"role": "system", "content": system}, {"role": "user", "content": user}]
             try:
-                text = self._apply(tokenizer, with_system)
+                text = _opened(tokenizer, with_system)
             except Exception as error:
                 # Templates refuse the role by raising an error of jinja.
                 if type(error).__module__.partition(".")[0] != "jinja2":
                     raise
                 text = ""
             if system.strip() in text:
-                return text
+                return text + answer
             user = f"{system}\n\n{user}"
-        return self._apply(tokenizer, [{"role": "user", "content": user}])
-
-    def _apply(self, tokenizer: Any, messages: list[dict[str, str]]) -> str:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return text + self.answer
+        return _opened(tokenizer, [{"role": "user", "content": user}]) + answer
 
     def encode(
         self,
@@ -242,3 +246,8 @@ class PromptTemplate:
             mask[i, width - len(prompt_tokens) :] = 1
         row_of = torch.tensor([place[text] for text in texts])
         return EncodedPrompts(input_ids.to(device), mask.to(device), row_of.to(device))
+
+
+def _opened(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text

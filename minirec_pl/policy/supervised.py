@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from minirec_pl.errors import InputError
 from minirec_pl.policy.causal_lm import body_of, head_of
+from minirec_pl.policy.prompt import EncodedPrompts
 
 if TYPE_CHECKING:
     from minirec_pl.policy.generator import GenerativePolicy
@@ -37,20 +39,76 @@ def pairs_as_prompts(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"history": history, "seen": torch.full((len(row), 1), -1, device=row.device)}
 
 
+class Stretches(NamedTuple):
+    """The prompts of warm-start pairs, those that begin another one left to it.
+
+    Attributes:
+        input_ids: int64 [U, T], the prompts that are run, padded on the left.
+        mask: int64 [U, T], which tokens are real.
+        row: int64 [P], the prompt that each pair's is the beginning of.
+        column: int64 [P], the last token of the pair's in it.
+    """
+
+    input_ids: Tensor
+    mask: Tensor
+    row: Tensor
+    column: Tensor
+
+
+def stretches(prompts: EncodedPrompts) -> Stretches:
+    """Leaves out the prompts that others begin with.
+
+    Example:
+        >>> ids = torch.tensor([[0, 7, 1], [7, 1, 4], [0, 0, 5]])
+        >>> made = stretches(EncodedPrompts(ids, (ids > 0).long(), torch.tensor([0, 1, 2])))
+        >>> made.input_ids.tolist(), made.row.tolist(), made.column.tolist()
+        ([[7, 1, 4], [0, 0, 5]], [0, 0, 1], [1, 2, 2])
+    """
+    lengths = prompts.mask.sum(dim=1).tolist()
+    width = prompts.mask.shape[1]
+    tokens = [row[width - n :] for row, n in zip(prompts.input_ids.tolist(), lengths, strict=True)]
+    order = sorted(range(len(tokens)), key=tokens.__getitem__)
+    longest = list(range(len(tokens)))
+    for place, after in reversed(list(pairwise(order))):
+        if tokens[after][: lengths[place]] == tokens[place]:
+            longest[place] = longest[after]
+    kept, row_of = torch.unique(torch.tensor(longest), return_inverse=True)
+    column_of = width - torch.tensor(lengths)[longest] + torch.tensor(lengths) - 1
+    device = prompts.row.device
+    ran, row, column = kept.to(device), row_of.to(device)[prompts.row], column_of.to(device)[prompts.row]
+    return Stretches(prompts.input_ids[ran], prompts.mask[ran], row, column)
+
+
+def sequence_tokens(policy: GenerativePolicy, batch: Mapping[str, Tensor]) -> int:
+    """See `GenerativePolicy.sequence_tokens`."""
+    if policy.id_length > 1:
+        return policy.prompt_tokens(pairs_as_prompts(batch)) + policy.fed_tokens(batch["target"])
+    if policy.chat is None:
+        return int((batch["sequence"] >= 0).sum()) + len(batch["sequence"])
+    return int(stretches(policy.encode(pairs_as_prompts(batch))).mask.sum())
+
+
 def sequence_nll(policy: GenerativePolicy, batch: Mapping[str, Tensor], dropout: float) -> Tensor:
     """See `GenerativePolicy.sequence_nll`."""
     sequence, row, position, target = (batch[key] for key in ("sequence", "row", "position", "target"))
-    if policy.id_length > 1 or policy.chat is not None:
+    if policy.id_length > 1:
         logps, _, _ = policy.completion_logps(pairs_as_prompts(batch), target[:, None])
         return -logps.sum() / max(1, len(target))
     first_tokens, head = policy.trie.item_tokens[:, 0], head_of(policy.model)
-    tokens = torch.where(sequence >= 0, first_tokens[sequence.clamp(min=0)], policy.pad_token_id)
-    tokens = nn.functional.pad(tokens, (1, 0), value=policy.bos_token_id)
-    check_positions(policy.model, tokens.shape[1])
-    embeddings = policy.model.get_input_embeddings()(tokens).to(head.weight.dtype)
-    embeddings = nn.functional.dropout(embeddings, dropout, policy.training)
-    states = body_of(policy.model)(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+    inputs: dict[str, Tensor]
+    if policy.chat is None:
+        tokens = torch.where(sequence >= 0, first_tokens[sequence.clamp(min=0)], policy.pad_token_id)
+        tokens = nn.functional.pad(tokens, (1, 0), value=policy.bos_token_id)
+        check_positions(policy.model, tokens.shape[1])
+        embeddings = policy.model.get_input_embeddings()(tokens).to(head.weight.dtype)
+        inputs = {"inputs_embeds": nn.functional.dropout(embeddings, dropout, policy.training)}
+        column = position + 1
+    else:
+        tokens, mask, row, column = stretches(policy.encode(pairs_as_prompts(batch)))
+        inputs = {"input_ids": tokens, "attention_mask": mask}
+        inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    states = body_of(policy.model)(use_cache=False, **inputs).last_hidden_state
     # The gradient of index_select adds up in a fixed order, that of indexing does not on several threads.
-    states = states.flatten(0, 1).index_select(0, row * states.shape[1] + position + 1)
+    states = states.flatten(0, 1).index_select(0, row * tokens.shape[1] + column)
     states = nn.functional.dropout(states, dropout, policy.training)
     return nn.functional.cross_entropy(head.logits(states, first_tokens), target, reduction="sum") / max(1, len(target))

@@ -152,6 +152,29 @@ def test_pairs_of_sequences_are_prompts_of_their_own(policy):
     assert policy.sequence_tokens({**pairs, "row": row, "position": position, "target": target}) == tokens
 
 
+def test_stretches_of_a_list_in_the_answer_share_one_pass(tmp_path):
+    listed = PromptTemplate(system="", user="Mine?", item="{id}", separator="", answer="{history}")
+    policy = make(tmp_path / "base", "token", prompt=listed, lora=None)
+    pairs = {"sequence": torch.tensor([[4, 2, 7, 1], [3, 0, -1, -1]])}
+    row, position, target = torch.tensor([[0, 0, 2], [0, 1, 7], [0, 3, 5], [1, 0, 0]]).T
+    pairs.update(row=row, position=position, target=target)
+    watch = []
+    policy.model.base_model.layers[0].register_forward_hook(lambda module, args, output: watch.append(args[0].shape))
+    loss = policy.sequence_nll(pairs)
+    head = policy.encode({"history": torch.full((1, 1), -1)}).mask.sum().item()
+    assert watch == [(2, head + 4, policy.model.config.hidden_size)]
+    assert policy.sequence_tokens(pairs) == head + 4 + head + 1
+    plain = PlainChat(policy)
+    histories = ([4], [4, 2], [4, 2, 7, 1], [3])
+    truth = -sum(plain.item_logp(h, [], t) for h, t in zip(histories, target.tolist(), strict=True)) / 4
+    close(loss, truth)
+    loss.backward()
+    truth.backward()
+    theirs = dict(plain.model.named_parameters())
+    for name, parameter in policy.model.named_parameters():
+        torch.testing.assert_close(parameter.grad.double(), theirs[name].grad, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("lora", [LORA, None])
 def test_a_saved_policy_ranks_the_same(tmp_path, policy, lora):
     if lora is None:

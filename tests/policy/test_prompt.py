@@ -71,6 +71,10 @@ def test_no_system_and_an_answer_that_has_begun():
     template = PromptTemplate(system="", user="{history}", answer="I say {this}: ")
     start = "<|im_start|>"
     assert template.render(chat_tokenizer(), "x") == f"{start}user\nx<|im_end|>\n{start}assistant\nI say {{this}}: "
+    template = PromptTemplate(system="", user="Mine?", item="{id}", separator="; ", answer="{me} {history}; ")
+    history = template.history_text({"history": torch.tensor([[3, -1, 9]])}, 0, CATALOGUE)
+    opened = f"{start}user\nMine?<|im_end|>\n{start}assistant\n"
+    assert template.render(chat_tokenizer(), history) == f"{opened}{{me}} i3; i9; "
 
 
 def test_encoded_prompts_are_padded_on_the_left_and_shared():
@@ -116,8 +120,9 @@ def test_a_tokenizer_without_a_chat_template():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"user": "What next?"}, r"prompt.user does not say where the history goes: put \{history\} into it"),
-        ({"user": "{{history}}"}, "does not say where"),
+        ({"user": "What next?"}, r"neither prompt.user nor prompt.answer has the history: put \{history\}"),
+        ({"user": "{{history}}"}, "neither prompt.user"),
+        ({"answer": "{history}"}, "both prompt.user and prompt.answer hold the history"),
         ({"user": "{history} {name}"}, r"prompt.user has the placeholder \{name\}: it takes \{history\}"),
         ({"item": "{title.__class__}"}, r"placeholder \{title.__class__\}"),
         ({"item": "{}"}, r"placeholder \{\}: it takes \{number\}, \{title\}, \{text\}, \{id\}"),
