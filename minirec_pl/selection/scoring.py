@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from minirec_pl.data.foreign import ForeignLoader
+from minirec_pl.data.install import prepared
 from minirec_pl.errors import InputError
 from minirec_pl.policy.rollout import evaluation_mode
 from minirec_pl.random_state import isolated_random_state
@@ -57,7 +58,7 @@ def measure(
     parts: list[SampleSignals] = []
     with isolated_random_state(), evaluation_mode(module):
         for batch, batch_ids in zip(_progress(batches, len(sample_ids), trainer), ids, strict=True):
-            batch = trainer.strategy.batch_to_device(batch)
+            batch = prepared(trainer, module, batch)
             with trainer.precision_plugin.forward_context():
                 if probe is not None:
                     signals = probe(module, batch, batch_ids, **asked)
