@@ -141,7 +141,11 @@ class HeadProbe:
     def _run(self, module: nn.Module, head: nn.Linear, batch: Any) -> tuple[Tensor, Tensor]:
         """Input [B, ..., D] and output [B, ..., C] of the layer."""
         calls: list[tuple[Tensor, Tensor]] = []
-        hook = head.register_forward_hook(lambda _, inputs, output: calls.append((inputs[0], output)))
+
+        def note(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
+            calls.append((args[0] if args else named["input"], output))
+
+        hook = head.register_forward_hook(note, with_kwargs=True)
         try:
             if callable(self.forward):
                 self.forward(module, batch)

@@ -184,6 +184,16 @@ def test_only_the_signals_asked_for_are_taken():
         HeadProbe("classifier", signals=["grad"])
 
 
+def test_a_layer_that_is_called_by_keyword():
+    class ByKeyword(Net):
+        def forward(self, x):
+            return self.classifier(input=self.body(x))
+
+    torch.manual_seed(0)
+    module = ByKeyword()
+    assert torch.equal(take(module, batch_of()).gradient, take(net(), batch_of()).gradient)
+
+
 class Broken(Net):
     def forward(self, x):
         torch.rand(1), random.random(), np.random.rand()

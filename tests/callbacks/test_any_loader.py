@@ -148,16 +148,41 @@ def test_rewards_met_in_training_go_to_the_samples_of_the_batch(make_trainer, wo
     torch.testing.assert_close(stored, torch.arange(N).double(), rtol=1e-5, atol=1e-4)
 
 
-def test_a_module_with_sample_signals_needs_no_ids_in_its_batches(make_trainer):
-    class Own(Classifier):
-        def sample_signals(self, batch):
-            x = batch[0]
-            return SampleSignals(torch.zeros(len(x)).long(), rewards=x[:, :1] * 10, gradient=x, embedding=x)
+class Own(Classifier):
+    def sample_signals(self, batch):
+        x = batch[0]
+        return SampleSignals(torch.zeros(len(x)).long(), rewards=x[:, :1] * 10, gradient=x, embedding=x)
 
+
+def test_a_module_with_sample_signals_needs_no_ids_in_its_batches(make_trainer):
     trainer = make_trainer(callbacks=[minirec(probe=None)], max_epochs=1)
     trainer.fit(Own(), loader_of())
     rewards = session_of(trainer).store.read(range(N)).reward_mean
     torch.testing.assert_close(rewards, torch.arange(N).double() / 100)
+
+
+class Open(Own):
+    def sample_signals(self, batch, **options):
+        self.options = options
+        return super().sample_signals(batch)
+
+
+class Mapped(Own):
+    def sample_signals(self, batch):
+        return {"rewards": batch[0]}
+
+
+def test_signals_that_sample_signals_does_not_give_are_refused(make_trainer):
+    def fit(module, selector=None):
+        make_trainer(callbacks=[MiniRec(0.5, selector=selector)], max_epochs=1).fit(module, loader_of())
+        return module
+
+    official = MiniRecSelector(mode="official")
+    with pytest.raises(InputError, match=r"asks Own.sample_signals for gradient='hvp', .* set gradient='first'"):
+        fit(Own(), official)
+    assert fit(Open(), official).options == {"gradient": "hvp"}
+    with pytest.raises(InputError, match=r"Mapped.sample_signals returned a dict: return SampleSignals\("):
+        fit(Mapped())
 
 
 def test_reload_asks_the_users_source_again_and_keeps_the_samples(make_trainer):
@@ -289,7 +314,13 @@ def test_only_install_touches_what_lightning_keeps_private():
     for path in files:
         for name in re.findall(r"(?:trainer|module|loop|source|strategy|connector)\.(_[a-z]\w*)", path.read_text()):
             touched.setdefault(path.name, set()).add(name)
-    expected = {"_data_source", "_combined_loader", "_data_fetcher", "_should_check_val_fx", "_on_before_batch_transfer"}
+    expected = {
+        "_data_source",
+        "_combined_loader",
+        "_data_fetcher",
+        "_should_check_val_fx",
+        "_on_before_batch_transfer",
+    }
     assert touched == {"install.py": expected}
 
 
