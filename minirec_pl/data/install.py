@@ -56,6 +56,7 @@ class TrainLoader:
 
     def _install(self, trainer: Trainer, loader: ForeignLoader) -> None:
         self.loader, self.sampler = loader, loader.foreign_sampler
+        loader.progress = trainer.fit_loop.epoch_loop.batch_progress
         trainer.fit_loop._data_source.instance = loader
 
     def renew(self, trainer: Trainer, epoch: int) -> None:
