@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+LOWEST := $(shell sed -n 's/.*"lightning>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: quickstart test test-slow lint docs format clean
+.PHONY: quickstart test test-slow test-lowest lint docs format clean
 .DELETE_ON_ERROR:
 
 quickstart: $(INSTALLED)
@@ -15,6 +16,15 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+test-lowest: $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target build/lowest \
+		"lightning==$(LOWEST)" "pytorch-lightning==$(LOWEST)"
+	PYTHONPATH=build/lowest $(BIN)/python -c 'import lightning; print("lightning", lightning.__version__)'
+	PYTHONPATH=build/lowest $(BIN)/python -m pytest -n 2 -m "not slow" tests/callbacks/test_any_loader.py \
+		tests/callbacks/test_interrupted_batch.py tests/callbacks/test_neighbours.py \
+		tests/callbacks/test_plan_lengths.py tests/callbacks/test_resume_ranks.py \
+		tests/callbacks/test_stepping_batches.py tests/callbacks/test_tuner.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

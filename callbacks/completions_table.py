@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +10,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import WandbLogger
 
 from minirec_pl.claim import run_folder
+from minirec_pl.completions import Row, completion_rows, print_completions
 from minirec_pl.errors import InputError
 from minirec_pl.files import write_atomically
 from minirec_pl.module import GRPORecModule
@@ -20,9 +18,6 @@ from minirec_pl.module import GRPORecModule
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-    from minirec_pl.generation import RolloutBatch
-
-Row = dict[str, Any]
 FILE = "completions.parquet"
 
 
@@ -77,7 +72,7 @@ class CompletionsTable(Callback):
         rows = [{"step": step, **row} for row in completion_rows(rollouts, pl_module.item_ids, self.num_prompts)]
         self._rows += rows
         if self.print_table and rows:
-            _print(rows)
+            print_completions(rows)
         self._log(trainer)
         write_atomically(self._folder / FILE, lambda scratch: pd.DataFrame(self._rows).to_parquet(scratch, index=False))
 
@@ -97,59 +92,3 @@ class CompletionsTable(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with the rows of a checkpoint."""
         self._rows, self._shown = list(state_dict["rows"]), int(state_dict["shown"])
-
-
-def completion_rows(rollouts: RolloutBatch, item_ids: Any, num_prompts: int) -> list[Row]:
-    """A row for each rollout of the first prompts: texts and plain numbers, None where a reward does not apply.
-
-    Args:
-        rollouts: what was trained on.
-        item_ids: [n_items] object array of external ids.
-        num_prompts: how many prompts.
-    """
-    rows: list[Row] = []
-    for b in range(min(num_prompts, len(rollouts))):
-        history = rollouts.batch["history"][b].cpu()
-        for g, item in enumerate(rollouts.items[b].tolist()):
-            rewards = {f"reward/{name}": _number(v[b, g]) for name, v in rollouts.rewards_by_name.items()}
-            rows.append(
-                {
-                    "sample_id": int(rollouts.batch["sample_id"][b]),
-                    "prompt": " ".join(item_ids[history[history >= 0].numpy()]),
-                    "target": str(item_ids[int(rollouts.batch["target"][b])]),
-                    "completion": str(item_ids[item]),
-                    **rewards,
-                    "reward": _number(rollouts.rewards[b, g]) if bool(rollouts.applies[b, g]) else None,
-                    "advantage": _number(rollouts.advantages[b, g]),
-                }
-            )
-    return rows
-
-
-def _number(value: Any) -> float | None:
-    number = float(value)
-    return None if math.isnan(number) else number
-
-
-def _print(rows: list[Row]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=f"Completions, step {rows[0]['step']}")
-    columns = [name for name in rows[0] if name != "step"]
-    for name in columns:
-        table.add_column(name, justify="left" if name in ("prompt", "target", "completion") else "right")
-    last: Mapping[str, Any] = {}
-    for row in rows:
-        again = ("sample_id", "prompt", "target") if row["sample_id"] == last.get("sample_id") else ()
-        table.add_row(*(Text("" if name in again else _cell(row[name])) for name in columns))
-        last = row
-    Console(file=sys.stdout).print(table)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    text = "-" if value is None else str(value)
-    return text if len(text) <= 60 else f"... {text[-56:]}"

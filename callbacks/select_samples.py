@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minirec_pl.errors import InputError
 from minirec_pl.selection.budget import budget_count, check_budget
-from minirec_pl.selection.diagnostics import Diagnostics
 from minirec_pl.selection.fingerprints import data_fingerprint
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.rivals import FullSelector
-from minirec_pl.selection.run_files import diagnostics_of
+from minirec_pl.selection.run_files import diagnostics_of, figures_of
 from minirec_pl.selection.selectors import MiniRecSelector, Selector, signal_options
 from minirec_pl.selection.session import SelectionSession, session_of
 from minirec_pl.selection.session_callback import SessionCallback
@@ -109,7 +107,7 @@ class SelectSamples(SessionCallback):
             found = diagnostics_of(session, trainer)
             for text in found.warnings if first and trainer.is_global_zero else ():
                 warnings.warn(f"selection: {text}", stacklevel=2)
-            self._log(session, trainer, before, found)
+            session.log(trainer, figures_of(session, found, before))
         session.leave_files(trainer)
 
     def _pick(self, session: SelectionSession, epoch: int) -> SelectionLedger:
@@ -140,26 +138,3 @@ class SelectSamples(SessionCallback):
                 "it was made for"
             )
         return ledger
-
-    def _log(self, session: SelectionSession, trainer: Trainer, before: set[int], found: Diagnostics) -> None:
-        assert session.selected is not None
-        chosen = session.easiness(session.selected)
-        known = chosen[~chosen.isnan()]
-        values = {
-            "selection/size": float(len(session.selected)),
-            "selection/pool": float(len(session.store)),
-            "cost/selection_seconds": session.cost.seconds["selection"],
-        }
-        if len(known):
-            values["selection/reward_mean"] = float(known.mean())
-            values["selection/share_near_zero"] = float((known < 0.05).double().mean())
-        figures = {
-            "learnability_near_zero": found.learnability_near_zero,
-            "learnability_weight": found.learnability_weight,
-            "novelty_share": found.novelty_share,
-            **{f"coverage/{name}": share for name, share in found.coverage.items()},
-        }
-        values |= {f"selection/{name}": value for name, value in figures.items() if not math.isnan(value)}
-        if before:
-            values["selection/overlap"] = len(before.intersection(session.selected)) / len(session.selected)
-        session.log(trainer, values)

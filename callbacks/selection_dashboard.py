@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
-import pandas as pd
 from lightning.pytorch import Callback
 
 from minirec_pl.cost import Cost
-from minirec_pl.dashboard import LEDGER, PLAN, TERMS
+from minirec_pl.dashboard import LEDGER, PLAN
+from minirec_pl.dashboard_rows import phases, table_rows, term_histograms, totals
 from minirec_pl.errors import InputError
 from minirec_pl.selection.run_files import plan_of
 from minirec_pl.selection.session import session_of
@@ -21,12 +20,10 @@ if TYPE_CHECKING:
 
     from minirec_pl.selection.session import SelectionSession
 
-GROUPS = ("pool", "picks")
 STEP_METRICS = {  # what W&B plots them over by default
     "cost/tokens": ("val/ndcg@10", "val/hit_rate@10", "val/mrr", "val/coverage@10"),
     "cost/rollouts": ("train/reward", "reward", "reward_std", "frac_reward_zero_std", "entropy"),
 }
-_BINS = 40
 
 
 class SelectionDashboard(Callback):
@@ -121,7 +118,10 @@ class SelectionDashboard(Callback):
         new = session.ledger is not None and session.ledger is not self._shown[1]
         self._shown = (session.plan_epoch, session.ledger)
         boards, runs = (list(_experiments(trainer, kind)) for kind in ("TensorBoardLogger", "WandbLogger"))
-        histograms = _histograms(session) if new and boards + runs else {}
+        histograms = {}
+        if new and boards + runs:
+            assert session.ledger is not None
+            histograms = term_histograms(session.ledger.table, session.selected or [])
         for experiment in boards:
             for name, (values, edges) in histograms.items():
                 experiment.add_histogram(name, values, session.step(trainer), bins=edges)
@@ -144,21 +144,6 @@ class SelectionDashboard(Callback):
         experiment.log(row)
 
 
-def totals(cost: Cost) -> dict[str, float]:
-    """Rollouts, tokens and seconds of all phases so far, by the names that are logged."""
-    return {f"cost/{name}": float(value) for name, value in cost.totals().items()}
-
-
-def phases(cost: Cost) -> dict[str, float]:
-    """The same by phase, where no other callback logs it."""
-    tokens = {name: cost.tokens_forward[name] + cost.tokens_backward[name] for name in cost.tokens_forward}
-    return {
-        **{f"cost/{name}_rollouts": float(cost.rollouts[name]) for name in ("scoring", "training")},
-        **{f"cost/{name}_tokens": float(tokens[name]) for name in ("warm_start", "scoring", "training")},
-        **{f"cost/{name}_seconds": cost.seconds[name] for name in ("warm_start", "training")},
-    }
-
-
 def _cost(module: LightningModule) -> Cost | None:
     cost = getattr(module, "cost", None)
     return cost if isinstance(cost, Cost) else None
@@ -169,30 +154,3 @@ def _experiments(trainer: Trainer, kind: str) -> Iterator[Any]:
     for logger in trainer.loggers:
         if any(base.__name__ == kind for base in type(logger).__mro__):
             yield logger.experiment  # type: ignore[attr-defined]
-
-
-def _histograms(session: SelectionSession) -> dict[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
-    """The known values of each term, of the pool and of the picks, and the edges of the pool's bins."""
-    assert session.ledger is not None
-    assert session.selected is not None
-    table, found = session.ledger.table, {}
-    picked = np.isin(table["sample_id"].to_numpy(), session.selected)
-    for term in TERMS:
-        values = table[term].to_numpy()
-        known = np.isfinite(values)
-        if known.any():
-            edges = np.histogram_bin_edges(values[known], _BINS)
-            for group, rows in zip(GROUPS, (known, known & picked), strict=True):
-                found[f"selection/{term}/{group}"] = (values[rows], edges)
-    return found
-
-
-def table_rows(table: pd.DataFrame, most: int) -> pd.DataFrame:
-    """At most so many rows of a ledger, in its order: the picks, best first, then others at even distances."""
-    if len(table) <= most:
-        return table
-    rank = table["rank"].to_numpy(dtype="float64", na_value=np.inf)
-    picks = np.argsort(rank, kind="stable")[: min(most, int(np.isfinite(rank).sum()))]
-    others, n_others = np.flatnonzero(np.isinf(rank)), most - len(picks)
-    kept = others[np.arange(n_others) * len(others) // max(1, n_others)]
-    return table.iloc[np.sort(np.concatenate([picks, kept]))]

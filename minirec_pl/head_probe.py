@@ -110,14 +110,15 @@ class HeadProbe:
             reward = None if self.reward is None else self.reward(output, target)
             if output.ndim == 2:
                 hidden, output = hidden[:, None], output[:, None]
-            own_reward, error, weight = self._measure(output, target)
-            reward = own_reward if reward is None else reward
-            signal = None
-            if "gradient" in self.signals and gradient == "hvp":
-                signal = self._published(head, hidden, target)
-            elif "gradient" in self.signals:
-                signal = (error * weight[..., None]).flatten(1, -2).sum(dim=1) @ head.weight.float()
-            embedding = (hidden * weight[..., None]).flatten(1, -2).sum(dim=1)
+            with torch.autocast(output.device.type, enabled=False):
+                own_reward, error, weight = self._measure(output, target)
+                reward = own_reward if reward is None else reward
+                signal = None
+                if "gradient" in self.signals and gradient == "hvp":
+                    signal = self._published(head, hidden, target)
+                elif "gradient" in self.signals:
+                    signal = (error * weight[..., None]).flatten(1, -2).sum(dim=1) @ head.weight.float()
+                embedding = (hidden * weight[..., None]).flatten(1, -2).sum(dim=1)
         return SampleSignals(
             sample_id,
             rewards=reward.float()[:, None] if "reward" in self.signals else None,
@@ -140,7 +141,11 @@ class HeadProbe:
     def _run(self, module: nn.Module, head: nn.Linear, batch: Any) -> tuple[Tensor, Tensor]:
         """Input [B, ..., D] and output [B, ..., C] of the layer."""
         calls: list[tuple[Tensor, Tensor]] = []
-        hook = head.register_forward_hook(lambda _, inputs, output: calls.append((inputs[0], output)))
+
+        def note(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
+            calls.append((args[0] if args else named["input"], output))
+
+        hook = head.register_forward_hook(note, with_kwargs=True)
         try:
             if callable(self.forward):
                 self.forward(module, batch)
@@ -175,9 +180,9 @@ class HeadProbe:
             )
         target = target.reshape(wanted)
         if not classes:
-            error = output - target
+            error = output - target.to(output.dtype)
             loss = error.square().flatten(1).mean(dim=1)
-            weight = torch.full(output.shape[:-1], 1.0 / output.shape[1:-1].numel(), device=output.device)
+            weight = torch.full_like(output[..., 0], 1.0 / output.shape[1:-1].numel())
             return 1.0 - loss / (1.0 + loss), 2.0 * error / output.shape[-1], weight
         known = target != IGNORED
         lost = (known & ((target < 0) | (target >= output.shape[-1]))).any() or not known.flatten(1).any(dim=1).all()
@@ -189,7 +194,7 @@ class HeadProbe:
             )
         chosen = target.where(known, 0).long()[..., None]
         p = output.softmax(dim=-1)
-        weight = known / known.flatten(1).sum(dim=1).view(-1, *[1] * (known.ndim - 1))
+        weight = known.to(p.dtype) / known.flatten(1).sum(dim=1).view(-1, *[1] * (known.ndim - 1))
         reward = (p.gather(-1, chosen)[..., 0] * weight).flatten(1).sum(dim=1)
         return reward, p.scatter_add(-1, chosen, -torch.ones_like(chosen, dtype=p.dtype)), weight
 

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from minirec_pl.collect import RolloutCollector
-from minirec_pl.data.sampler import GENERATION, GenerationSchedule
+from minirec_pl.data.sampler import GENERATION, GenerationSchedule, in_hand
 from minirec_pl.errors import InputError
 from minirec_pl.generation import Generation, RolloutBatch, figures_of, signals_of
 from minirec_pl.gradients import GradientKind, GradientSpace
@@ -206,7 +206,8 @@ class GRPORecModule(RecModule):
         """Keeps the cost, the seed of the rollouts, those still to be trained on, and the trajectory's start."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["rollout_seed"], checkpoint["rollout_step"] = self.rollout_seed, self.rollout_step
-        if self.generation is not None and self.generation.left:
+        interrupted = in_hand(self.trainer.fit_loop.epoch_loop.batch_progress)
+        if self.generation is not None and (self.generation.left or interrupted):
             checkpoint["generation"] = gather_states(self.generation.state_dict(), self.device)
         if self.trajectory.start:
             checkpoint["trajectory_start"] = dict(self.trajectory.start)
@@ -253,7 +254,7 @@ class GRPORecModule(RecModule):
             signals = self._generate(place["batches"], place["positions"])
             output |= {} if signals is None else {"signals": signals}
         generation, position = self.generation, place["position"]
-        if generation is None or generation.position != position - 1:
+        if generation is None or not position - 1 <= generation.position <= position:
             raise InputError(
                 "the rollouts of the running generation are missing: resume from a checkpoint of this run, or from one "
                 "of an epoch's end"

@@ -145,6 +145,28 @@ def test_batches_by_position_key_attribute_and_function():
         assert torch.equal(take(module, batch, forward=forward, target=target).gradient, expected)
 
 
+@pytest.mark.parametrize("values", [False, True])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_signals_are_float32_whatever_the_precision_around(values, default):
+    """Only the module's own pass is in it: what is made of its output is not rounded."""
+    module, (x, y) = net(outputs=1 if values else 4), batch_of()
+    y = torch.randn(7, dtype=torch.float64) if values else y
+    seen = {}
+    module.classifier.register_forward_hook(lambda _, inputs, output: seen.update(h=inputs[0], z=output))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            signals = take(module, (x, y))
+    finally:
+        torch.set_default_dtype(before)
+    assert {t.dtype for t in (signals.rewards, signals.gradient, signals.embedding)} == {torch.float32}
+    z = seen["z"].double()
+    slope = 2 * (z - y[:, None]) if values else z.softmax(dim=1) - nn.functional.one_hot(y, 4)
+    expected = slope @ module.classifier.weight.detach().double()
+    torch.testing.assert_close(signals.gradient.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_reward_of_the_users_own_gets_outputs_and_targets():
     module, (x, y) = net(), batch_of()
     signals = take(module, (x, y), reward=lambda z, t: (z.argmax(dim=1) == t).float())
@@ -160,6 +182,16 @@ def test_only_the_signals_asked_for_are_taken():
     assert signals.embedding is not None
     with pytest.raises(InputError, match=r"signals is \['grad'\]: name some of reward, gradient, embedding"):
         HeadProbe("classifier", signals=["grad"])
+
+
+def test_a_layer_that_is_called_by_keyword():
+    class ByKeyword(Net):
+        def forward(self, x):
+            return self.classifier(input=self.body(x))
+
+    torch.manual_seed(0)
+    module = ByKeyword()
+    assert torch.equal(take(module, batch_of()).gradient, take(net(), batch_of()).gradient)
 
 
 class Broken(Net):

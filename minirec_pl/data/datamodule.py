@@ -210,6 +210,7 @@ class RecDataModule(LightningDataModule):
         )
         loader.steps, loader.iterations = schedule.steps, schedule.iterations
         if self.trainer is not None and self.trainer.state.status == TrainerStatus.RUNNING:
+            loader.progress = self.trainer.fit_loop.epoch_loop.batch_progress
             # Lightning builds the iterator of a resumed run before it calls set_epoch, and workers read ahead at once.
             progress: Any = self.trainer.fit_loop.epoch_progress.current
             sampler.set_epoch(progress.processed)

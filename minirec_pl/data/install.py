@@ -14,7 +14,7 @@ from minirec_pl.data.sampler import CurriculumSampler
 from minirec_pl.errors import InputError
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import LightningModule, Trainer
 
 _TUNERS = {"LearningRateFinder", "BatchSizeFinder"}
 
@@ -56,6 +56,7 @@ class TrainLoader:
 
     def _install(self, trainer: Trainer, loader: ForeignLoader) -> None:
         self.loader, self.sampler = loader, loader.foreign_sampler
+        loader.progress = trainer.fit_loop.epoch_loop.batch_progress
         trainer.fit_loop._data_source.instance = loader
 
     def renew(self, trainer: Trainer, epoch: int) -> None:
@@ -143,6 +144,12 @@ def validation_is_due(trainer: Trainer) -> bool:
     """Whether a fit validates after the present batch."""
     loop = trainer.fit_loop
     return loop._data_fetcher is not None and bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+
+
+def prepared(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+    """A batch as `training_step` gets it: in the run's precision, after the batch hooks, on the module's device."""
+    batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
+    return trainer.strategy.batch_to_device(batch)
 
 
 def _is_ours(loader: object) -> bool:

@@ -215,6 +215,11 @@ class GenerationSchedule(NamedTuple):
     oversample: float = 1.0
 
 
+def in_hand(progress: Any) -> int:
+    """How many batches, 0 or 1, have been taken from the loader and not trained on, by Lightning's batch progress."""
+    return int(progress.current.ready - progress.current.processed)
+
+
 class _Skipping:
     """The (batch) sampler of a loader, without the entries that the loader wants skipped at the time of ``iter``."""
 
@@ -240,13 +245,18 @@ class ResumableLoader(DataLoader[Any]):
     and the round of them is yielded ``iterations`` times. Each is then a dictionary with the further key
     ``generation``: its ``position`` among the ``positions`` of the whole, and at position 0 the different ``batches``.
 
+    A batch that was yielded but not trained on, as when a checkpoint is saved because of an error or a signal inside
+    ``training_step``, does not count as consumed.
+
     Attributes:
         batches_per_epoch: How many batches an epoch consumes where that is less than ``len`` (``limit_train_batches``).
+        progress: Lightning's progress over batches (``trainer.fit_loop.epoch_loop.batch_progress``); None if unknown.
         steps: Batches that are used together.
         iterations: How often each of them is used.
     """
 
     batches_per_epoch: int | None = None
+    progress: Any = None
     steps = 1
     iterations = 1
     _yielded = 0
@@ -292,6 +302,8 @@ class ResumableLoader(DataLoader[Any]):
     def state_dict(self) -> dict[str, int]:
         """Position: ``batches`` consumed in ``epoch`` of the sampler, and how they were made."""
         batches, epoch = self._yielded, int(getattr(self.sampler, "epoch", 0))
+        if self.progress is not None:
+            batches = max(0, batches - in_hand(self.progress))
         if 0 < self._length <= batches:
             batches, epoch = 0, epoch + 1
         return {"batches": batches, "epoch": epoch, **self._made()}

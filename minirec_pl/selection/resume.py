@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from minirec_pl.data.install import validation_is_due
+from minirec_pl.data.sampler import in_hand
 from minirec_pl.random_state import random_state, restore_random_state
 
 if TYPE_CHECKING:
@@ -26,15 +27,16 @@ def running_state(trainer: Trainer, module: LightningModule, validated: tuple[in
     Returns:
         Tensors and primitives.
     """
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    inside = bool(progress.current.ready % trainer.accumulate_grad_batches) and not progress.is_last_batch
+    inside = bool(trained(trainer) % trainer.accumulate_grad_batches) and not epoch_is_done(trainer)
     gradients = {}
     if inside or not module.automatic_optimization:
         gradients = {name: p.grad.detach().clone() for name, p in module.named_parameters() if p.grad is not None}
     return {
         "random": random_state(),
         "gradients": gradients,
-        "validation_follows": validated != position(trainer) and validation_is_due(trainer),
+        "validation_follows": trained(trainer) == position(trainer)[1]
+        and validated != position(trainer)
+        and validation_is_due(trainer),
     }
 
 
@@ -57,6 +59,18 @@ def restore_running_state(state: Mapping[str, Any], trainer: Trainer, module: Li
             if isinstance(loader, DataLoader) and loader.generator is None:
                 torch.empty((), dtype=torch.int64).random_()
     return random_state()
+
+
+def trained(trainer: Trainer) -> int:
+    """How many batches of the epoch have been trained on."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return progress.current.ready - in_hand(progress)
+
+
+def epoch_is_done(trainer: Trainer) -> bool:
+    """Whether the last batch of the epoch has been trained on."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return progress.is_last_batch and not in_hand(progress)
 
 
 def position(trainer: Trainer) -> tuple[int, int]:

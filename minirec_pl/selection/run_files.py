@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from minirec_pl.files import write_atomically, write_json
-from minirec_pl.selection.diagnostics import Diagnostics, diagnose
+from minirec_pl.selection.diagnostics import NEAR_ZERO, Diagnostics, diagnose
 from minirec_pl.selection.examples import notable
 
 if TYPE_CHECKING:
@@ -88,3 +90,34 @@ def diagnostics_of(session: SelectionSession, trainer: Trainer) -> Diagnostics:
     assert session.ledger is not None
     describe = getattr(getattr(trainer, "datamodule", None), "users_and_items", None)
     return diagnose(session.ledger, None if describe is None else describe(session.store.sample_ids.numpy()))
+
+
+def figures_of(session: SelectionSession, found: Diagnostics, before: Collection[int]) -> dict[str, float]:
+    """What is logged of a selection, by name.
+
+    Args:
+        session: that has just selected.
+        found: its diagnostics.
+        before: sample_ids of the selection before, for the overlap; none for the first.
+    """
+    assert session.selected is not None
+    chosen = session.easiness(session.selected)
+    known = chosen[~chosen.isnan()]
+    values = {
+        "selection/size": float(len(session.selected)),
+        "selection/pool": float(len(session.store)),
+        "cost/selection_seconds": session.cost.seconds["selection"],
+    }
+    if len(known):
+        values["selection/reward_mean"] = float(known.mean())
+        values["selection/share_near_zero"] = float((known < NEAR_ZERO).double().mean())
+    figures = {
+        "learnability_near_zero": found.learnability_near_zero,
+        "learnability_weight": found.learnability_weight,
+        "novelty_share": found.novelty_share,
+        **{f"coverage/{name}": share for name, share in found.coverage.items()},
+    }
+    values |= {f"selection/{name}": value for name, value in figures.items() if not math.isnan(value)}
+    if before:
+        values["selection/overlap"] = len(set(before).intersection(session.selected)) / len(session.selected)
+    return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -10,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from minirec_pl.data.foreign import ForeignLoader
+from minirec_pl.data.install import prepared
 from minirec_pl.errors import InputError
 from minirec_pl.policy.rollout import evaluation_mode
 from minirec_pl.random_state import isolated_random_state
@@ -54,18 +56,38 @@ def measure(
             "MiniRec or RescoreSamples probe=HeadProbe(...), or train on a fixed choice with SelectSamples(ledger=...)"
         )
     batches, ids = _batches(loader, getattr(getattr(trainer, "datamodule", None), "eval_batch_size", None), sample_ids)
+    if probe is None:
+        _check_options(module, asked)
     parts: list[SampleSignals] = []
     with isolated_random_state(), evaluation_mode(module):
         for batch, batch_ids in zip(_progress(batches, len(sample_ids), trainer), ids, strict=True):
-            batch = trainer.strategy.batch_to_device(batch)
+            batch = prepared(trainer, module, batch)
             with trainer.precision_plugin.forward_context():
                 if probe is not None:
                     signals = probe(module, batch, batch_ids, **asked)
                 else:
                     signals = module.sample_signals(batch, **asked)  # type: ignore[operator]
+                    if not isinstance(signals, SampleSignals):
+                        raise InputError(
+                            f"{type(module).__name__}.sample_signals returned a {type(signals).__name__}: return "
+                            "SampleSignals(sample_id, rewards=..., gradient=..., embedding=...)"
+                        )
                     signals = with_ids(signals, batch_ids) if isinstance(loader, ForeignLoader) else signals
             parts.append(signals.cpu())
     return parts
+
+
+def _check_options(module: LightningModule, asked: Mapping[str, str]) -> None:
+    parameters = inspect.signature(module.sample_signals).parameters  # type: ignore[arg-type]
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for name in asked:
+        if name not in parameters:
+            raise InputError(
+                f"the selector asks {type(module).__name__}.sample_signals for {name}={asked[name]!r}, which it does "
+                f"not take: give it a parameter `{name}`, or set gradient='first' and gradient_space='answer' on the "
+                "selector"
+            )
 
 
 def with_ids(signals: SampleSignals, ids: torch.Tensor) -> SampleSignals:

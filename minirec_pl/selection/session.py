@@ -21,7 +21,7 @@ from minirec_pl.selection.curriculum import shuffled_curriculum
 from minirec_pl.selection.fingerprints import fingerprints_of
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.ranks import agree, gather_signals, gather_states
-from minirec_pl.selection.resume import position, restore_running_state, running_state
+from minirec_pl.selection.resume import epoch_is_done, position, restore_running_state, running_state
 from minirec_pl.selection.run_files import RunFiles
 from minirec_pl.selection.scoring import Probe, measure
 from minirec_pl.selection.signal_files import SignalFiles, read_vectors
@@ -273,7 +273,6 @@ class SelectionSession:
 
     def state_dict(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Tensors and primitives for a checkpoint; writes the file of vectors that it names."""
-        epoch_finished = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         folder = self.folder(trainer)
         vectors = self._files.save(self.store, folder / "signals") if trainer.is_global_zero else None
         self._prune(trainer, folder)
@@ -288,7 +287,7 @@ class SelectionSession:
             "vectors": vectors,
             "run": str(folder.absolute()),
             "ledger": None if self.ledger is None else self.ledger.state_dict(embedding=embedding),
-            "next_epoch": self.epoch + int(epoch_finished),
+            "next_epoch": self.epoch + int(epoch_is_done(trainer)),
             "step": trainer.global_step,
             "ranks": gather_states(own, trainer.strategy.root_device),
         }

@@ -6,6 +6,7 @@ import pytest
 import torch
 from foreign import Classifier, Data, N, Points, loader_of, x_and_y
 from lightning.pytorch.utilities import CombinedLoader
+from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Subset, WeightedRandomSampler
 
 from minirec_pl import InputError
@@ -147,16 +148,41 @@ def test_rewards_met_in_training_go_to_the_samples_of_the_batch(make_trainer, wo
     torch.testing.assert_close(stored, torch.arange(N).double(), rtol=1e-5, atol=1e-4)
 
 
-def test_a_module_with_sample_signals_needs_no_ids_in_its_batches(make_trainer):
-    class Own(Classifier):
-        def sample_signals(self, batch):
-            x = batch[0]
-            return SampleSignals(torch.zeros(len(x)).long(), rewards=x[:, :1] * 10, gradient=x, embedding=x)
+class Own(Classifier):
+    def sample_signals(self, batch):
+        x = batch[0]
+        return SampleSignals(torch.zeros(len(x)).long(), rewards=x[:, :1] * 10, gradient=x, embedding=x)
 
+
+def test_a_module_with_sample_signals_needs_no_ids_in_its_batches(make_trainer):
     trainer = make_trainer(callbacks=[minirec(probe=None)], max_epochs=1)
     trainer.fit(Own(), loader_of())
     rewards = session_of(trainer).store.read(range(N)).reward_mean
     torch.testing.assert_close(rewards, torch.arange(N).double() / 100)
+
+
+class Open(Own):
+    def sample_signals(self, batch, **options):
+        self.options = options
+        return super().sample_signals(batch)
+
+
+class Mapped(Own):
+    def sample_signals(self, batch):
+        return {"rewards": batch[0]}
+
+
+def test_signals_that_sample_signals_does_not_give_are_refused(make_trainer):
+    def fit(module, selector=None):
+        make_trainer(callbacks=[MiniRec(0.5, selector=selector)], max_epochs=1).fit(module, loader_of())
+        return module
+
+    official = MiniRecSelector(mode="official")
+    with pytest.raises(InputError, match=r"asks Own.sample_signals for gradient='hvp', .* set gradient='first'"):
+        fit(Own(), official)
+    assert fit(Open(), official).options == {"gradient": "hvp"}
+    with pytest.raises(InputError, match=r"Mapped.sample_signals returned a dict: return SampleSignals\("):
+        fit(Mapped())
 
 
 def test_reload_asks_the_users_source_again_and_keeps_the_samples(make_trainer):
@@ -206,6 +232,35 @@ def test_loaders_that_cannot_be_rebuilt_are_refused_with_the_way_out(make_traine
     assert "\n" not in str(error.value)
 
 
+class Hooked(Classifier):
+    """Makes the features out of what its collate_fn left."""
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        x, y = batch
+        return {"x": x.flip(1), "y": y}
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return {"x": batch["x"].flip(1), "y": batch["y"]}
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_a_batch_is_scored_as_training_step_gets_it(make_trainer, precision):
+    """After the module's batch hooks, in the Trainer's precision."""
+    probed = []
+
+    def forward(module, batch):
+        probed.append((set(batch), batch["x"].dtype))
+        return module(batch["x"])
+
+    callback = minirec(probe=HeadProbe("classifier", forward, target="y"))
+    module = Hooked()
+    trainer = make_trainer(callbacks=[callback], precision=precision, max_epochs=1)
+    module.training_step = lambda batch, batch_idx: nn.functional.cross_entropy(module(batch["x"]), batch["y"])
+    trainer.fit(module, loader_of())
+    assert set(map(str, probed)) == {str(({"x", "y"}, module.dtype))}
+    assert module.dtype == {"bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
+
+
 def test_a_subset_is_a_pool(make_trainer):
     module = Classifier()
     make_trainer(callbacks=[minirec(1.0)], max_epochs=1).fit(module, DataLoader(Subset(Points(), range(5, 20)), 4))
@@ -226,7 +281,7 @@ def test_random_selection_needs_no_probe(make_trainer):
 
 
 def test_what_install_touches_of_lightning_is_there(make_trainer):
-    """These are in Lightning 2.5, the lowest supported release, as in the installed one."""
+    """In the lowest supported release (`make test-lowest`) as in the installed one."""
     trainer = make_trainer()
     assert {"_data_source", "_combined_loader", "_data_fetcher"} <= set(vars(trainer.fit_loop))
     assert {"instance", "name"} <= set(vars(trainer.fit_loop._data_source))
@@ -234,6 +289,7 @@ def test_what_install_touches_of_lightning_is_there(make_trainer):
     assert callable(trainer.fit_loop.setup_data)
     assert callable(trainer.fit_loop.epoch_loop._should_check_val_fx)
     module = Classifier()
+    assert callable(module._on_before_batch_transfer)
     trainer.fit(module, loader_of())
     loader = loader_of()
     trainer.fit_loop._data_source.instance = loader
@@ -256,9 +312,16 @@ def test_only_install_touches_what_lightning_keeps_private():
     files = [*(package / "minirec_pl").rglob("*.py"), *(package / "callbacks").glob("*.py")]
     touched = {}
     for path in files:
-        for name in re.findall(r"(?:trainer|loop|source|strategy|connector)\.(_[a-z]\w*)", path.read_text()):
+        for name in re.findall(r"(?:trainer|module|loop|source|strategy|connector)\.(_[a-z]\w*)", path.read_text()):
             touched.setdefault(path.name, set()).add(name)
-    assert touched == {"install.py": {"_data_source", "_combined_loader", "_data_fetcher", "_should_check_val_fx"}}
+    expected = {
+        "_data_source",
+        "_combined_loader",
+        "_data_fetcher",
+        "_should_check_val_fx",
+        "_on_before_batch_transfer",
+    }
+    assert touched == {"install.py": expected}
 
 
 def test_a_selection_smaller_than_a_batch_that_is_dropped(make_trainer):

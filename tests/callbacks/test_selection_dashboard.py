@@ -19,7 +19,7 @@ from wandb_file import history, read_run, step_metrics
 from minirec_pl import InputError
 from minirec_pl.__main__ import main
 from minirec_pl.callbacks import MiniRec, SelectionDashboard
-from minirec_pl.callbacks.selection_dashboard import table_rows
+from minirec_pl.dashboard_rows import table_rows
 from minirec_pl.probes import HeadProbe
 
 TERMS = ("difficulty", "learnability", "representativeness", "novelty")

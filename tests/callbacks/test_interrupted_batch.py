@@ -1,0 +1,97 @@
+"""A checkpoint saved on an error inside `training_step`: the batch in hand is trained on when the run goes on."""
+
+import pytest
+import torch
+from foreign import Classifier, loader_of
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from minirec_pl import GRPORecModule
+from minirec_pl.callbacks import MiniRec
+from minirec_pl.probes import HeadProbe
+from minirec_pl.selection import MiniRecSelector
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Failing(Classifier):
+    at = None
+
+    def training_step(self, batch, batch_idx):
+        if (self.current_epoch, batch_idx) == self.at:
+            raise RuntimeError("out of luck")
+        return super().training_step(batch, batch_idx)
+
+
+class FailingPolicy(GRPORecModule):
+    """Fails after its rollouts are made."""
+
+    at = None
+
+    def training_step(self, batch, batch_idx):
+        output = super().training_step(batch, batch_idx)
+        if (self.current_epoch, batch_idx) == self.at:
+            raise RuntimeError("out of luck")
+        self.met = [*getattr(self, "met", ()), (self.current_epoch, batch["sample_id"].tolist())]
+        return output
+
+
+def keep(folder):
+    return ModelCheckpoint(folder, save_on_exception=True, every_n_train_steps=10**6)
+
+
+@pytest.mark.parametrize(  # an epoch of 30 samples has four batches
+    ("at", "accumulate", "workers"), [((0, 2), 1, 0), ((1, 0), 3, 0), ((1, 1), 3, 2), ((1, 3), 1, 0), ((2, 3), 3, 0)]
+)
+def test_it_goes_on_with_the_very_batch(make_trainer, tmp_path, at, accumulate, workers):
+    def fit(at=None, extra=(), ckpt_path=None):
+        torch.manual_seed(3)
+        module = Failing()
+        module.at = at
+        selector, probe = MiniRecSelector(gate=(-1.0, 2.0)), HeadProbe("classifier")
+        trainer = make_trainer(
+            callbacks=[MiniRec(30, selector=selector, rescore_fraction=0.5, probe=probe), *extra],
+            max_epochs=3,
+            accumulate_grad_batches=accumulate,
+            enable_checkpointing=bool(extra),
+        )
+        try:
+            trainer.fit(module, loader_of(shuffle=True, num_workers=workers), ckpt_path=ckpt_path)
+        except RuntimeError:
+            assert at is not None
+        return module
+
+    whole = fit()
+    broken = fit(at, [keep(tmp_path)])
+    (path,) = tmp_path.glob("*.ckpt")
+    resumed = fit(ckpt_path=path)
+    assert broken.batches + resumed.batches == whole.batches
+    assert torch.equal(resumed.path[-1], whole.path[-1])
+
+
+@pytest.mark.parametrize(("iterations", "at"), [(1, (0, 1)), (1, (1, 4)), (2, (0, 1)), (2, (1, 3)), (2, (1, 9))])
+def test_rollouts_in_hand_are_used(make_trainer, tmp_path, toy_data, tiny_policy, iterations, at):
+    def fit(at=None, extra=(), ckpt_path=None):
+        module = FailingPolicy(
+            tiny_policy(),
+            num_generations=4,
+            scoring_generations=0,
+            num_iterations=iterations,
+            optimizer=lambda p: torch.optim.AdamW(p, lr=0.01),
+        )
+        module.at = at
+        selector = MiniRecSelector(gate=(-1.0, 2.0), difficulty="pass_at_group")
+        trainer = make_trainer(callbacks=[MiniRec(40, selector=selector), *extra], enable_checkpointing=bool(extra))
+        try:
+            trainer.fit(module, toy_data(), ckpt_path=ckpt_path)
+        except RuntimeError:
+            assert at is not None
+        return module
+
+    whole = fit()
+    broken = fit(at, [keep(tmp_path)])
+    (path,) = tmp_path.glob("*.ckpt")
+    resumed = fit(ckpt_path=path)
+    assert [len(ids) for _, ids in broken.met + resumed.met] == [len(ids) for _, ids in whole.met]
+    trained, since = broken.met + resumed.met, at[0] == 0  # new rollouts in epoch 0 make another plan for epoch 1
+    for epoch in range(2 - since):
+        assert [ids for e, ids in trained if e == epoch] == [ids for e, ids in whole.met if e == epoch]
