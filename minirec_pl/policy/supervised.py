@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from minirec_pl.errors import InputError
 from minirec_pl.policy.causal_lm import body_of, head_of
+from minirec_pl.policy.prompt import EncodedPrompts
 
 if TYPE_CHECKING:
     from minirec_pl.policy.generator import GenerativePolicy
@@ -21,10 +22,25 @@ def check_positions(model: Any, length: int) -> None:
     Raises:
         InputError: if it has.
     """
+    _refuse(model, length, lambda: "")
+
+
+def check_prompts(model: Any, prompts: EncodedPrompts, room: int, sample_ids: Tensor | None) -> None:
+    """As `check_positions`, for prompts that leave less than `room` positions; names the sample_id [B] if known."""
+
+    def name() -> str:
+        if sample_ids is None:
+            return ""
+        return f" of sample {int(sample_ids[prompts.mask.sum(dim=1)[prompts.row].argmax()])}"
+
+    _refuse(model, prompts.mask.shape[1] + room, name)
+
+
+def _refuse(model: Any, length: int, name: Callable[[], str]) -> None:
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and length > longest:
         raise InputError(
-            f"prompt and item id take {length} tokens and the model has {longest} positions: lower "
+            f"prompt and item id{name()} take {length} tokens and the model has {longest} positions: lower "
             "data.history_window, or train a policy with a larger max_position_embeddings"
         )
 
