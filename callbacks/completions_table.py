@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,21 +16,25 @@ from minirec_pl.claim import run_folder
 from minirec_pl.errors import InputError
 from minirec_pl.files import write_atomically
 from minirec_pl.module import GRPORecModule
+from minirec_pl.policy import RetrievalPolicy
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
 
     from minirec_pl.generation import RolloutBatch
 
 Row = dict[str, Any]
 FILE = "completions.parquet"
+_TEXTS = ("prompt", "target", "completion", "recommended")
 
 
 class CompletionsTable(Callback):
     """Every n optimizer steps a table of a few prompts with their rollouts, rewards and advantages.
 
     It is printed, logged to W&B as `completions` (offline too) and kept in the run folder as `completions.parquet`. The
-    latter two hold all rows so far: step, sample_id, prompt, target, completion, each reward, their sum, advantage.
+    latter two hold all rows so far: step, sample_id, prompt (the history), target, completion, each reward, their sum,
+    advantage. A `RetrievalPolicy`'s completion is its reasoning, and `recommended` the item that it ranks first.
 
     Args:
         every_n_steps: optimizer steps from one table to the next; the first step is always shown.
@@ -74,7 +78,9 @@ class CompletionsTable(Callback):
         assert pl_module.generation is not None
         self._shown = step
         rollouts = pl_module.generation.at(pl_module.generation.position)
-        rows = [{"step": step, **row} for row in completion_rows(rollouts, pl_module.item_ids, self.num_prompts)]
+        words = pl_module.policy.words if isinstance(pl_module.policy, RetrievalPolicy) else None
+        made = completion_rows(rollouts, pl_module.item_ids, self.num_prompts, words)
+        rows = [{"step": step, **row} for row in made]
         self._rows += rows
         if self.print_table and rows:
             _print(rows)
@@ -99,25 +105,31 @@ class CompletionsTable(Callback):
         self._rows, self._shown = list(state_dict["rows"]), int(state_dict["shown"])
 
 
-def completion_rows(rollouts: RolloutBatch, item_ids: Any, num_prompts: int) -> list[Row]:
+def completion_rows(
+    rollouts: RolloutBatch, item_ids: Any, num_prompts: int, words: Callable[[Tensor], list[str]] | None = None
+) -> list[Row]:
     """A row for each rollout of the first prompts: texts and plain numbers, None where a reward does not apply.
 
     Args:
         rollouts: what was trained on.
         item_ids: [n_items] object array of external ids.
         num_prompts: how many prompts.
+        words: makes words of the rollouts' tokens, where these are texts.
     """
     rows: list[Row] = []
     for b in range(min(num_prompts, len(rollouts))):
         history = rollouts.batch["history"][b].cpu()
-        for g, item in enumerate(rollouts.items[b].tolist()):
-            rewards = {f"reward/{name}": _number(v[b, g]) for name, v in rollouts.rewards_by_name.items()}
+        names = [str(item_ids[item]) for item in rollouts.items[b].tolist()]
+        texts = None if words is None or rollouts.texts is None else words(rollouts.texts[b])
+        for g, name in enumerate(names):
+            made = {"completion": name} if texts is None else {"completion": texts[g], "recommended": name}
+            rewards = {f"reward/{key}": _number(v[b, g]) for key, v in rollouts.rewards_by_name.items()}
             rows.append(
                 {
                     "sample_id": int(rollouts.batch["sample_id"][b]),
                     "prompt": " ".join(item_ids[history[history >= 0].numpy()]),
                     "target": str(item_ids[int(rollouts.batch["target"][b])]),
-                    "completion": str(item_ids[item]),
+                    **made,
                     **rewards,
                     "reward": _number(rollouts.rewards[b, g]) if bool(rollouts.applies[b, g]) else None,
                     "advantage": _number(rollouts.advantages[b, g]),
@@ -139,7 +151,7 @@ def _print(rows: list[Row]) -> None:
     table = Table(title=f"Completions, step {rows[0]['step']}")
     columns = [name for name in rows[0] if name != "step"]
     for name in columns:
-        table.add_column(name, justify="left" if name in ("prompt", "target", "completion") else "right")
+        table.add_column(name, justify="left" if name in _TEXTS else "right")
     last: Mapping[str, Any] = {}
     for row in rows:
         again = ("sample_id", "prompt", "target") if row["sample_id"] == last.get("sample_id") else ()
@@ -151,5 +163,5 @@ def _print(rows: list[Row]) -> None:
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
-    text = "-" if value is None else str(value)
+    text = "-" if value is None else " ".join(str(value).split())
     return text if len(text) <= 60 else f"... {text[-56:]}"
