@@ -14,6 +14,7 @@ from minirec_pl.completions import Row, completion_rows, print_completions
 from minirec_pl.errors import InputError
 from minirec_pl.files import write_atomically
 from minirec_pl.module import GRPORecModule
+from minirec_pl.policy import RetrievalPolicy
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -25,7 +26,8 @@ class CompletionsTable(Callback):
     """Every n optimizer steps a table of a few prompts with their rollouts, rewards and advantages.
 
     It is printed, logged to W&B as `completions` (offline too) and kept in the run folder as `completions.parquet`. The
-    latter two hold all rows so far: step, sample_id, prompt, target, completion, each reward, their sum, advantage.
+    latter two hold all rows so far: step, sample_id, prompt (the history), target, completion, each reward, their sum,
+    advantage. A `RetrievalPolicy`'s completion is its reasoning, and `recommended` the item that it ranks first.
 
     Args:
         every_n_steps: optimizer steps from one table to the next; the first step is always shown.
@@ -69,7 +71,9 @@ class CompletionsTable(Callback):
         assert pl_module.generation is not None
         self._shown = step
         rollouts = pl_module.generation.at(pl_module.generation.position)
-        rows = [{"step": step, **row} for row in completion_rows(rollouts, pl_module.item_ids, self.num_prompts)]
+        words = pl_module.policy.words if isinstance(pl_module.policy, RetrievalPolicy) else None
+        made = completion_rows(rollouts, pl_module.item_ids, self.num_prompts, words)
+        rows = [{"step": step, **row} for row in made]
         self._rows += rows
         if self.print_table and rows:
             print_completions(rows)

@@ -62,17 +62,23 @@ class RolloutCollector:
         """What to train on of a batch, and all that was drawn.
 
         With `oversample`, prompts are drawn for in rounds until enough groups have variance (DAPO, arXiv 2503.14476).
-        The others have cost their rollouts, or nothing if no round came to them, and stay in the pool untrained.
+        The others have cost their rollouts, or nothing if no round came to them, and stay in the pool untrained. A
+        prompt repeated to make the ranks equal is not trained on, since it has its weight on the other rank.
         """
         if self.oversample is None:
             drawn = self.roll_out(batch, generator, keep_logps)
-            return drawn, drawn
+            once = ~drawn.repeated
+            return drawn if bool(once.all()) else drawn.take(once), drawn
         n_rows = len(batch["sample_id"])
         wanted = math.ceil(n_rows / self.oversample)
         rounds: list[RolloutBatch] = []
         for rows in torch.split(torch.arange(n_rows, device=batch["sample_id"].device), wanted):
             rounds.append(self.roll_out(take_rows(batch, rows), generator, keep_logps))
-            if sum(int((~drawn.flat).sum()) for drawn in rounds) >= wanted:
+            if sum(int(_teaches(drawn).sum()) for drawn in rounds) >= wanted:
                 break
         drawn = RolloutBatch.cat(rounds)
-        return drawn.take((~drawn.flat).nonzero().flatten()[:wanted]), drawn
+        return drawn.take(_teaches(drawn).nonzero().flatten()[:wanted]), drawn
+
+
+def _teaches(drawn: RolloutBatch) -> Tensor:
+    return ~drawn.flat & ~drawn.repeated

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minirec_pl.data.sampler import REPEATED
 from minirec_pl.grpo import flat_groups
 from minirec_pl.selection.signals import SampleSignals
 
@@ -73,6 +74,16 @@ class RolloutBatch:
     def flat(self) -> Tensor:
         """Groups without reward variance, bool [B]."""
         return flat_groups(self.rewards, self.applies)
+
+    @property
+    def repeated(self) -> Tensor:
+        """Prompts that another rank has, too, and that are here to make the ranks equal, bool [B]."""
+        return self.batch.get(REPEATED, torch.zeros_like(self.learns))
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each rollout, those that the loss leaves out included, int64 [B, G]."""
+        return (self.mask if self.texts is None else self.texts >= 0).sum(dim=-1)
 
     @property
     def known_rewards(self) -> Tensor:
@@ -177,10 +188,13 @@ def signals_of(drawn: Sequence[RolloutBatch], *, with_rewards: bool) -> SampleSi
 def figures_of(drawn: Sequence[RolloutBatch]) -> dict[str, Tensor]:
     """What is logged of rollouts, under TRL's names."""
     rewards, flat = torch.cat([part.known_rewards for part in drawn]), torch.cat([part.flat for part in drawn])
-    lengths = torch.cat([part.mask.sum(dim=-1) for part in drawn])
+    applies = torch.cat([part.applies for part in drawn])
+    known = applies.any(dim=1)
+    spread = (rewards - rewards.mean(dim=1, keepdim=True)).square().sum(dim=1) / (applies.sum(dim=1) - 1).clamp(min=1)
+    lengths = torch.cat([part.lengths for part in drawn])
     return {
-        "reward": rewards.mean(),
-        "reward_std": rewards.std(dim=1).mean(),
+        "reward": rewards[applies].sum() / applies.sum().clamp(min=1),
+        "reward_std": spread[known].sqrt().sum() / known.sum().clamp(min=1),
         "frac_reward_zero_std": flat.float().mean(),
         "completions/mean_length": lengths.float().mean(),
         **{

@@ -71,7 +71,7 @@ class ItemSampler:
         applies = ~rewards.isnan()
         rewards = rewards.nan_to_num(nan=0.0)
         flat = flat_groups(rewards, applies)
-        paired = flat & (items != target).all(dim=1) if self.pairs else torch.zeros_like(flat)
+        paired = flat & applies.any(dim=1) & (items != target).all(dim=1) if self.pairs else torch.zeros_like(flat)
         learns = torch.ones_like(flat) if self.objective.beta > 0 else ~flat | paired
         rows = (torch.ones_like(flat) if keep_logps else ~learns).nonzero().flatten()
         logps, entropy = torch.zeros_like(rollouts.logps), torch.zeros_like(rollouts.logps)

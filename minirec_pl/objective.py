@@ -88,7 +88,7 @@ class Objective:
             count, total, squares = reduce(
                 torch.stack([torch.ones_like(known).sum(), known.sum(), known.square().sum()])
             )
-            variance = (squares - total.square() / count).clamp(min=0) / (count - 1).clamp(min=1)
+            variance = (squares - total.square() / count.clamp(min=1)).clamp(min=0) / (count - 1).clamp(min=1)
             advantages = advantages / (variance.sqrt().to(advantages.dtype) + 1e-4)
         for batch, part in zip(batches, torch.split(advantages, [len(b) for b in batches]), strict=True):
             batch.advantages = part

@@ -1,4 +1,4 @@
-"""The loss and its gradient equal those of TRL's own trainer on the same tensors."""
+"""Loss, gradient, advantages and masks equal those of TRL's own trainer on the same tensors."""
 
 import inspect
 import os
@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from minirec_pl.grpo import policy_loss
+from minirec_pl.generation import RolloutBatch, figures_of
+from minirec_pl.grpo import eos_mask, group_advantages, policy_loss
+from minirec_pl.policy.generation import eos_token_ids
 from minirec_pl.policy.tiny import build_tiny, item_tokenizer
+from minirec_pl.reward_calls import combine_rewards
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,7 +37,7 @@ def make_trainer(tmp_path_factory):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    def make(**options):
+    def make(rewards=lambda completions, **_: [0.0] * len(completions), **options):
         torch.manual_seed(0)
         sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
         model = build_tiny(sizes, 15)
@@ -56,7 +59,7 @@ def make_trainer(tmp_path_factory):
         )
         prompts = Dataset.from_dict({"prompt": ["<item:0>"] * 12})
         tokenizer = item_tokenizer([str(i) for i in range(12)])
-        return GRPOTrainer(model, lambda completions, **_: [0.0] * len(completions), config, prompts, None, tokenizer)
+        return GRPOTrainer(model, rewards, config, prompts, None, tokenizer)
 
     return make
 
@@ -115,6 +118,67 @@ def test_the_loss_is_that_of_trl(make_trainer, loss_type, options):
     assert float(ours.clip_high) == pytest.approx(metrics["clip_ratio/high_mean"], abs=1e-6)
     if options.get("beta"):
         assert float(ours.kl) == pytest.approx(metrics["kl"], abs=1e-5)
+
+
+def first(completions, **columns):
+    return [None, 1.0, 0.0, 0.5, 0.25, 0.25, 0.25, 0.25, 1.0, None, 0.0, 2.0]
+
+
+def second(completions, **columns):
+    return [None, None, 0.5, 1.0, None, None, None, None, 0.0, 3.0, None, 1.0]
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("mask_truncated", [False, True])
+def test_advantages_figures_and_masks_are_those_of_trl(make_trainer, scale, mask_truncated):
+    """Also where a reward applies to some completions only, and where none applies to one."""
+    weights = [1.0, -0.5]
+    options = {"scale_rewards": scale, "mask_truncated_completions": mask_truncated, "reward_weights": weights}
+    trainer = make_trainer([first, second], **options)
+    (end,) = eos_token_ids(trainer.model)
+    assert end in trainer.eos_token_ids
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randint(end + 1, 15, (GROUPS * ROLLOUTS, LONGEST), generator=generator)
+    drawn[::3, 4], drawn[1::3, LONGEST - 1], drawn[6, 0] = end, end, end
+    known = eos_mask(drawn, end)
+    completions = [row[real].tolist() for row, real in zip(drawn, known, strict=True)]
+    rows = len(completions)
+    trainer._generate = lambda prompts: ([[3]] * rows, completions, None, ["-"] * rows, None, {}, None, None)
+    theirs = trainer._generate_and_score_completions([{"prompt": "<item:0>"}] * rows)
+
+    with pytest.warns(UserWarning, match="No reward of first, second applies to some completions"):
+        total, by_name = combine_rewards([first, second], weights, ["-"] * rows, {})
+    grouped = (GROUPS, ROLLOUTS)
+    rewards, applies = total.nan_to_num(nan=0.0).view(grouped), ~total.isnan().view(grouped)
+    ours = group_advantages(rewards, scale_rewards=scale, applies=applies)
+    torch.testing.assert_close(ours.flatten(), theirs["advantages"], atol=1e-5, rtol=0)
+    mask = eos_mask(drawn, end, mask_truncated_completions=mask_truncated)
+    assert torch.equal(mask, theirs["completion_mask"].bool())
+    assert int(mask.sum()) == int(theirs["num_items_in_batch"])
+    assert bool((mask.sum(dim=1) == 0).any()) == mask_truncated
+
+    batch = RolloutBatch(
+        batch={},
+        items=torch.zeros(grouped, dtype=torch.int64),
+        rewards=rewards,
+        applies=applies,
+        rewards_by_name={name: values.view(grouped) for name, values in by_name.items()},
+        mask=mask.view(*grouped, LONGEST),
+        entropy=torch.zeros(*grouped, LONGEST),
+        advantages=ours,
+        learns=torch.ones(GROUPS, dtype=torch.bool),
+        pairs=torch.zeros(GROUPS, dtype=torch.bool),
+        texts=drawn.masked_fill(~known, -1).view(*grouped, LONGEST),
+        **dict.fromkeys(("target_logps", "target_mask", "old_logps", "ref_logps")),
+    )
+    figures = figures_of([batch])
+    compared = ["reward", "rewards/first/mean", "rewards/second/mean"]
+    if scale == "group":
+        compared.append("frac_reward_zero_std")
+    for name in compared:
+        assert float(figures[name]) == pytest.approx(trainer._metrics["train"][name][-1], abs=1e-6), name
+    lengths = [len(completion) for completion in completions]
+    assert float(figures["completions/mean_length"]) == pytest.approx(sum(lengths) / rows)
 
 
 def test_options_and_defaults_are_named_as_in_trl(make_trainer):

@@ -16,6 +16,7 @@ from minirec_pl.errors import InputError
 T = TypeVar("T")
 Ragged = Literal["repeat", "drop", "keep"]
 GENERATION = "generation"
+REPEATED = "repeated"
 
 
 def world() -> tuple[int, int]:
@@ -68,6 +69,11 @@ class ShardedSampler(DistributedSampler[T]):
         if rest == 0 or self.ragged == "keep":
             return 0
         return rest if self.ragged == "drop" else self.num_replicas - rest
+
+    @property
+    def repeats_its_last(self) -> bool:
+        """Whether the own share ends with an entry that only gives every rank equally many."""
+        return self.ragged == "repeat" and self.rank + (len(self) - 1) * self.num_replicas >= self.order_length()
 
     def __len__(self) -> int:
         n = self.order_length()
@@ -248,6 +254,9 @@ class ResumableLoader(DataLoader[Any]):
     A batch that was yielded but not trained on, as when a checkpoint is saved because of an error or a signal inside
     ``training_step``, does not count as consumed.
 
+    A batch of single samples that ends with one repeated for the sake of the other ranks says so by the further
+    column ``repeated``, [B] bool.
+
     Attributes:
         batches_per_epoch: How many batches an epoch consumes where that is less than ``len`` (``limit_train_batches``).
         progress: Lightning's progress over batches (``trainer.fit_loop.epoch_loop.batch_progress``); None if unknown.
@@ -276,8 +285,18 @@ class ResumableLoader(DataLoader[Any]):
     def __iter__(self) -> Any:
         self._yielded, self._skip = self._skip, 0
         self._length = self.batches_per_epoch or len(self)
-        batches = super().__iter__()
+        batches = self._marked(super().__iter__(), self._first_entry())
         return self._count(batches) if self.steps * self.iterations == 1 else self._generations(batches)
+
+    def _marked(self, iterator: Any, start: int) -> Iterator[Any]:
+        last = super().__len__() - 1
+        for place, batch in enumerate(iterator, start):
+            ends = place == last and isinstance(self.sampler, ShardedSampler) and self.sampler.repeats_its_last
+            if ends and isinstance(batch, dict) and "history" in batch:
+                n_rows = len(batch["history"])
+                yield {**batch, REPEATED: torch.arange(n_rows) == n_rows - 1}
+            else:
+                yield batch
 
     def _count(self, iterator: Any) -> Iterator[Any]:
         for batch in iterator:

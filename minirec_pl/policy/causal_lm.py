@@ -272,17 +272,27 @@ def run_prompt(
     return Prompt(states.index_select(0, row), row, mask, cache, body)
 
 
+def check_padding(mask: Tensor) -> None:
+    """Refuses prompts whose last place is none of their tokens.
+
+    Raises:
+        InputError: naming the first such row of `mask` [B, T].
+    """
+    if not bool(mask[:, -1].all()):
+        row = int((mask[:, -1] == 0).nonzero()[0])
+        raise InputError(f"prompt {row} of the batch is empty or padded on the right: pad prompts on the left")
+
+
 def run_prompts(
     body: Callable[..., Any], input_ids: Tensor, mask: Tensor, row: Tensor | None = None, keep_cache: bool = True
 ) -> Prompt:
     """As `run_prompt`, in batches of similar length.
 
     Raises:
-        InputError: if a prompt is empty.
+        InputError: if a prompt is empty or padded on the right.
     """
+    check_padding(mask)
     lengths = mask.sum(dim=1)
-    if not bool((lengths > 0).all()):
-        raise InputError(f"prompt {int((lengths == 0).nonzero()[0])} of the batch is empty: give it at least one token")
     longest, buckets = int(lengths.max()), length_buckets(lengths)
     input_ids, mask = input_ids[:, -longest:], mask[:, -longest:].to(torch.int64)
     if len(buckets) == 1:

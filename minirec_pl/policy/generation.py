@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minirec_pl.errors import InputError
-from minirec_pl.policy.causal_lm import Head, body_of, head_of, run_prompts
+from minirec_pl.policy.causal_lm import Head, body_of, check_padding, head_of, run_prompts
 from minirec_pl.policy.decoding import TokenHead, decode, decode_beams
 from minirec_pl.policy.rollout import Prompt, evaluation_mode, warpers
 from minirec_pl.policy.trie import TokenTrie
@@ -223,9 +223,7 @@ def generate(
 def _check_request(model: Any, input_ids: Tensor, mask: Tensor, group: int, length: int) -> None:
     if input_ids.ndim != 2 or mask.shape != input_ids.shape or not input_ids.numel():
         raise InputError(f"prompts have shape {tuple(input_ids.shape)} and masks {tuple(mask.shape)}: give [B, T] each")
-    if not bool(mask[:, -1].all()):
-        row = int((mask[:, -1] == 0).nonzero()[0])
-        raise InputError(f"prompt {row} of the batch is empty or padded on the right: pad prompts on the left")
+    check_padding(mask)
     if group < 1 or length < 1:
         raise InputError(f"num_generations is {group} and max_new_tokens {length}: both must be at least 1")
     check_context(model, mask, length)

@@ -27,7 +27,7 @@ from minirec_pl.policy.language_model import LanguageModel
 from minirec_pl.policy.prompt import EncodedPrompts, PromptTemplate, encode_ids
 from minirec_pl.policy.ranking import item_scores
 from minirec_pl.policy.rollout import CompletionStates, Prompt, Rollouts, evaluation_mode
-from minirec_pl.policy.supervised import check_positions, sequence_nll, sequence_tokens
+from minirec_pl.policy.supervised import check_prompts, sequence_nll, sequence_tokens
 from minirec_pl.policy.tiny import SPECIAL_TOKENS, build_tiny, check_model
 from minirec_pl.policy.trie import TokenTrie
 from minirec_pl.policy.trie_head import TrieHead, child_logps, item_logps
@@ -152,7 +152,7 @@ class GenerativePolicy(nn.Module):
             batch: with `history` int64 [B, W], item index padded with -1 anywhere.
 
         Raises:
-            InputError: if prompt and item id together are longer than the model's positions.
+            InputError: if prompt and item id together are longer than the model's positions, naming the sample.
         """
         if self.chat is not None:
             assert self.catalogue is not None
@@ -161,7 +161,7 @@ class GenerativePolicy(nn.Module):
             tokenizer, prompt, ids = self.chat.tokenizer, self.chat.prompt, self.chat.id_texts
             return prompt.encode(tokenizer, batch, self.catalogue, longest, ids)
         encoded = encode_ids(batch["history"], self.trie.item_tokens, self.bos_token_id, self.pad_token_id)
-        check_positions(self.model, encoded.mask.shape[1] + self.id_length - 1)
+        check_prompts(self.model, encoded, self.id_length - 1, batch.get("sample_id"))
         return encoded
 
     def prompt_states(self, batch: Batch) -> Tensor:

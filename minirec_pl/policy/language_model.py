@@ -137,7 +137,7 @@ class LanguageModel:
         if loaded["missing_keys"]:
             missing = ", ".join(sorted(loaded["missing_keys"])[:3])
             raise InputError(f"the model in '{base.name}' lacks weights ({missing}): fetch it again")
-        self._check_fit(model, tokenizer)
+        self._check_fit(model, tokenizer, base.name)
         grow(model, tokenizer)
         new_tokens = [] if extend is None else extend(model, tokenizer)
         if self.gradient_checkpointing:
@@ -158,6 +158,16 @@ class LanguageModel:
         if not name:
             raise InputError(f"'{Path(self.name, ADAPTER)}' names no model: set base_model_name_or_path in it")
         return str(name)
+
+    def _stored_rows(self) -> set[int]:
+        """Tokens whose rows in the embedding come with the adapters."""
+        if not self.is_adapter:
+            return set()
+        from peft import PeftConfig
+
+        rows: Any = getattr(PeftConfig.from_pretrained(self.name), "trainable_token_indices", None) or []
+        lists = rows.values() if isinstance(rows, dict) else [rows]
+        return {token for tokens in lists for token in tokens}
 
     def _with_stored_adapter(self, model: Any) -> Any:
         from peft import PeftModel
@@ -185,12 +195,14 @@ class LanguageModel:
                 f"give {folder} as the name"
             ) from error
 
-    def _check_fit(self, model: Any, tokenizer: Any) -> None:
+    def _check_fit(self, model: Any, tokenizer: Any, base: str) -> None:
         vocabulary, highest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
-        if highest >= vocabulary and not self.is_adapter:
+        unknown = set(range(vocabulary, highest + 1)) - self._stored_rows()
+        if unknown:
+            whose = f" of '{base}'" if self.is_adapter else ""
             raise InputError(
-                f"the tokenizer of '{self.name}' has token {highest} and the model a vocabulary of {vocabulary}: use "
-                "the tokenizer the model was trained with"
+                f"the tokenizer of '{self.name}' has token {max(unknown)} and the model{whose} a vocabulary of "
+                f"{vocabulary}: use the {'model the adapter' if whose else 'tokenizer the model'} was trained with"
             )
         if not eos_token_ids(model):
             model.generation_config.eos_token_id = tokenizer.eos_token_id

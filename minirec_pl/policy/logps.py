@@ -64,7 +64,7 @@ def completion_logps(
         float32, or the wider dtype of the model.
 
     Raises:
-        InputError: if a prompt is empty.
+        InputError: if a prompt is empty or padded on the right.
     """
     states = completion_states(model, input_ids, attention_mask, completion_ids, completion_mask)
     return token_logps(model, states, completion_ids, completion_mask, temperature)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,10 +23,25 @@ def check_positions(model: Any, length: int) -> None:
     Raises:
         InputError: if it has.
     """
+    _refuse(model, length, lambda: "")
+
+
+def check_prompts(model: Any, prompts: EncodedPrompts, room: int, sample_ids: Tensor | None) -> None:
+    """As `check_positions`, for prompts that leave less than `room` positions; names the sample_id [B] if known."""
+
+    def name() -> str:
+        if sample_ids is None:
+            return ""
+        return f" of sample {int(sample_ids[prompts.mask.sum(dim=1)[prompts.row].argmax()])}"
+
+    _refuse(model, prompts.mask.shape[1] + room, name)
+
+
+def _refuse(model: Any, length: int, name: Callable[[], str]) -> None:
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and length > longest:
         raise InputError(
-            f"prompt and item id take {length} tokens and the model has {longest} positions: lower "
+            f"prompt and item id{name()} take {length} tokens and the model has {longest} positions: lower "
             "data.history_window, or train a policy with a larger max_position_embeddings"
         )
 
@@ -85,7 +100,7 @@ def sequence_tokens(policy: GenerativePolicy, batch: Mapping[str, Tensor]) -> in
         return policy.prompt_tokens(pairs_as_prompts(batch)) + policy.fed_tokens(batch["target"])
     if policy.chat is None:
         return int((batch["sequence"] >= 0).sum()) + len(batch["sequence"])
-    return int(stretches(policy.encode(pairs_as_prompts(batch))).mask.sum())
+    return int(stretches(policy.encode(pairs_as_prompts(batch))).mask.sum()) if len(batch["target"]) else 0
 
 
 def sequence_nll(policy: GenerativePolicy, batch: Mapping[str, Tensor], dropout: float) -> Tensor:
@@ -103,6 +118,8 @@ def sequence_nll(policy: GenerativePolicy, batch: Mapping[str, Tensor], dropout:
         embeddings = policy.model.get_input_embeddings()(tokens).to(head.weight.dtype)
         inputs = {"inputs_embeds": nn.functional.dropout(embeddings, dropout, policy.training)}
         column = position + 1
+    elif not len(target):
+        return head.weight.sum() * 0.0
     else:
         tokens, mask, row, column = stretches(policy.encode(pairs_as_prompts(batch)))
         inputs = {"input_ids": tokens, "attention_mask": mask}

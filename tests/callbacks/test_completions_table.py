@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from lightning.pytorch.loggers import WandbLogger
+from text_policy import text_policy, write_model
 
 from minirec_pl import GRPORecModule, InputError, WarmStartModule
 from minirec_pl.callbacks import CompletionsTable
@@ -95,6 +96,26 @@ def test_each_step_is_shown_once_whatever_the_schedule(
     rows = folder_of(tmp_path)
     assert rows["step"].tolist() == [step for step in steps for _ in range(4)]
     assert "Completions" not in capsys.readouterr().out
+
+
+def test_of_a_policy_that_reasons_the_text_is_shown_beside_the_item(toy_data, make_trainer, tmp_path, capsys):
+    said = []
+
+    def length(completions, recommended):
+        said.extend(zip(completions, recommended, strict=True))
+        return [float(len(text)) for text in completions]
+
+    data = toy_data(**SMALL, history_window=3)
+    data.setup("fit")
+    folder = write_model(tmp_path / "llama")
+    policy = text_policy(folder, catalogue=data.catalogue, max_completion_length=3)
+    module = GRPORecModule(policy, [length], num_generations=3)
+    fit(make_trainer, module, data, CompletionsTable(num_prompts=2), limit_train_batches=1)
+    rows = folder_of(tmp_path)
+    assert list(zip(rows["completion"], rows["recommended"], strict=True)) == said[:6]
+    assert rows["reward"].tolist() == [len(text) for text, _ in said[:6]]
+    assert len(set(rows["completion"])) > 1
+    assert "recommended" in capsys.readouterr().out
 
 
 def test_a_step_without_rollouts_to_show(tiny_policy, toy_data, make_trainer, tmp_path):

@@ -72,6 +72,26 @@ def test_resumes_after_the_batches_the_consumer_got(workers):
     assert lists(other) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
 
 
+class Samples(Numbers):
+    def __getitems__(self, ids):
+        return {"history": super().__getitems__(ids)[:, None]}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("steps", "iterations"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize("skip", [0, 4])
+def test_a_sample_repeated_for_the_other_ranks_is_marked(workers, steps, iterations, skip):
+    """Of 15 samples on 2 ranks, 8 each, the second rank's last is the first rank's first."""
+    for rank in range(2):
+        sampler = CurriculumSampler(range(100), num_replicas=2, rank=rank)
+        sampler.set_plan(list(range(15)))
+        loader = ResumableLoader(Samples(), batch_size=3, sampler=sampler, collate_fn=identity, num_workers=workers)
+        loader.steps, loader.iterations = steps, iterations
+        loader._skip = skip // 4 * steps * iterations
+        marked = [(b["history"].flatten().tolist(), b["repeated"].tolist()) for b in loader if "repeated" in b]
+        assert marked == ([] if rank == 0 else [([13, 0], [False, True])] * iterations)
+
+
 def test_skipped_batches_are_not_loaded():
     loader = loader_of(list(range(10)))
     loader.load_state_dict({"batches": 2, "epoch": 0, "batch_size": 3})

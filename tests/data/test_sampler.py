@@ -60,7 +60,11 @@ def test_ranks_share_one_order(replicas, plan):
         if ragged == "repeat":
             assert interleaved == (whole * 9)[: len(interleaved)]
             assert len(interleaved) - n == ranks[0].ragged_count < replicas
+            assert [sampler.repeats_its_last for sampler in ranks] == [
+                len(taken[0]) * replicas - replicas + rank >= n for rank in range(replicas)
+            ]
         else:
+            assert not any(sampler.repeats_its_last for sampler in ranks)
             assert interleaved == whole[: len(interleaved)]
             assert n - len(interleaved) == ranks[0].ragged_count < replicas
 

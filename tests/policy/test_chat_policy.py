@@ -173,6 +173,11 @@ def test_stretches_of_a_list_in_the_answer_share_one_pass(tmp_path):
     theirs = dict(plain.model.named_parameters())
     for name, parameter in policy.model.named_parameters():
         torch.testing.assert_close(parameter.grad.double(), theirs[name].grad, rtol=1e-3, atol=1e-3)
+    nothing = {**pairs, **dict.fromkeys(("row", "position", "target"), torch.zeros(0, dtype=torch.int64))}
+    assert policy.sequence_tokens(nothing) == 0
+    policy.zero_grad()
+    policy.sequence_nll(nothing).backward()
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in policy.parameters())
 
 
 @pytest.mark.parametrize("lora", [LORA, None])

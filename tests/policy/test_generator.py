@@ -282,8 +282,10 @@ def test_a_prompt_longer_than_the_model(tmp_path):
         (one_token_policy(max_position_embeddings=4), 5),
         (many_token_policy(tmp_path / "policy", max_position_embeddings=4), None),
     ):
-        with pytest.raises(InputError, match=f"take {longest or ''}.* has 4 positions: lower data.history"):
-            policy.item_logps(batch_of([[0, 1, 2, 3]], [[0]]))
+        histories = [[0], [0, 1, 2, 3], [0, 1, 2, 3], [2]]
+        message = f"prompt and item id of sample 101 take {longest or ''}.* has 4 positions: lower data.history"
+        with pytest.raises(InputError, match=message):
+            policy.item_logps(batch_of(histories, [[0]] * 4))
 
 
 def test_diverged_weights_are_named():

@@ -295,6 +295,10 @@ def test_adapters_that_cannot_be_used(tmp_path):
     edit(config, base_model_name_or_path=str(chat_folder(tmp_path / "wide", hidden_size=32)))
     with pytest.raises(InputError, match=r"the adapter in '.*adapter' does not fit its model"):
         loaded(tmp_path / "adapter", lora=None)
+    edit(config, base_model_name_or_path=str(chat_folder(tmp_path / "small", vocabulary=300)))
+    message = r"'.*adapter' has token 329 and the model of '.*small' a vocabulary of 300: use the model the adapter was"
+    with pytest.raises(InputError, match=message):
+        loaded(tmp_path / "adapter", lora=None)
     edit(config, base_model_name_or_path="someone/gone")
     with pytest.raises(InputError, match="the model 'someone/gone' is neither"):
         loaded(tmp_path / "adapter", lora=None)
@@ -307,6 +311,18 @@ def test_adapters_that_cannot_be_used(tmp_path):
     config.write_text(good)
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"{}")
     with pytest.raises(InputError, match="does not fit its model"):
+        loaded(tmp_path / "adapter", lora=None)
+
+
+def test_adapters_with_rows_of_new_tokens_refuse_a_model_of_another_vocabulary(tmp_path):
+    model, tokenizer = loaded(chat_folder(tmp_path / "base"), extend=add_tokens)
+    save_language_model(model, tokenizer, tmp_path / "adapter")
+    assert loaded(tmp_path / "adapter", lora=None)[0].get_input_embeddings().num_embeddings == 332
+    edit(
+        tmp_path / "adapter" / "adapter_config.json",
+        base_model_name_or_path=str(chat_folder(tmp_path / "small", vocabulary=300)),
+    )
+    with pytest.raises(InputError, match=r"has token 329 and the model of '.*small' a vocabulary of 300"):
         loaded(tmp_path / "adapter", lora=None)
 
 

@@ -280,6 +280,28 @@ def test_an_empty_prompt_is_named():
         completion_logps(model, ids, mask * torch.tensor([[1], [0]]), made.ids, made.mask)
 
 
+def test_prompts_padded_on_the_right_are_refused():
+    model = tiny_llm()
+    ids, mask, made, _ = case(model, 9, 3)
+    with pytest.raises(InputError, match="prompt 1 of the batch is empty or padded on the right: pad prompts on the"):
+        completion_logps(model, ids.flip(1), mask.flip(1), made.ids, made.mask)
+
+
+def test_a_group_of_one_and_completions_without_a_token():
+    model = tiny_llm()
+    ids, mask, made, weight = case(model, 3, 20, 8, group=1)
+    made = made._replace(mask=made.mask & torch.tensor([True, False, True])[:, None, None])
+    (completion_logps(model, ids, mask, made.ids, made.mask).logps * weight).sum().backward()
+    some = [0, 2]
+    kept = type(made)(*(part[some] for part in made))
+    values, truth = plain_gradients(model, ids[some], mask[some], kept, weight[some])
+    found = completion_logps(model, ids, mask, made.ids, made.mask)
+    torch.testing.assert_close(found.logps[some].detach().double(), values[0], rtol=0, atol=2e-5)
+    assert not found.logps[1].any()
+    assert not found.entropy[1].any()
+    assert_close_to_plain({name: parameter.grad for name, parameter in model.named_parameters()}, truth)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=40))
 def test_buckets_hold_each_row_once_with_little_padding(lengths):
