@@ -199,16 +199,18 @@ def test_an_update_runs_each_prompt_once(folder):
     assert fed.tokens == read + kept + 24 * len(policy.marker)
 
 
-class Largest(TorchDispatchMode):
-    """Entries of the largest tensor that comes about inside."""
+class Rows(TorchDispatchMode):
+    """The most rows over the vocabulary that a tensor made inside has."""
 
-    numel = 0
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary, self.most = vocabulary, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for value in tree_leaves(result):
-            if isinstance(value, torch.Tensor):
-                self.numel = max(self.numel, value.numel())
+            if isinstance(value, torch.Tensor) and self.vocabulary in value.shape:
+                self.most = max(self.most, value.numel() // self.vocabulary)
         return result
 
 
@@ -218,13 +220,11 @@ def test_a_training_step_never_holds_the_logits_of_all_tokens(folder, make_train
     policy = text_policy(folder, max_completion_length=8)
     module = GRPORecModule(policy, [REWARD], num_generations=12, optimizer=sgd)
     batch = toy_batch(8)
-    vocabulary = len(policy.tokenizer)
-    with Largest() as largest:
+    with Rows(len(policy.tokenizer)) as rows:
         watch = one_step(make_trainer, module, batch)
     assert any(gradient.any() for gradient in watch.gradients[0])
-    tokens = int((watch.parts[0].texts >= 0).sum())
-    assert largest.numel > 8 * 12 * vocabulary / 2  # a step of the decoding loop was seen
-    assert largest.numel < tokens * vocabulary / 2
+    assert 48 < rows.most <= 96  # those of a step of the decoding loop
+    assert int((watch.parts[0].texts >= 0).sum()) > 3 * rows.most
 
 
 def test_a_run_resumed_inside_a_generation_of_texts_ends_like_one_never_stopped(
@@ -254,5 +254,6 @@ def test_a_run_resumed_inside_a_generation_of_texts_ends_like_one_never_stopped(
     assert 0 <= held["position"] < held["positions"] - 1
     resumed = run(path)
     expected = whole.state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in resumed.state_dict().items())
+    for name, value in resumed.state_dict().items():
+        assert torch.equal(value.nan_to_num(nan=-1.0), expected[name].nan_to_num(nan=-1.0)), name
     assert resumed.cost.tokens_forward == whole.cost.tokens_forward
