@@ -98,7 +98,14 @@ def test_every_public_argument_is_kept():
 
 @pytest.mark.parametrize(
     ("callbacks", "workers", "drop_last"),
-    [("minirec", 0, False), ("minirec", 0, True), ("minirec", 2, False), ("rescore", 0, False), ("rescore", 2, True)],
+    [
+        ("minirec", 0, False),
+        ("minirec", 0, True),
+        ("minirec", 2, False),
+        ("rescore", 0, False),
+        ("rescore", 2, True),
+        ("all picked", 0, False),
+    ],
 )
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("own_generator", [False, True])
@@ -114,7 +121,11 @@ def test_without_a_plan_batches_are_those_of_the_users_loader(
         make_trainer(callbacks=made, accumulate_grad_batches=3, max_epochs=2).fit(module, loader)
         return module.batches, torch.stack(module.path)
 
-    made = {"rescore": lambda: RescoreSamples(0.5, probe()), "minirec": lambda: minirec(1.0, curriculum="shuffled")}
+    made = {
+        "rescore": lambda: RescoreSamples(0.5, probe()),
+        "minirec": lambda: minirec(1.0, curriculum="shuffled"),
+        "all picked": lambda: minirec(N, curriculum="shuffled"),
+    }
     batches, path = run([made[callbacks]()])
     plain_batches, plain_path = run([])
     assert batches == plain_batches
