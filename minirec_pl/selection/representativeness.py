@@ -9,7 +9,7 @@ from minirec_pl.errors import InputError
 from minirec_pl.selection.learnability import min_max
 from minirec_pl.selection.signals import Array
 
-_ROWS = 16_384  # rows turned to float64 at a time
+_BLOCK = 2**19  # numbers turned to float64 at a time: 4 MiB, which stay in a processor's cache
 
 
 def representativeness(gradients: Array, *, fresh: Array | None = None, normalize: bool = True) -> Tensor:
@@ -36,12 +36,13 @@ def representativeness(gradients: Array, *, fresh: Array | None = None, normaliz
     if in_mean.shape != (len(u),):
         raise InputError(f"fresh must have the shape [{len(u)}], a flag per gradient, not {list(in_mean.shape)}.")
 
+    step = max(1, (_BLOCK if u.device.type == "cpu" else 64 * _BLOCK) // u.shape[1])
     total = torch.zeros(u.shape[1], dtype=torch.float64, device=u.device)
     scale = torch.zeros(len(u), dtype=torch.float64, device=u.device)
-    for start in range(0, len(u), _ROWS):
-        rows = slice(start, start + _ROWS)
+    for start in range(0, len(u), step):
+        rows = slice(start, start + step)
         block = u[rows].double()
-        scale[rows] = block.abs().amax(dim=1)
+        scale[rows] = torch.linalg.vector_norm(block, ord=torch.inf, dim=1)
         used = in_mean[rows]
         total += (block if used.all() else block[used.to(u.device)]).sum(dim=0)
     bad = ~torch.isfinite(scale)
@@ -53,8 +54,8 @@ def representativeness(gradients: Array, *, fresh: Array | None = None, normaliz
     if total.abs().amax() > 1e-12 * peak:
         direction = torch.nn.functional.normalize(total / total.abs().amax(), dim=0)
         safe = scale.where(scale > 0, torch.ones_like(scale))
-        for start in range(0, len(u), _ROWS):
-            rows = slice(start, start + _ROWS)
+        for start in range(0, len(u), step):
+            rows = slice(start, start + step)
             block = u[rows].double() / safe[rows, None]  # so that the norm of a tiny gradient does not underflow
             norm = torch.linalg.vector_norm(block, dim=1)
             cosine[rows] = (block @ direction) / norm.where(norm > 0, torch.ones_like(norm))
