@@ -1,7 +1,9 @@
 """Every key of workspace and report is logged by a real fit; both are built without a network."""
 
 import json
+import os
 import socket
+import subprocess
 import sys
 
 import pytest
@@ -143,9 +145,15 @@ def test_without_a_login(stranger, capsys):
 
 
 @pytest.mark.slow
-def test_without_a_network(stranger, monkeypatch, capsys):
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
-    assert main(GO) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+def test_without_a_network(tmp_path):
+    nobody = {
+        "WANDB_API_KEY": "0123456789" * 4,
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "NETRC": str(tmp_path / "netrc"),
+    }
+    command = [sys.executable, "-m", "minirec_pl", *GO]
+    done = subprocess.run(command, env=os.environ | nobody, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    error = done.stderr.splitlines()[-1]
     assert error.startswith("minirec: error: W&B did not answer as it should (")
     assert error.endswith("check the network, `wandb login`, and that you may write to me/minirec")
