@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minirec_pl.data.sampler import REPEATED
+from minirec_pl.data.loader import REPEATED
 from minirec_pl.grpo import flat_groups
 from minirec_pl.selection.signals import SampleSignals
 

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from minirec_pl.collect import RolloutCollector
-from minirec_pl.data.sampler import GENERATION, GenerationSchedule, in_hand
+from minirec_pl.data.loader import GENERATION, GenerationSchedule, in_hand
 from minirec_pl.errors import InputError
 from minirec_pl.generation import Generation, RolloutBatch, figures_of, signals_of
 from minirec_pl.gradients import GradientKind, GradientSpace
@@ -184,7 +184,7 @@ class GRPORecModule(RecModule):
 
     @property
     def generation_schedule(self) -> GenerationSchedule:
-        """How the training loader serves the batches: see `minirec_pl.data.sampler.ResumableLoader`."""
+        """How the training loader serves the batches: see `minirec_pl.data.loader.ResumableLoader`."""
         steps = self.steps_per_generation or self.trainer.accumulate_grad_batches
         return GenerationSchedule(steps, self.num_iterations, self.oversample or 1.0)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from minirec_pl.data.sampler import GenerationSchedule
+from minirec_pl.data.loader import GenerationSchedule
 from minirec_pl.errors import InputError
 from minirec_pl.policy import RetrievalPolicy
 from minirec_pl.reward_calls import reward_name

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 from minirec_pl.data.assemble import Report, Source
 from minirec_pl.data.batches import Batch, SampleDataset, identity
 from minirec_pl.data.columns import Columns
-from minirec_pl.data.sampler import CurriculumSampler, GenerationSchedule, OrderedSampler, ResumableLoader, world
+from minirec_pl.data.loader import GenerationSchedule, ResumableLoader
+from minirec_pl.data.sampler import CurriculumSampler, OrderedSampler, world
 from minirec_pl.data.samples import Catalogue, IntArray, SampleTable, TimeSplit, digest
 from minirec_pl.data.sequences import SequenceTable, WarmSequenceDataset
 from minirec_pl.data.sources import AtomicFiles

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from minirec_pl.data.sampler import CurriculumSampler, ResumableLoader
+from minirec_pl.data.loader import ResumableLoader
+from minirec_pl.data.sampler import CurriculumSampler
 from minirec_pl.data.samples import IntArray
 from minirec_pl.errors import InputError
 from minirec_pl.random_state import restore_random_state

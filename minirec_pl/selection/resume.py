@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from minirec_pl.data.install import validation_is_due
-from minirec_pl.data.sampler import in_hand
+from minirec_pl.data.loader import in_hand
 from minirec_pl.random_state import random_state, restore_random_state
 
 if TYPE_CHECKING:

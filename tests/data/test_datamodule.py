@@ -7,7 +7,8 @@ import torch
 from toy_data import known_before, random_rows, write_dataset
 
 from minirec_pl.data.datamodule import RecDataModule
-from minirec_pl.data.sampler import CurriculumSampler, ResumableLoader
+from minirec_pl.data.loader import ResumableLoader
+from minirec_pl.data.sampler import CurriculumSampler
 from minirec_pl.data.warm import WarmChunkSampler
 from minirec_pl.errors import InputError
 

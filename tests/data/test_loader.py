@@ -11,7 +11,8 @@ from toy_data import random_rows, write_dataset
 
 from minirec_pl.data.batches import identity
 from minirec_pl.data.datamodule import RecDataModule
-from minirec_pl.data.sampler import CurriculumSampler, ResumableLoader
+from minirec_pl.data.loader import ResumableLoader
+from minirec_pl.data.sampler import CurriculumSampler
 from minirec_pl.errors import InputError
 
 pytestmark = [
