@@ -1,5 +1,7 @@
 """A checkpoint saved on an error inside `training_step`: the batch in hand is trained on when the run goes on."""
 
+import contextlib
+
 import pytest
 import torch
 from foreign import Classifier, loader_of
@@ -39,6 +41,13 @@ def keep(folder):
     return ModelCheckpoint(folder, save_on_exception=True, every_n_train_steps=10**6)
 
 
+def three_runs(fit, at, folder):
+    """One never stopped, one that fails, and the one that goes on from there."""
+    whole, broken = fit(), fit(at, [keep(folder)])
+    (path,) = folder.glob("*.ckpt")
+    return whole, broken, fit(ckpt_path=path)
+
+
 @pytest.mark.parametrize(  # an epoch of 30 samples has four batches
     ("at", "accumulate", "workers"), [((0, 2), 1, 0), ((1, 0), 3, 0), ((1, 1), 3, 2), ((1, 3), 1, 0), ((2, 3), 3, 0)]
 )
@@ -54,16 +63,11 @@ def test_it_goes_on_with_the_very_batch(make_trainer, tmp_path, at, accumulate, 
             accumulate_grad_batches=accumulate,
             enable_checkpointing=bool(extra),
         )
-        try:
+        with contextlib.nullcontext() if at is None else pytest.raises(RuntimeError, match="out of luck"):
             trainer.fit(module, loader_of(shuffle=True, num_workers=workers), ckpt_path=ckpt_path)
-        except RuntimeError:
-            assert at is not None
         return module
 
-    whole = fit()
-    broken = fit(at, [keep(tmp_path)])
-    (path,) = tmp_path.glob("*.ckpt")
-    resumed = fit(ckpt_path=path)
+    whole, broken, resumed = three_runs(fit, at, tmp_path)
     assert broken.batches + resumed.batches == whole.batches
     assert torch.equal(resumed.path[-1], whole.path[-1])
 
@@ -81,16 +85,11 @@ def test_rollouts_in_hand_are_used(make_trainer, tmp_path, toy_data, tiny_policy
         module.at = at
         selector = MiniRecSelector(gate=(-1.0, 2.0), difficulty="pass_at_group")
         trainer = make_trainer(callbacks=[MiniRec(40, selector=selector), *extra], enable_checkpointing=bool(extra))
-        try:
+        with contextlib.nullcontext() if at is None else pytest.raises(RuntimeError, match="out of luck"):
             trainer.fit(module, toy_data(), ckpt_path=ckpt_path)
-        except RuntimeError:
-            assert at is not None
         return module
 
-    whole = fit()
-    broken = fit(at, [keep(tmp_path)])
-    (path,) = tmp_path.glob("*.ckpt")
-    resumed = fit(ckpt_path=path)
+    whole, broken, resumed = three_runs(fit, at, tmp_path)
     assert [len(ids) for _, ids in broken.met + resumed.met] == [len(ids) for _, ids in whole.met]
     trained, since = broken.met + resumed.met, at[0] == 0  # new rollouts in epoch 0 make another plan for epoch 1
     for epoch in range(2 - since):
