@@ -4,7 +4,9 @@
 
 The seconds of training are those of a full epoch without the callback (the first batch's start to the last one's end,
 median of the epochs); those of the callback all that its hooks take up to the end of the last epoch, less the passes
-that score, by the number of epochs. What is written once when the run ends is told apart.
+that score, by the number of epochs. What is done once a run is told apart: the hash of the weights that were scored
+with, and the files and the picture at the end. The kinds of run take turns, so that a share is one of neighbours in
+time; each figure is the median of the rounds.
 """
 
 from __future__ import annotations
@@ -86,7 +88,12 @@ def run(callback: MiniRec | None, options: argparse.Namespace, logged: bool = Fa
     for name in (*EACH, *ONCE) if callback is not None else ():
         setattr(callback, name, partial(timed, function=getattr(callback, name), name=name))
     measure = partial(timed, function=session.measure, name="scoring")
-    with tempfile.TemporaryDirectory() as folder, patch.object(session, "measure", measure):
+    hashing = partial(timed, function=session.fingerprints_of, name="hashing")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.object(session, "measure", measure),
+        patch.object(session, "fingerprints_of", hashing),
+    ):
         others: list[Callback] = [clock, ModelCheckpoint()] if logged else [clock]
         trainer = Trainer(
             max_epochs=options.epochs,
@@ -105,10 +112,10 @@ def run(callback: MiniRec | None, options: argparse.Namespace, logged: bool = Fa
         selecting = session.session_of(trainer).cost.seconds["selection"]
     return {
         "training": median(clock.epochs),
-        "callback": (sum(spent[name] for name in EACH) - spent["scoring"]) / options.epochs,
+        "callback": (sum(spent[name] for name in EACH) - spent["scoring"] - spent["hashing"]) / options.epochs,
         "of_it_selector": selecting / options.epochs,
         "scoring": spent["scoring"] / options.epochs,
-        "once_at_the_end": sum(spent[name] for name in ONCE),
+        "once_a_run": sum(spent[name] for name in ONCE) + spent["hashing"],
         "fit": total / options.epochs,
     }
 
@@ -117,6 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pool", type=int, default=10_000)
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--width", type=int, default=2048, help="hidden units of the trained network")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -130,15 +138,22 @@ def main() -> None:
         "budget 0.1": lambda: run(tenth(), options),
         "budget 0.1, logger and checkpoints": lambda: run(tenth(), options, logged=True),
     }
-    result = {name: make() for name, make in kinds.items()}
-    full = result["without"]["training"]
-    for name, found in result.items():
-        found["share_of_full_epoch"] = found["callback"] / full
-        found["share_of_own_epoch"] = found["callback"] / found["training"]
-        print(f"{name:34} " + "  ".join(f"{key} {value:.4f}" for key, value in found.items()))
+    rounds: list[dict[str, dict[str, float]]] = []
+    for _ in range(options.rounds):
+        found = {name: make() for name, make in kinds.items()}
+        for figures in found.values():
+            figures["share_of_full_epoch"] = figures["callback"] / found["without"]["training"]
+            figures["share_of_own_epoch"] = figures["callback"] / figures["training"]
+        rounds.append(found)
+    result = {name: {key: median(found[name][key] for found in rounds) for key in rounds[0][name]} for name in kinds}
+    for name, figures in result.items():
+        print(f"{name:34} " + "  ".join(f"{key} {value:.4f}" for key, value in figures.items()))
     print(f"2 % of a full epoch holds from {result['budget 0.1']['callback'] / 0.02:.1f} s of training an epoch on")
     if options.json:
-        options.json.write_text(json.dumps({"pool": options.pool, "width": options.width, **result}, indent=2) + "\n")
+        options.json.write_text(
+            json.dumps({"pool": options.pool, "width": options.width, "rounds": options.rounds, **result}, indent=2)
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

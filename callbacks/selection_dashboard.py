@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from lightning.pytorch import Callback
 
 from minirec_pl.cost import Cost
-from minirec_pl.dashboard import LEDGER, PLAN
-from minirec_pl.dashboard_rows import phases, table_rows, term_histograms, totals
+from minirec_pl.dashboard_rows import phases, term_histograms, totals, wandb_row
 from minirec_pl.errors import InputError
-from minirec_pl.selection.run_files import plan_of
 from minirec_pl.selection.session import session_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-
-    from minirec_pl.selection.session import SelectionSession
 
 STEP_METRICS = {  # what W&B plots them over by default
     "cost/tokens": ("val/ndcg@10", "val/hit_rate@10", "val/mrr", "val/coverage@10"),
@@ -45,11 +40,7 @@ class SelectionDashboard(Callback):
     TERM is difficulty, learnability, representativeness or novelty; one that the selector does not know is left out.
     Costs are running totals of the first rank, of a module with a `cost`, as ours have; of another none is logged.
 
-    The selection's own callbacks log, to all loggers: `cost/scoring_seconds`, `cost/selection_seconds`,
-    `selection/size`, `selection/pool`, `selection/scored`, `selection/reward_mean`, `selection/share_near_zero`,
-    `selection/learnability_near_zero`, `selection/learnability_weight`, `selection/novelty_share`,
-    `selection/coverage/NAME`, `selection/overlap`, `selection/trained_reward`, `selection/trained_share_mixed`,
-    `curriculum/length` and `curriculum/n_folds`.
+    What the selection's own callbacks log, to all loggers, is in docs/metrics.md.
 
     W&B plots the validation over `cost/tokens` and the rewards over `cost/rollouts` unless told otherwise; every row
     that holds them holds all three costs. Other loggers take no tables: the ledger is the `ledger.parquet` of the run
@@ -126,22 +117,7 @@ class SelectionDashboard(Callback):
             for name, (values, edges) in histograms.items():
                 experiment.add_histogram(name, values, session.step(trainer), bins=edges)
         for experiment in runs:
-            self._show_wandb(experiment, session, histograms if new else None, session.step(trainer))
-
-    def _show_wandb(self, experiment: Any, session: SelectionSession, histograms: Any, step: int) -> None:
-        import wandb
-
-        from minirec_pl.wandb_table import FrameTable
-
-        row: dict[str, Any] = {"epoch": session.plan_epoch, "trainer/global_step": step}
-        if histograms is not None:
-            assert session.ledger is not None
-            row[LEDGER] = FrameTable(table_rows(session.ledger.table, self.max_rows), LEDGER)
-            for name, (values, edges) in histograms.items():
-                row[name] = wandb.Histogram(np_histogram=np.histogram(values, edges))
-        if session.plan:
-            row[PLAN] = FrameTable(plan_of(session).drop(columns="epoch"), PLAN)
-        experiment.log(row)
+            experiment.log(wandb_row(session, histograms if new else None, session.step(trainer), self.max_rows))
 
 
 def _cost(module: LightningModule) -> Cost | None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from minirec_pl.cost import Cost
-from minirec_pl.dashboard import TERMS
+from minirec_pl.dashboard import LEDGER, PLAN, TERMS
+from minirec_pl.selection.run_files import plan_of
+
+if TYPE_CHECKING:
+    from minirec_pl.selection.session import SelectionSession
 
 Floats: TypeAlias = npt.NDArray[np.float64]
+Histograms: TypeAlias = dict[str, tuple[Floats, Floats]]
 GROUPS = ("pool", "picks")
 _BINS = 40
 
@@ -32,7 +37,7 @@ def phases(cost: Cost) -> dict[str, float]:
     }
 
 
-def term_histograms(table: pd.DataFrame, selected: Sequence[int]) -> dict[str, tuple[Floats, Floats]]:
+def term_histograms(table: pd.DataFrame, selected: Sequence[int]) -> Histograms:
     """The known values of each term of a ledger, of the pool and of the picks, and the edges of the pool's bins.
 
     Args:
@@ -60,3 +65,27 @@ def table_rows(table: pd.DataFrame, most: int) -> pd.DataFrame:
     others, n_others = np.flatnonzero(np.isinf(rank)), most - len(picks)
     kept = others[np.arange(n_others) * len(others) // max(1, n_others)]
     return table.iloc[np.sort(np.concatenate([picks, kept]))]
+
+
+def wandb_row(session: SelectionSession, histograms: Histograms | None, step: int, max_rows: int) -> dict[str, Any]:
+    """What W&B is given of a plan, and of the selection before it if that is new.
+
+    Args:
+        session: with a plan, and with a ledger if there are histograms.
+        histograms: of a new selection, see `term_histograms`; None if it was shown before.
+        step: optimizer steps so far.
+        max_rows: of the ledger's table.
+    """
+    import wandb
+
+    from minirec_pl.wandb_table import FrameTable
+
+    row: dict[str, Any] = {"epoch": session.plan_epoch, "trainer/global_step": step}
+    if histograms is not None:
+        assert session.ledger is not None
+        row[LEDGER] = FrameTable(table_rows(session.ledger.table, max_rows), LEDGER)
+        for name, (values, edges) in histograms.items():
+            row[name] = wandb.Histogram(np_histogram=np.histogram(values, edges))
+    if session.plan:
+        row[PLAN] = FrameTable(plan_of(session).drop(columns="epoch"), PLAN)
+    return row

@@ -70,8 +70,9 @@ class ForeignSampler(CurriculumSampler):
     def __iter__(self) -> Iterator[int]:
         self.drawn = drawn = []
         if self._plan is None and self.num_replicas == 1 and not isinstance(self.own, DistributedSampler):
+            sample_ids = self.sample_ids.tolist()
             for row in self.own:
-                drawn.append(int(self.sample_ids[row]))
+                drawn.append(sample_ids[row])
                 yield row
             return
         ids = list(super().__iter__())

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from minirec_pl.errors import InputError
-from minirec_pl.selection.lazy_greedy import LazyGreedy, distance_of, slack_of
+from minirec_pl.selection.lazy_greedy import LazyGreedy, cosine_of, distance_of, slack_of
 from minirec_pl.selection.signals import Array, as_ids
 from minirec_pl.selection.unit_rows import PICKS, Floats, Ints, UnitRows, as_matrix, full_precision
 
@@ -154,7 +154,7 @@ def nearest_pick(
                 cosine = here @ unit.take(picked[first : first + PICKS]).T
                 near = cosine.amax(dim=1, keepdim=True)
                 place = (cosine >= near - slack).byte().argmax(dim=1).cpu().numpy()
-                gap = distance_of(near[:, 0], slack)
+                gap = distance_of(cosine_of(near[:, 0], slack))
                 closer = gap < distance[block] - slack
                 distance[block][closer], position[block][closer] = gap[closer], first + place[closer]
     return NearestPick(torch.from_numpy(position), torch.from_numpy(distance))

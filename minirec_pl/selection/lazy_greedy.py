@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from minirec_pl.selection.unit_rows import PICKS, Floats, Ints, UnitRows
 
+Cosines: TypeAlias = npt.NDArray[np.floating[Any]]
+
 _CANDIDATES = 2**20  # numbers in the block of candidates: 4 MiB of float32
 _FEWEST, _MOST = 512, 4096  # candidates
-_COLUMNS = 128  # candidates likely to be picked next, in one product
+_FEW = 128  # candidates of the highest values, which are compared with each other
 _SLACK = {torch.float64: 1e-12, torch.float32: 1e-6}  # distances this close are equal: rounding of the products
 
 
@@ -48,7 +53,7 @@ class LazyGreedy:
         self._margin = self._slack * score
         self._set = chosen
         self._seen = np.zeros(len(score), dtype=np.int32)
-        self._distance = np.full(len(score), 2.0)
+        self._near = torch.full((len(score),), -1.0, dtype=unit.dtype).numpy()  # cosine to the nearest pick
         self._bound = 2.0 * score
         self._width = min(max(_CANDIDATES // max(unit.columns, 1), _FEWEST), _MOST)
         if not len(self._set):
@@ -128,8 +133,8 @@ class LazyGreedy:
                 stop = min(start + PICKS, done)
                 behind = block[: int(np.searchsorted(self._seen[block], stop))]
                 near = (unit[: len(behind)] @ self._unit.take(self._set[start:stop]).T).amax(dim=1)
-                self._distance[behind] = np.minimum(self._distance[behind], distance_of(near, self._slack))
-                self._bound[behind] = self._distance[behind] * self._score[behind]
+                self._near[behind] = np.maximum(self._near[behind], cosine_of(near, self._slack))
+                self._bound[behind] = distance_of(self._near[behind]) * self._score[behind]
                 self._seen[behind] = stop
                 alive = np.flatnonzero(self._bound[block] > floor)
                 if 2 * len(alive) < len(block):
@@ -139,6 +144,8 @@ class LazyGreedy:
     def _pick_among(self, rows: Ints, k: int, *, rival: float = -np.inf, level: float | None = None) -> None:
         """Picks among exact rows, ascending, while no other row can win.
 
+        A few rows of the highest values are compared with each other, and all with the picks among those at once.
+
         Args:
             rows: The candidates.
             k: Picks in all.
@@ -147,46 +154,62 @@ class LazyGreedy:
                 all; other rows that have it come later than the candidates.
         """
         unit = self._unit.take(rows)
-        distance, score, margin = self._distance[rows], self._score[rows], self._margin[rows]
+        near, score, margin, value = self._near[rows], self._score[rows], self._margin[rows], self._bound[rows]
+        while len(self.picks) < k and len(rows):
+            upper = value + margin
+            best = float(value.max()) if level is None else level
+            if best <= rival or upper.max() < best:
+                break
+            tied = np.flatnonzero(upper >= best)[:_FEW]
+            few = np.sort(np.argpartition(value, -_FEW)[-_FEW:]) if len(rows) > _FEW else np.arange(len(rows))
+            upper[few] = -np.inf
+            other, tie = max(rival, float(upper.max())), None
+            if level is not None or other >= best:
+                few, other, tie = tied, -np.inf, best
+            picked = self._pick_few(rows[few], unit[few], k, rival=other, level=tie, near=near[few], score=score[few])
+            chosen = few[picked]
+            np.maximum(near, cosine_of((unit @ unit[chosen].T).amax(dim=1), self._slack), out=near)
+            near[chosen], score[chosen] = np.inf, 1.0  # closes the rows
+            value = distance_of(near) * score
+            self._near[rows], self._bound[rows] = near, value
+            self._set = np.concatenate([self._set, rows[chosen]])
+            self._seen[rows] = len(self._set)
+            alive = np.flatnonzero(value + margin > rival)
+            if 4 * len(alive) < 3 * len(rows):
+                rows, unit, near, score = rows[alive], unit[alive], near[alive], score[alive]
+                margin, value = margin[alive], value[alive]
+
+    def _pick_few(
+        self, rows: Ints, unit: torch.Tensor, k: int, *, rival: float, level: float | None, near: Cosines, score: Floats
+    ) -> list[int]:
+        """Picks among few exact rows as `_pick_among` does; returns their places in `rows`."""
+        away = distance_of(cosine_of(unit @ unit.T, self._slack))
+        margin, distance = self._margin[rows], distance_of(near)
         value, widest = distance * score, float(margin.max())
-        cosine: dict[int, torch.Tensor] = {}
-        chosen: list[int] = []
-        while len(self.picks) < k:
+        picked: list[int] = []
+        while len(self.picks) + len(picked) < k:
             place = int(value.argmax())
             best = float(value[place]) if level is None else level
             if best <= rival or value[place] + margin[place] < best:
                 break
-            if level is not None or (place and value[:place].max() + widest >= best):
+            if level is not None or (place and value[value[:place].argmax()] + widest >= best):
                 place = int((value + margin >= best).argmax())
-            if place not in cosine:
-                alive = np.flatnonzero(value + margin > rival)
-                if 4 * len(alive) < 3 * len(rows):
-                    self._leave(rows, distance, value, chosen)
-                    rows, distance, score = rows[alive], distance[alive], score[alive]
-                    margin, value = margin[alive], value[alive]
-                    unit, chosen, cosine = unit.index_select(0, torch.from_numpy(alive).to(unit.device)), [], {}
-                    continue
-                likely = np.flatnonzero(value > -np.inf)
-                if len(likely) > _COLUMNS:
-                    likely = likely[np.argpartition(value[likely], -_COLUMNS)[-_COLUMNS:]]
-                likely = np.array(sorted({place, *likely.tolist()} - cosine.keys()))
-                near = unit.index_select(0, torch.from_numpy(likely).to(unit.device)) @ unit.T
-                cosine.update(zip(likely.tolist(), near.cpu(), strict=True))
-            self.picks.append(int(rows[place]))
+            picked.append(place)
             self.novelty.append(float(distance[place]))
-            chosen.append(place)
-            np.minimum(distance, distance_of(cosine[place], self._slack), out=distance)
-            distance[place], score[place] = -np.inf, 1.0  # closes the row
+            np.minimum(distance, away[place], out=distance)
+            distance[place], score[place] = -np.inf, 1.0
             np.multiply(distance, score, out=value)
-        self._leave(rows, distance, value, chosen)
-
-    def _leave(self, rows: Ints, distance: Floats, value: Floats, chosen: list[int]) -> None:
-        """Writes down what is known of rows after the picks at these places among them."""
-        self._set = np.concatenate([self._set, rows[chosen]])
-        self._distance[rows], self._bound[rows], self._seen[rows] = distance, value, len(self._set)
+        self.picks += rows[picked].tolist()
+        return picked
 
 
-def distance_of(cosine: torch.Tensor, slack: float) -> Floats:
-    """1 - cosine in float64 on the CPU, 0 where rounding cannot tell it from 0."""
-    distance: Floats = np.subtract(1.0, cosine.cpu().numpy(), dtype=np.float64)
-    return np.where(distance < slack, 0.0, distance)
+def cosine_of(product: torch.Tensor, slack: float) -> Cosines:
+    """Products of rows of length 1, on the CPU; 1 where rounding cannot tell it from 1."""
+    found: Cosines = product.cpu().numpy()
+    found[found > 1.0 - slack] = 1.0
+    return found
+
+
+def distance_of(cosine: Cosines, out: Floats | None = None) -> Floats:
+    """1 - cosine in float64."""
+    return np.subtract(1.0, cosine, dtype=np.float64, out=out)

@@ -52,7 +52,7 @@ def shrink(monkeypatch, candidates: int, picks: int, columns: int, block: int) -
         (lazy_greedy, "_MOST", candidates),
         (lazy_greedy, "PICKS", picks),
         (unit_rows, "PICKS", picks),
-        (lazy_greedy, "_COLUMNS", columns),
+        (lazy_greedy, "_FEW", columns),
         (unit_rows, "_BLOCK", block),
     ):
         monkeypatch.setattr(module, name, size)
