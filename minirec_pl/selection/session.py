@@ -242,7 +242,7 @@ class SelectionSession:
         Returns:
             float64 [n], NaN where nothing is known.
         """
-        view = self.store.read(sample_ids)
+        view = self.store.read(sample_ids, vectors=False)
         if self.ledger is not None and not self.scored and bool((view.n_rollouts == 0).all()):
             rows = self.ledger.rows(list(sample_ids))
             known = rows["reward_mean"].where(rows["n_rollouts"] > 0, rows["difficulty"])

@@ -187,11 +187,12 @@ class SignalStore:
         """
         return self._data[name].clone()
 
-    def read(self, sample_ids: Array | Sequence[int]) -> Signals:
+    def read(self, sample_ids: Array | Sequence[int], *, vectors: bool = True) -> Signals:
         """What is known of some samples; every gradient counts as fresh.
 
         Args:
             sample_ids: [n], in the pool.
+            vectors: False leaves out gradients and embeddings.
 
         Returns:
             A `Signals` of n rows in this order, on copies.
@@ -200,7 +201,7 @@ class SignalStore:
             InputError: If a sample is not in the pool.
         """
         rows = self._rows(as_ids(sample_ids))
-        return self._signals(self._data["gradient_epoch"] >= 0, rows)
+        return self._signals(self._data["gradient_epoch"] >= 0, rows, vectors=vectors)
 
     def pool_view(self, epoch: int, max_age: int = 1) -> Signals:
         """What is known of the whole pool, ascending by sample_id, for a selector to read.
@@ -219,7 +220,7 @@ class SignalStore:
         self._lent = "embedding" in self._data
         return self._signals(measured >= max(oldest, 0))
 
-    def _signals(self, fresh: Tensor, rows: Tensor | None = None) -> Signals:
+    def _signals(self, fresh: Tensor, rows: Tensor | None = None, *, vectors: bool = True) -> Signals:
         data, solve, alignment = self._data, self._data["solve_probability"], self._data["alignment"]
         known: dict[str, Tensor] = {
             "sample_id": self.sample_ids,
@@ -227,10 +228,10 @@ class SignalStore:
             **({} if bool(solve.isnan().all()) else {"solve_probability": solve}),
             **({} if bool(alignment.isnan().all()) else {"alignment": alignment}),
         }
-        if "gradient" in data:
+        if vectors and "gradient" in data:
             known |= {"gradient": data["gradient"], "gradient_known": data["gradient_epoch"] >= 0}
             known["gradient_fresh"] = fresh
-        if "embedding" in data:
+        if vectors and "embedding" in data:
             known |= {"embedding": data["embedding"], "embedding_known": data["embedding_epoch"] >= 0}
         return Signals(**(known if rows is None else {name: value[rows] for name, value in known.items()}))
 
