@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import time
+import warnings
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -96,6 +98,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--epochs", type=int, default=20, help="epochs of each run")
     parser.add_argument("--json", type=Path, help="file to write the result to")
     options = parser.parse_args(args)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 on newer PyTorch
 
     def average(kind: str, budget: float) -> dict[str, float]:
         rows = []
