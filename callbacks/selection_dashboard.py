@@ -40,7 +40,7 @@ class SelectionDashboard(Callback):
     TERM is difficulty, learnability, representativeness or novelty; one that the selector does not know is left out.
     Costs are running totals of the first rank, of a module with a `cost`, as ours have; of another none is logged.
 
-    What the selection's own callbacks log, to all loggers, is in docs/metrics.md.
+    What the selection's own callbacks log, to all loggers, is on the documentation's page Metrics.
 
     W&B plots the validation over `cost/tokens` and the rewards over `cost/rollouts` unless told otherwise; every row
     that holds them holds all three costs. Other loggers take no tables: the ledger is the `ledger.parquet` of the run

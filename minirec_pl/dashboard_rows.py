@@ -71,7 +71,7 @@ def wandb_row(session: SelectionSession, histograms: Histograms | None, step: in
     """What W&B is given of a plan, and of the selection before it if that is new.
 
     Args:
-        session: with a plan, and with a ledger if there are histograms.
+        session: that has planned an epoch; it has a ledger if there are histograms.
         histograms: of a new selection, see `term_histograms`; None if it was shown before.
         step: optimizer steps so far.
         max_rows: of the ledger's table.

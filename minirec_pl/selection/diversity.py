@@ -56,8 +56,9 @@ def maxmin_select(
     (1 - cos(e_x, e_s)) (MiniRec, arXiv 2602.04278); the first is argmax(score). The first k picks of a larger selection
     are the selection of size k. A zero embedding has the cosine 0, so the distance 1, to every row.
 
-    Ties go to the smaller row. Distances that differ by less than rounding does, 1e-6 in float32 and 1e-12 in float64,
-    are tied; so a pick is worth the highest value of its step less at most 1e-6 (1e-12) of its score.
+    Ties go to the smaller row. Distances that differ by no more than rounding may, about 1e-6 in float32 and 1e-12 in
+    float64, are tied, and smaller ones are 0; so a pick is worth the highest value of its step less at most about that
+    share of the larger score of the two.
 
     The embeddings are read in blocks and never copied whole, so they may be a `numpy.memmap` larger than memory; beside
     them some numbers a row are held. Distances only shrink while S grows, so an old value bounds the present one,

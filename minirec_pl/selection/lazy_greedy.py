@@ -82,7 +82,7 @@ class LazyGreedy:
             self._pick_tied(best, k)
 
     def _candidates(self) -> Ints:
-        """Rows with exact values that are above the bound of every row that is not exact, ascending."""
+        """Rows with exact values that are above the bound of every other row, up to the slack, ascending."""
         n, width, done = len(self._score), self._width, len(self._set)
         size = width
         bounds = torch.from_numpy(self._bound)
@@ -150,15 +150,17 @@ class LazyGreedy:
             rows: The candidates.
             k: Picks in all.
             rival: Highest bound of the other rows, slack included; picking goes on while the best is above it.
-            level: If given, picking goes on while a candidate has this value up to the slack, which is the highest of
-                all; other rows that have it come later than the candidates.
+            level: If given, the highest value of all. The smallest row that has it up to the slack is picked, and
+                picking goes on while a candidate has all of it; other rows that have it come after the candidates.
         """
         unit = self._unit.take(rows)
         near, score, margin, value = self._near[rows], self._score[rows], self._margin[rows], self._bound[rows]
+        before = len(self.picks)
         while len(self.picks) < k and len(rows):
             upper = value + margin
-            best = float(value.max()) if level is None else level
-            if best <= rival or upper.max() < best:
+            highest = float(value.max())
+            best = highest if level is None else level
+            if best <= rival or upper.max() < best or (len(self.picks) > before and highest < best):
                 break
             tied = np.flatnonzero(upper >= best)[:_FEW]
             few = np.sort(np.argpartition(value, -_FEW)[-_FEW:]) if len(rows) > _FEW else np.arange(len(rows))
@@ -182,7 +184,7 @@ class LazyGreedy:
     def _pick_few(
         self, rows: Ints, unit: torch.Tensor, k: int, *, rival: float, level: float | None, near: Cosines, score: Floats
     ) -> list[int]:
-        """Picks among few exact rows as `_pick_among` does; returns their places in `rows`."""
+        """Picks among few exact rows as `_pick_among` does, and overwrites `score`; returns their places in `rows`."""
         away = distance_of(cosine_of(unit @ unit.T, self._slack))
         margin, distance = self._margin[rows], distance_of(near)
         value, widest = distance * score, float(margin.max())
@@ -190,7 +192,7 @@ class LazyGreedy:
         while len(self.picks) + len(picked) < k:
             place = int(value.argmax())
             best = float(value[place]) if level is None else level
-            if best <= rival or value[place] + margin[place] < best:
+            if best <= rival or value[place] + margin[place] < best or (picked and value[place] < best):
                 break
             if level is not None or (place and value[value[:place].argmax()] + widest >= best):
                 place = int((value + margin >= best).argmax())
@@ -210,6 +212,6 @@ def cosine_of(product: torch.Tensor, slack: float) -> Cosines:
     return found
 
 
-def distance_of(cosine: Cosines, out: Floats | None = None) -> Floats:
+def distance_of(cosine: Cosines) -> Floats:
     """1 - cosine in float64."""
-    return np.subtract(1.0, cosine, dtype=np.float64, out=out)
+    return np.subtract(1.0, cosine, dtype=np.float64)

@@ -36,13 +36,13 @@ def representativeness(gradients: Array, *, fresh: Array | None = None, normaliz
     if in_mean.shape != (len(u),):
         raise InputError(f"fresh must have the shape [{len(u)}], a flag per gradient, not {list(in_mean.shape)}.")
 
-    step = max(1, (_BLOCK if u.device.type == "cpu" else 64 * _BLOCK) // u.shape[1])
+    step = max(1, (_BLOCK if u.device.type == "cpu" else 128 * _BLOCK) // u.shape[1])
     total = torch.zeros(u.shape[1], dtype=torch.float64, device=u.device)
     scale = torch.zeros(len(u), dtype=torch.float64, device=u.device)
     for start in range(0, len(u), step):
         rows = slice(start, start + step)
         block = u[rows].double()
-        scale[rows] = u[rows].abs().amax(dim=1).double()
+        scale[rows] = block.abs().amax(dim=1)
         used = in_mean[rows]
         total += (block if used.all() else block[used.to(u.device)]).sum(dim=0)
     bad = ~torch.isfinite(scale)

@@ -198,7 +198,7 @@ class SignalStore:
             A `Signals` of n rows in this order, on copies.
 
         Raises:
-            InputError: If a sample is not in the pool.
+            InputError: If a sample is not in the pool, or an id repeats.
         """
         rows = self._rows(as_ids(sample_ids))
         return self._signals(self._data["gradient_epoch"] >= 0, rows, vectors=vectors)

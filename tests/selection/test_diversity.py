@@ -46,13 +46,13 @@ def problems(draw):
     return embeddings, scores, draw(st.integers(1, n - len(initial))), initial
 
 
-def shrink(monkeypatch, candidates: int, picks: int, columns: int, block: int) -> None:
+def shrink(monkeypatch, candidates: int, picks: int, few: int, block: int) -> None:
     for module, name, size in (
         (lazy_greedy, "_FEWEST", candidates),
         (lazy_greedy, "_MOST", candidates),
         (lazy_greedy, "PICKS", picks),
         (unit_rows, "PICKS", picks),
-        (lazy_greedy, "_FEW", columns),
+        (lazy_greedy, "_FEW", few),
         (unit_rows, "_BLOCK", block),
     ):
         monkeypatch.setattr(module, name, size)
@@ -243,6 +243,16 @@ def test_continuing_equals_selecting_at_once():
     assert rest.indices.tolist() == whole.indices[20:].tolist()
     rest = maxmin_select(embeddings, scores, 40, initial=whole.indices[:20], pool=380)
     assert rest.indices.tolist() == whole.indices[20:].tolist()
+
+
+@pytest.mark.parametrize(("dtype", "slack"), [(np.float32, 1e-6), (np.float64, 1e-12)])
+def test_a_row_that_was_not_tied_with_a_covered_best_may_be_with_the_next(dtype, slack):
+    embeddings, scores = np.eye(200, dtype=dtype), np.full(200, 1 - 0.6 * slack)
+    scores[[0, 198, 199]] = 1 - 1.5 * slack, 1, 2
+    embeddings[198] = embeddings[1]  # the best of all, so long as row 1 is not picked
+    picked = maxmin_select(embeddings, scores, 6).indices.tolist()
+    assert picked == [199, 1, 0, 2, 3, 4]
+    assert maxmin_select(embeddings, scores, 4, initial=picked[:2]).indices.tolist() == picked[2:]
 
 
 def test_each_row_is_picked_once_when_k_is_n():

@@ -91,6 +91,13 @@ def test_vectors_and_probabilities_are_replaced_and_rows_without_are_marked():
     assert view.reward_mean.isnan().all()
 
 
+def test_reading_without_vectors_leaves_out_gradients_and_embeddings():
+    store = scored([10, 20], rewards=torch.tensor([[1.0], [0.0]]), gradient=torch.eye(2), embedding=torch.eye(2))
+    view = store.read([20, 10], vectors=False)
+    assert view.gradient is view.embedding is view.gradient_known is view.embedding_known is None
+    assert view.reward_mean.tolist() == [0.0, 1.0]
+
+
 def test_each_signal_has_its_own_age():
     store = scored([10], epoch=1, step=5, rewards=torch.ones(1, 2), embedding=torch.ones(1, 2))
     scored([10], store=store, epoch=4, step=9, source="train", rewards=torch.zeros(1, 2))
