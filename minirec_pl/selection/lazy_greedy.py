@@ -138,7 +138,7 @@ class LazyGreedy:
                 self._seen[behind] = stop
                 alive = np.flatnonzero(self._bound[block] > floor)
                 if 2 * len(alive) < len(block):
-                    block, unit = block[alive], unit.index_select(0, torch.from_numpy(alive).to(unit.device))
+                    block, unit = block[alive], unit[alive]
                 start = stop
 
     def _pick_among(self, rows: Ints, k: int, *, rival: float = -np.inf, level: float | None = None) -> None:
@@ -162,12 +162,10 @@ class LazyGreedy:
             best = highest if level is None else level
             if best <= rival or upper.max() < best or (len(self.picks) > before and highest < best):
                 break
-            tied = np.flatnonzero(upper >= best)[:_FEW]
             few = np.sort(np.argpartition(value, -_FEW)[-_FEW:]) if len(rows) > _FEW else np.arange(len(rows))
-            upper[few] = -np.inf
-            other, tie = max(rival, float(upper.max())), None
+            other, tie = max(rival, float(np.delete(upper, few).max(initial=-np.inf))), None
             if level is not None or other >= best:
-                few, other, tie = tied, -np.inf, best
+                few, other, tie = np.flatnonzero(upper >= best)[:_FEW], -np.inf, best
             picked = self._pick_few(rows[few], unit[few], k, rival=other, level=tie, near=near[few], score=score[few])
             chosen = few[picked]
             np.maximum(near, cosine_of((unit @ unit[chosen].T).amax(dim=1), self._slack), out=near)
