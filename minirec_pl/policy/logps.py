@@ -120,7 +120,7 @@ def _shared_states(
         width = max(1, int(fed[rows].sum(dim=1).max()))
         states = run_completions(prompt, sample[rows], tokens[rows, :width], fed[rows, :width])
         parts.append(torch.nn.functional.pad(states, (0, 0, 0, fed.shape[1] - width)))
-    rest = torch.cat(parts).index_select(0, torch.argsort(torch.cat(buckets))) if len(parts) > 1 else parts[0]
+    rest = torch.cat(parts).index_select(0, torch.argsort(torch.cat(buckets)))
     return torch.cat([first, rest], dim=1)
 
 
