@@ -81,7 +81,7 @@ def target_signals(
                 "gradient='hvp' needs a second backward pass through the model in the space 'lora': set gradient_space="
                 "'answer', or gradient='first'"
             )
-        return _on_parameters(policy, batch, steps, logp, trajectory if gradient == "trajectory" else None)
+        return _on_parameters(policy, batch, steps, logp, temperature, trajectory if gradient == "trajectory" else None)
     alignment = None
     if gradient == "trajectory":
         head = head_of(policy.model).weight
@@ -109,6 +109,7 @@ def target_steps(
         temperature: divides the logits.
     """
     trie, target, head = policy.trie, batch["target"], head_of(policy.model)
+    divisor, softcap = head.over(temperature)
     counts = trie.available_below(batch["seen"])
     low = torch.zeros_like(target)
     high = low + trie.n_items
@@ -119,7 +120,7 @@ def target_steps(
         allowed = trie.allowed_children(depth, low, high, counts)
         bias = None if head.bias is None else head.bias.detach().index_select(0, tokens)
         vectors = head.weight.detach().index_select(0, tokens)
-        steps.append(HeadStep(hidden, vectors, child, allowed, bias, temperature, softcap=head.softcap))
+        steps.append(HeadStep(hidden, vectors, child, allowed, bias, divisor, softcap=softcap))
         low, high = lows[child.clamp(min=0)], highs[child.clamp(min=0)]
     return steps
 
@@ -149,13 +150,14 @@ def _on_parameters(
     batch: Mapping[str, Tensor],
     steps: list[HeadStep],
     logp: Tensor,
+    temperature: float,
     trajectory: Trajectory | None,
 ) -> TargetSignals:
     trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
     if not trained:
         raise InputError("gradient_space='lora' is of the trainable parameters, and the policy has none: unfreeze some")
     moved = None if trajectory is None else trajectory.displacement(trained)
-    function = _TargetLogp(policy, steps[0].temperature)
+    function = _TargetLogp(policy, temperature)
 
     places = _places(function, trained)
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from minirec_pl.errors import InputError
 from minirec_pl.policy.kv_cache import branch_cache, join_prompts, recording_cache
-from minirec_pl.policy.rollout import Prompt
+from minirec_pl.policy.positions import PositionRules, position_rules
+from minirec_pl.policy.rollout import Prompt, check_probabilities, evaluation_mode
 
 _MAX_PADDING = 0.2  # of the tokens of a bucket
 _FEW_ROWS = 96
@@ -20,17 +24,19 @@ _LONG_HEAD = 2**14
 
 
 class Head(NamedTuple):
-    """The linear layer over the vocabulary, and what the model does to its product.
+    """The linear layer over the vocabulary, and what the model does to its product z.
 
     Attributes:
         weight: float [V, D].
         bias: float [V], or None.
-        softcap: c if the logits are c tanh(z / c) (Gemma 2), else None.
+        softcap: c if the logits are c tanh(s z / c) (Gemma 2), else None.
+        scale: s, above 0; the logits are s z without a softcap (Granite, Cohere).
     """
 
     weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
 
     def logits(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Logits of `states` [..., D] before any temperature: [..., V], or [..., n] of `tokens` int64 [n].
@@ -41,14 +47,22 @@ class Head(NamedTuple):
         if tokens is not None:
             weight, bias = weight.index_select(0, tokens), None if bias is None else bias.index_select(0, tokens)
         logits = _few_rows(states.to(weight.dtype), weight, bias)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return self._shaped(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+
+    def _shaped(self, product: Tensor) -> Tensor:
+        logits = product if self.scale == 1.0 else product * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def tiles(self, width: int) -> Iterator[tuple[Head, int]]:
         """Heads over `width` neighbouring entries of the vocabulary each, with the first entry's id."""
         for start in range(0, len(self.weight), width):
             part = slice(start, start + width)
-            yield Head(self.weight[part], None if self.bias is None else self.bias[part], self.softcap), start
+            bias = None if self.bias is None else self.bias[part]
+            yield Head(self.weight[part], bias, self.softcap, self.scale), start
+
+    def over(self, temperature: float) -> tuple[float, float | None]:
+        """(t, c) so that the logits divided by a temperature are c tanh(z / c) / t, or z / t where c is None."""
+        return temperature / self.scale, None if self.softcap is None else self.softcap / self.scale
 
 
 def _few_rows(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -65,11 +79,26 @@ def without_adapter_wrapper(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def decoder_of(model: Any) -> nn.Module:
+    """The transformer over text under the head of a causal language model, also inside peft or a composite model."""
+    causal = without_adapter_wrapper(model)
+    decoder: nn.Module = causal.base_model
+    if causal.config.get_text_config() is not causal.config:
+        decoder = causal.get_decoder()
+    while getattr(decoder, "base_model", decoder) is not decoder:
+        decoder = decoder.base_model  # type: ignore[assignment]
+    return decoder
+
+
 def head_of(model: Any) -> Head:
     """The head of a causal language model of transformers, also inside peft; see `body_of` on half precision.
 
+    What the model does to the product of its head is found out once, by a pass over states that are put in place of
+    those of the transformer.
+
     Raises:
-        InputError: if the model has no linear head, or a LoRA adapter sits on it.
+        InputError: if the model has no linear head, a LoRA adapter sits on it, or the logits are neither its product
+            nor that product scaled and capped as the model's config says.
     """
     causal = without_adapter_wrapper(model)
     layer = causal.get_output_embeddings()
@@ -77,14 +106,107 @@ def head_of(model: Any) -> Head:
         raise InputError(f"{type(causal).__name__} has no linear head over its vocabulary: take a causal model")
     if hasattr(layer, "lora_A"):
         raise InputError("a LoRA adapter on the head is not supported: leave lm_head out of target_modules")
-    softcap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
     weight, bias = layer.weight, getattr(layer, "bias", None)
+    coarse = weight.dtype.itemsize < 4
     if _lacks_arithmetic(weight):
-        return Head(weight.float(), None if bias is None else bias.float(), softcap)
-    return Head(weight, bias, softcap)
+        weight, bias = weight.float(), None if bias is None else bias.float()
+    if causal not in _SHAPES:
+        plain = Head(weight.detach(), None if bias is None else bias.detach())
+        _SHAPES[causal] = _shape_of(causal, plain, 3e-2 if coarse else 1e-4)
+    return Head(weight, bias, *_SHAPES[causal])
 
 
-def body_of(model: Any) -> Callable[..., Any]:
+_SHAPES: WeakKeyDictionary[nn.Module, tuple[float | None, float]] = WeakKeyDictionary()
+_PEAKS = (0.5, 5.0, 50.0, 500.0)  # largest product of each state that a head is tried with
+
+
+def _shape_of(causal: Any, head: Head, tolerance: float) -> tuple[float | None, float]:
+    """The softcap and the scale of a head, among those that the config may mean; `tolerance` is relative."""
+    name = type(causal).__name__
+    try:
+        states, logits = _logits_of_states(causal, head)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{name} cannot be a policy ({reason}): take a causal decoder such as llama") from error
+    if logits is not None and logits.shape[-1] == len(head.weight):
+        check_probabilities(logits)
+        for softcap, scale in _shapes(causal.config.get_text_config().to_dict()):
+            ours = head._replace(softcap=softcap, scale=scale).logits(states)
+            widest = torch.maximum(ours.abs().amax(dim=-1), logits.abs().amax(dim=-1))[:, None]
+            if bool(((ours - logits).abs() <= tolerance * widest).all()):
+                return softcap, scale
+    raise InputError(
+        f"{name} changes the states or the logits around its head in a way that is not known here: take another "
+        "model, such as llama"
+    )
+
+
+def _shapes(config: Mapping[str, Any]) -> list[tuple[float | None, float]]:
+    """(softcap, scale) that numbers of a config may mean, those that change something first."""
+    numbers = {key: float(value) for key, value in config.items() if type(value) in (int, float) and value > 0}
+    caps = [value for key, value in numbers.items() if "logit" in key and "cap" in key]
+    scales = [
+        scale
+        for key, value in numbers.items()
+        if "cap" not in key and any(part in key for part in ("logit", "lm_head", "output_multiplier"))
+        for scale in (value, 1.0 / value)
+    ]
+    return [(cap, scale) for cap in [*caps, None] for scale in [*scales, 1.0]]
+
+
+def _logits_of_states(causal: Any, head: Head) -> tuple[Tensor, Tensor | None]:
+    """States [n, D] whose products with the head are small to large, and what the model makes of them, [n, V]."""
+    numbers = torch.randn(len(_PEAKS), head.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    states = numbers.to(head.weight.device, torch.promote_types(head.weight.dtype, torch.float32))
+    largest = (states @ head.weight.to(states.dtype).T).abs().amax(dim=1, keepdim=True)
+    peaks = torch.tensor(_PEAKS, device=states.device, dtype=states.dtype)[:, None]
+    states = (states * peaks / largest.clamp(min=torch.finfo(states.dtype).tiny)).to(head.weight.dtype)
+    put: list[nn.Module] = []
+
+    def replace(module: nn.Module, args: Any, output: Any) -> Any:
+        put.append(module)
+        made = states[None].to(output[0].dtype)
+        if isinstance(output, tuple):
+            return (made, *output[1:])
+        output.last_hidden_state = made
+        return output
+
+    tokens = torch.arange(len(_PEAKS), device=states.device)[None] % len(head.weight)
+    places = {causal.base_model, decoder_of(causal), causal.get_decoder()}
+    hooks = [place.register_forward_hook(replace) for place in places if place is not causal]
+    try:
+        with evaluation_mode(causal):
+            given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+            logits: Tensor = run_widened(causal, **given, use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return states, logits[0].to(torch.promote_types(logits.dtype, torch.float32)) if put else None
+
+
+@dataclass(frozen=True)
+class Body:
+    """The transformer under a head; takes the keywords of its forward and returns a `last_hidden_state`.
+
+    Attributes:
+        run: the transformer's forward.
+        rules: of its positions, kept in every pass.
+        names: keywords that it takes; None for any.
+    """
+
+    run: Callable[..., Any]
+    rules: PositionRules
+    names: frozenset[str] | None = None
+
+    def __call__(self, **inputs: Any) -> Any:
+        """One pass."""
+        if self.names is not None and "position_ids" not in self.names:
+            inputs.pop("position_ids", None)  # its positions follow from the mask
+        with self.rules.each_row_by_itself():
+            return self.run(**inputs)
+
+
+def body_of(model: Any) -> Body:
     """The transformer under the head; takes the keywords of its forward and returns a `last_hidden_state`.
 
     Where the processor cannot compute in bfloat16, the weights are widened to float32, differentiably and for as long
@@ -94,10 +216,13 @@ def body_of(model: Any) -> Callable[..., Any]:
     Without gradient, LoRA adapters on layers that compute in float32 on a processor are added to the weights, which
     saves two products a layer; nothing is added on other devices, in half precision or under autocast, where it would
     be rounded. The result keeps the weights of now: ask for another one after an optimizer step.
+
+    In every pass a row's positions are those of its own length, see `PositionRules`.
     """
-    body: nn.Module = without_adapter_wrapper(model).base_model
+    body = decoder_of(model)
+    rules, names = position_rules(body), _keywords(body)
     if recomputes(body):
-        return body
+        return Body(body, rules, names)
     apart = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
     layers = {} if apart else _layers_to_merge(body)
     weights = {f"{name}.base_layer.weight": _merged_weight(layer) for name, layer in layers.items()}
@@ -105,13 +230,20 @@ def body_of(model: Any) -> Callable[..., Any]:
         if name not in weights and _lacks_arithmetic(parameter):
             weights[name] = parameter.float()
     if not weights:
-        return body
+        return Body(body, rules, names)
 
     def run(**inputs: Any) -> Any:
         with _base_alone(layers.values()):
             return torch.func.functional_call(body, weights, kwargs=inputs)
 
-    return run
+    return Body(run, rules, names)
+
+
+def _keywords(body: nn.Module) -> frozenset[str] | None:
+    parameters = inspect.signature(body.forward).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    return frozenset(parameters)
 
 
 def _layers_to_merge(body: nn.Module) -> dict[str, Any]:
@@ -182,7 +314,7 @@ def recomputes(body: nn.Module) -> bool:
 
 def same_in_training(model: Any) -> bool:
     """Whether a pass in training mode computes what one in evaluation mode does: nothing is dropped or recomputed."""
-    body: nn.Module = without_adapter_wrapper(model).base_model
+    body = decoder_of(model)
     dropping = any(
         isinstance(value, float) and value > 0 and (name == "p" or "drop" in name)
         for module in body.modules()
@@ -198,7 +330,7 @@ def cache_under_checkpointing(model: Any) -> Iterator[bool]:
     Yields:
         Whether a cache reaches every layer inside; if not, prompts cannot be shared in a pass with gradients.
     """
-    body = without_adapter_wrapper(model).base_model
+    body = decoder_of(model)
     if not recomputes(body):
         yield True
         return
@@ -220,11 +352,12 @@ def cache_under_checkpointing(model: Any) -> Iterator[bool]:
                 del layer._can_checkpoint_with_cache
 
 
-def length_buckets(lengths: Tensor) -> list[Tensor]:
+def length_buckets(lengths: Tensor, most_tokens: int | None = None) -> list[Tensor]:
     """Rows of similar length, so that little of a padded batch is padding.
 
     Args:
         lengths: int64 [n], tokens of each row.
+        most_tokens: of a bucket, padding included, unless a single row has more; None for any number.
 
     Returns:
         int64 [m] positions for each bucket, shortest rows first, ties in their order.
@@ -237,7 +370,9 @@ def length_buckets(lengths: Tensor) -> list[Tensor]:
     buckets: list[list[int]] = []
     total = 0
     for row, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        if not buckets or length * (len(buckets[-1]) + 1) * (1 - _MAX_PADDING) > total + length:
+        padded = length * (len(buckets[-1]) + 1) if buckets else 0
+        too_many = most_tokens is not None and padded > most_tokens
+        if not buckets or too_many or padded * (1 - _MAX_PADDING) > total + length:
             buckets.append([])
             total = 0
         buckets[-1].append(row)
@@ -245,8 +380,24 @@ def length_buckets(lengths: Tensor) -> list[Tensor]:
     return [torch.tensor(bucket, device=lengths.device) for bucket in buckets]
 
 
+def by_length(lengths: Tensor, run: Callable[[Tensor], Tensor], most_tokens: int | None = None) -> Tensor:
+    """What `run` makes of rows of similar length at a time, put back into the order of the batch.
+
+    Args:
+        lengths: int64 [n], tokens of each row; at least one row.
+        run: of positions int64 [m] in the batch: a tensor [m, ...].
+        most_tokens: see `length_buckets`.
+
+    Returns:
+        [n, ...].
+    """
+    buckets = length_buckets(lengths, most_tokens)
+    made = torch.cat([run(rows) for rows in buckets])
+    return made.index_select(0, torch.argsort(torch.cat(buckets)).to(made.device))
+
+
 def run_prompt(
-    body: Callable[..., Any], input_ids: Tensor, mask: Tensor, row: Tensor | None = None, keep_cache: bool = True
+    body: Body, input_ids: Tensor, mask: Tensor, row: Tensor | None = None, keep_cache: bool = True
 ) -> Prompt:
     """Runs prompts that are padded on the left, in one batch.
 
@@ -256,7 +407,11 @@ def run_prompt(
         mask: int64 [U, T], which tokens are real.
         row: int64 [B], which prompt belongs to each sample; each to its own if None.
         keep_cache: whether completions will follow.
+
+    Raises:
+        InputError: if a prompt breaks the rules of the model's positions.
     """
+    body.rules.check(mask.sum(dim=1), 0, "prompt {} of the batch".format)
     cache = recording_cache() if keep_cache else None
     output = body(
         input_ids=input_ids,
@@ -284,7 +439,7 @@ def check_padding(mask: Tensor) -> None:
 
 
 def run_prompts(
-    body: Callable[..., Any], input_ids: Tensor, mask: Tensor, row: Tensor | None = None, keep_cache: bool = True
+    body: Body, input_ids: Tensor, mask: Tensor, row: Tensor | None = None, keep_cache: bool = True
 ) -> Prompt:
     """As `run_prompt`, in batches of similar length.
 
@@ -320,8 +475,12 @@ def run_completions(prompt: Prompt, sample: Tensor, tokens: Tensor, fed: Tensor)
 
     Returns:
         float [R, L, D], the last hidden states at `tokens`.
+
+    Raises:
+        InputError: if a prompt with its completion breaks the rules of the model's positions.
     """
     row = prompt.row.index_select(0, sample)
+    prompt.body.rules.check(prompt.mask.sum(dim=1)[row], fed.sum(dim=1) + 1)
     mask = torch.cat([prompt.mask.index_select(0, row), fed.to(prompt.mask.dtype)], dim=1)
     states: Tensor = prompt.body(
         input_ids=tokens,

@@ -48,7 +48,7 @@ class TokenRows(NamedTuple):
         )
 
 
-class _Decoder:
+class Decoder:
     """Feeds one token a step to the rows in use, on a cache of their prompts."""
 
     def __init__(self, prompt: Prompt, group: int, room: int) -> None:
@@ -108,12 +108,12 @@ def decode(prompt: Prompt, head: TokenHead, group: int, length: int, uniform: Te
     rows = torch.arange(len(tokens), device=tokens.device)
     numbers = None if uniform is None else uniform.flatten(0, 1)
     output = TokenRows.empty(len(rows), length, logps)
-    decoder: _Decoder | None = None
+    decoder: Decoder | None = None
     for step in range(length):
         output.tokens[rows, step], output.logps[rows, step], output.mask[rows, step] = tokens, chosen, True
         if step + 1 == length or bool(ended.all()):
             break
-        decoder = decoder or _Decoder(prompt, group, length - 1)
+        decoder = decoder or Decoder(prompt, group, length - 1)
         if bool(ended.any()):
             source = _fill_holes(ended)
             decoder.select(source)
@@ -163,7 +163,7 @@ def decode_beams(prompt: Prompt, head: TokenHead, group: int, length: int) -> To
     ended = torch.zeros_like(total, dtype=torch.bool)
     place = first.flatten()  # of each row in use among the beams
     total[place] = 0.0
-    decoder: _Decoder | None = None
+    decoder: Decoder | None = None
     for step in range(length):
         check_probabilities(head_logps.amax(dim=-1))
         n_candidates = head_logps.shape[1]
@@ -187,7 +187,7 @@ def decode_beams(prompt: Prompt, head: TokenHead, group: int, length: int) -> To
         head.select(open_)
         place = place[open_]
         if decoder is None:
-            decoder = _Decoder(prompt, group, length - 1)
+            decoder = Decoder(prompt, group, length - 1)
             decoder.select(place)
         else:
             decoder.select(source[open_])

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from minirec_pl.errors import InputError
-from minirec_pl.policy.causal_lm import Head, body_of, check_padding, head_of, run_prompts
+from minirec_pl.policy.causal_lm import Head, body_of, check_padding, decoder_of, head_of, run_prompts
 from minirec_pl.policy.decoding import TokenHead, decode, decode_beams
+from minirec_pl.policy.model_support import check_support
+from minirec_pl.policy.positions import position_rules
 from minirec_pl.policy.rollout import Prompt, evaluation_mode, warpers
 from minirec_pl.policy.trie import TokenTrie
 from minirec_pl.policy.trie_head import TrieHead
@@ -179,7 +181,8 @@ def generate(
         prompt: these prompts, run in evaluation mode already.
 
     Raises:
-        InputError: if a prompt is empty or too long for the model, the shapes do not fit, or the weights have diverged.
+        InputError: if a prompt is empty or too long for the model, the shapes do not fit, the weights have diverged, or
+            the model is not known to generate in batches what it says of single sequences.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -226,7 +229,9 @@ def _check_request(model: Any, input_ids: Tensor, mask: Tensor, group: int, leng
     check_padding(mask)
     if group < 1 or length < 1:
         raise InputError(f"num_generations is {group} and max_new_tokens {length}: both must be at least 1")
+    check_support(model, cache=True)
     check_context(model, mask, length)
+    position_rules(decoder_of(model)).check(mask.sum(dim=1), length, "prompt {} of the batch".format)
 
 
 def check_context(model: Any, mask: Tensor, length: int) -> None:

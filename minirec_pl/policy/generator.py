@@ -27,7 +27,7 @@ from minirec_pl.policy.language_model import LanguageModel
 from minirec_pl.policy.prompt import EncodedPrompts, PromptTemplate, encode_ids
 from minirec_pl.policy.ranking import item_scores
 from minirec_pl.policy.rollout import CompletionStates, Prompt, Rollouts, evaluation_mode
-from minirec_pl.policy.supervised import check_prompts, sequence_nll, sequence_tokens
+from minirec_pl.policy.supervised import check_prompts, check_rules, sequence_nll, sequence_tokens
 from minirec_pl.policy.tiny import SPECIAL_TOKENS, build_tiny, check_model
 from minirec_pl.policy.trie import TokenTrie
 from minirec_pl.policy.trie_head import TrieHead, child_logps, item_logps
@@ -93,10 +93,10 @@ class GenerativePolicy(nn.Module):
             self._take(read_policy(Path(pretrained)))
 
     def _take(self, stored: StoredPolicy) -> None:
-        check_model(stored.model)
-        self.model, self.training_cost, self.chat = stored.model, stored.training_cost, stored.chat
         self.trie = TokenTrie(stored.item_tokens)
-        config = self.model.config
+        check_model(stored.model, cache=self.trie.depth > 1)
+        self.model, self.training_cost, self.chat = stored.model, stored.training_cost, stored.chat
+        config = self.model.config.get_text_config()
         self.pad_token_id = int(config.pad_token_id)
         self.bos_token_id = self.pad_token_id if config.bos_token_id is None else int(config.bos_token_id)
         self.catalogue = stored.catalogue
@@ -159,9 +159,12 @@ class GenerativePolicy(nn.Module):
             positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
             longest = None if positions is None else positions - self.id_length + 1
             tokenizer, prompt, ids = self.chat.tokenizer, self.chat.prompt, self.chat.id_texts
-            return prompt.encode(tokenizer, batch, self.catalogue, longest, ids)
+            encoded = prompt.encode(tokenizer, batch, self.catalogue, longest, ids)
+            check_rules(self.model, encoded, self.id_length, batch.get("sample_id"))
+            return encoded
         encoded = encode_ids(batch["history"], self.trie.item_tokens, self.bos_token_id, self.pad_token_id)
         check_prompts(self.model, encoded, self.id_length - 1, batch.get("sample_id"))
+        check_rules(self.model, encoded, self.id_length, batch.get("sample_id"))
         return encoded
 
     def prompt_states(self, batch: Batch) -> Tensor:

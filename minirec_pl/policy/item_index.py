@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minirec_pl.policy.causal_lm import body_of, length_buckets, run_prompt
+from minirec_pl.policy.causal_lm import body_of, by_length, run_prompt
 from minirec_pl.policy.reasoning import unit
 
 _TOKENS = 8192  # through the model at a time
@@ -79,15 +79,8 @@ class ItemIndex(nn.Module):
             [n, D], unit vectors in float32 or the wider dtype of the model.
         """
         body, device = body or body_of(model), self.vectors.device
-        portions = list(self._portions(items.cpu()))
-        states = [self._states(body, items[rows.to(device)]) for rows in portions]
-        order = torch.argsort(torch.cat(portions)).to(device)
-        return unit(torch.cat(states)).index_select(0, order)
-
-    def _portions(self, items: Tensor) -> Iterator[Tensor]:
-        lengths = self.lengths[items]
-        for bucket in length_buckets(lengths):
-            yield from torch.split(bucket, max(1, _TOKENS // int(lengths[bucket].max())))
+        lengths = self.lengths[items.cpu()]
+        return unit(by_length(lengths, lambda rows: self._states(body, items[rows.to(device)]), _TOKENS))
 
     def _states(self, body: Any, items: Tensor) -> Tensor:
         rows = [self.tokens[item] for item in items.tolist()]

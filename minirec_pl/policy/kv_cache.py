@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from minirec_pl.errors import InputError
-
 
 class PromptLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keeps the keys and values of the first pass and hands out those it is given.
@@ -98,13 +96,7 @@ def branch_cache(prompt: Cache, row: Tensor) -> Cache:
 
 
 def decode_cache(prompt: Cache, row: Tensor, room: int) -> Cache:
-    """A cache for at most `room` tokens after the prompts, row r of prompt `row[r]`.
-
-    Raises:
-        InputError: if the prompts left no keys and values.
-    """
-    if not prompt.layers:
-        raise InputError("the model keeps no keys and values, so it cannot generate: take a decoder such as llama")
+    """A cache for at most `room` tokens after the prompts, row r of prompt `row[r]`."""
     return Cache([DecodeLayer(*pair, row, room) for pair in _pairs(prompt)])
 
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minirec_pl.policy.causal_lm import (
+    Body,
     Head,
     body_of,
+    by_length,
     cache_under_checkpointing,
+    check_padding,
     head_of,
-    length_buckets,
     run_completions,
     run_prompts,
 )
+from minirec_pl.policy.model_support import check_support, support_of
 from minirec_pl.policy.rollout import Prompt
 
 _TILE_TOKENS = 1024
@@ -47,7 +49,7 @@ def completion_logps(
 
     Each prompt is run once and its keys and values, with their gradient, are shared by its group: the same function
     of the weights as G full sequences. With dropout at work the group shares the prompt's dropout mask. Where no cache
-    reaches the layers (reentrant gradient checkpointing, some models), each completion runs its own prompt.
+    reaches the layers (reentrant gradient checkpointing, recurrent models), each completion runs its own prompt.
 
     Logits exist in small tiles, one at a time, in backward too. Tokens that are masked, or whose log-probability
     gets a gradient of exactly 0, cost nothing in the head.
@@ -64,7 +66,8 @@ def completion_logps(
         float32, or the wider dtype of the model.
 
     Raises:
-        InputError: if a prompt is empty or padded on the right.
+        InputError: if a prompt is empty or padded on the right, or the model is not known to give in batches what it
+            gives for single sequences, see `minirec_pl.policy.model_support`.
     """
     states = completion_states(model, input_ids, attention_mask, completion_ids, completion_mask)
     return token_logps(model, states, completion_ids, completion_mask, temperature)
@@ -84,13 +87,15 @@ def completion_states(
     of the same prompts, where they have been run already.
     """
     tokens, mask = completion_ids.flatten(0, 1), completion_mask.bool().flatten(0, 1)
-    with cache_under_checkpointing(model) as shared:
+    check_support(model, cache=False)
+    with cache_under_checkpointing(model) as reaches:
         group, attention_mask = completion_ids.shape[1], attention_mask.to(torch.int64)
-        if not shared:
-            states = _separate_states(body_of(model), input_ids, attention_mask, tokens, mask, group)
+        if prompt is None and reaches and support_of(model).cache is None:
+            prompt = run_prompts(body_of(model), input_ids, attention_mask)
+        if prompt is not None and prompt.cache.layers:
+            states = _shared_states(prompt, tokens, mask, group)
         else:
-            prompt = prompt or run_prompts(body_of(model), input_ids, attention_mask)
-            states = _shared_states(prompt, input_ids, attention_mask, tokens, mask, group)
+            states = _separate_states(body_of(model), input_ids, attention_mask, tokens, mask, group)
     return states.view(*completion_ids.shape, -1)
 
 
@@ -104,30 +109,28 @@ def token_logps(model: Any, states: Tensor, tokens: Tensor, mask: Tensor, temper
     )
 
 
-def _shared_states(
-    prompt: Prompt, input_ids: Tensor, attention_mask: Tensor, tokens: Tensor, mask: Tensor, group: int
-) -> Tensor:
+def _shared_states(prompt: Prompt, tokens: Tensor, mask: Tensor, group: int) -> Tensor:
     """The states that produce the tokens, [R, L, D], from prompts run once each."""
-    if not prompt.cache.layers:
-        return _separate_states(prompt.body, input_ids, attention_mask, tokens, mask, group)
-    sample = torch.arange(len(input_ids), device=tokens.device).repeat_interleave(group)
+    sample = torch.arange(len(prompt.states), device=tokens.device).repeat_interleave(group)
     first = prompt.states.index_select(0, sample)[:, None]
-    fed, parts = mask[:, 1:], []
+    fed = mask[:, 1:]
     if not fed.any():
         return first.expand(-1, tokens.shape[1], -1)
-    buckets = length_buckets(fed.sum(dim=1))
-    for rows in buckets:
+
+    def run(rows: Tensor) -> Tensor:
         width = max(1, int(fed[rows].sum(dim=1).max()))
         states = run_completions(prompt, sample[rows], tokens[rows, :width], fed[rows, :width])
-        parts.append(torch.nn.functional.pad(states, (0, 0, 0, fed.shape[1] - width)))
-    rest = torch.cat(parts).index_select(0, torch.argsort(torch.cat(buckets)))
-    return torch.cat([first, rest], dim=1)
+        return torch.nn.functional.pad(states, (0, 0, 0, fed.shape[1] - width))
+
+    return torch.cat([first, by_length(fed.sum(dim=1), run)], dim=1)
 
 
 def _separate_states(
-    body: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor, tokens: Tensor, mask: Tensor, group: int
+    body: Body, input_ids: Tensor, attention_mask: Tensor, tokens: Tensor, mask: Tensor, group: int
 ) -> Tensor:
     """As `_shared_states`, each completion after its own copy of the prompt."""
+    check_padding(attention_mask)
+    body.rules.check(attention_mask.sum(dim=1).repeat_interleave(group), mask.sum(dim=1))
     both = torch.cat([attention_mask.repeat_interleave(group, dim=0), mask[:, :-1].to(torch.int64)], dim=1)
     states: Tensor = body(
         input_ids=torch.cat([input_ids.repeat_interleave(group, dim=0), tokens[:, :-1]], dim=1),
@@ -158,7 +161,7 @@ def head_logps(
         logps [N] in nats, differentiable in the states and the head; entropy [N] in nats, without gradient.
 
     Example:
-        >>> head = Head(torch.eye(3), None, None)
+        >>> head = Head(torch.eye(3))
         >>> logps, entropy = head_logps(head, torch.zeros(1, 3), torch.tensor([2]))
         >>> logps, entropy
         (tensor([-1.0986]), tensor([1.0986]))
@@ -167,8 +170,9 @@ def head_logps(
         entries = _TILE_ENTRIES if states.device.type == "cpu" else 16 * _TILE_ENTRIES
         tokens = min(max(1, len(states)), _TILE_TOKENS)
         tile = (tokens, -(-entries // tokens))
+    divisor, softcap = head.over(temperature)
     result: tuple[Tensor, Tensor] = _HeadLogps.apply(  # type: ignore[no-untyped-call]
-        states, head.weight, head.bias, targets, head.softcap, temperature, tile
+        states, head.weight, head.bias, targets, softcap, divisor, tile
     )
     return result
 

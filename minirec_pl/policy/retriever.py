@@ -16,10 +16,12 @@ from minirec_pl.policy.causal_lm import body_of, run_prompts, same_in_training
 from minirec_pl.policy.generation import Sampling, eos_token_ids, generate
 from minirec_pl.policy.item_index import ItemIndex, Ranking, draw_negatives
 from minirec_pl.policy.language_model import LanguageModel
+from minirec_pl.policy.model_support import check_support
 from minirec_pl.policy.prompt import EncodedPrompts, PromptTemplate
 from minirec_pl.policy.reasoning import Reasoning, ReasoningPass, kept_tokens, read_reasoning, unit
 from minirec_pl.policy.retriever_folder import RetrieverText, read_retriever, stored_vectors, write_retriever
 from minirec_pl.policy.rollout import Prompt, evaluation_mode
+from minirec_pl.policy.supervised import check_rules
 
 Batch = Mapping[str, Tensor]
 
@@ -113,6 +115,7 @@ class RetrievalPolicy(nn.Module):
 
     def _load(self) -> None:
         self.model, self.tokenizer = self.language_model.load()
+        check_support(self.model, cache=True)
         marker = self.tokenizer(self.text.answer_marker, add_special_tokens=False)["input_ids"]
         self.register_buffer("marker", torch.tensor(marker), persistent=False)
 
@@ -209,7 +212,9 @@ class RetrievalPolicy(nn.Module):
         room = (self.max_completion_length if length is None else length) + len(self.marker)
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = None if context is None else context - room
-        return self.text.prompt.encode(self.tokenizer, batch, self.catalogue, longest)
+        encoded = self.text.prompt.encode(self.tokenizer, batch, self.catalogue, longest)
+        check_rules(self.model, encoded, room, batch.get("sample_id"))
+        return encoded
 
     @torch.no_grad()
     def reason(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -24,14 +24,14 @@ class Prompt(NamedTuple):
         row: int64 [B], which of the U prompts that were run belongs to each sample.
         mask: int64 [U, T], which tokens are real.
         cache: keys and values of the U prompts; None where no completions follow.
-        body: the transformer that ran them, and runs the completions.
+        body: the transformer that ran them, and runs the completions, from `minirec_pl.policy.causal_lm.body_of`.
     """
 
     states: Tensor
     row: Tensor
     mask: Tensor
     cache: Any
-    body: Callable[..., Any]
+    body: Any
 
 
 class CompletionStates(NamedTuple):

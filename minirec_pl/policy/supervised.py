@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from minirec_pl.errors import InputError
-from minirec_pl.policy.causal_lm import body_of, head_of
+from minirec_pl.policy.causal_lm import body_of, decoder_of, head_of
+from minirec_pl.policy.positions import position_rules
 from minirec_pl.policy.prompt import EncodedPrompts
 
 if TYPE_CHECKING:
@@ -37,8 +38,23 @@ def check_prompts(model: Any, prompts: EncodedPrompts, room: int, sample_ids: Te
     _refuse(model, prompts.mask.shape[1] + room, name)
 
 
+def check_rules(model: Any, prompts: EncodedPrompts, room: int, sample_ids: Tensor | None) -> None:
+    """Refuses prompts that do not keep to the rules of the model's positions with `room` more tokens.
+
+    Raises:
+        InputError: naming the sample_id [B] if known.
+    """
+
+    def name(row: int) -> str:
+        if sample_ids is None:
+            return f"prompt {row} of the batch"
+        return f"the prompt of sample {int(sample_ids[(prompts.row == row).nonzero()[0, 0]])}"
+
+    position_rules(decoder_of(model)).check(prompts.mask.sum(dim=1), room, name)
+
+
 def _refuse(model: Any, length: int, name: Callable[[], str]) -> None:
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and length > longest:
         raise InputError(
             f"prompt and item id{name()} take {length} tokens and the model has {longest} positions: lower "
@@ -70,8 +86,8 @@ class Stretches(NamedTuple):
     column: Tensor
 
 
-def stretches(prompts: EncodedPrompts) -> Stretches:
-    """Leaves out the prompts that others begin with.
+def stretches(prompts: EncodedPrompts, switch: int | None = None) -> Stretches:
+    """Leaves out the prompts that others begin with, unless the model's positions change after `switch` tokens between.
 
     Example:
         >>> ids = torch.tensor([[0, 7, 1], [7, 1, 4], [0, 0, 5]])
@@ -85,8 +101,10 @@ def stretches(prompts: EncodedPrompts) -> Stretches:
     order = sorted(range(len(tokens)), key=tokens.__getitem__)
     longest = list(range(len(tokens)))
     for place, after in reversed(list(pairwise(order))):
-        if tokens[after][: lengths[place]] == tokens[place]:
-            longest[place] = longest[after]
+        whole = longest[after]
+        apart = switch is not None and lengths[place] <= switch < lengths[whole]
+        if not apart and tokens[after][: lengths[place]] == tokens[place]:
+            longest[place] = whole
     kept, row_of = torch.unique(torch.tensor(longest), return_inverse=True)
     column_of = width - torch.tensor(lengths)[longest] + torch.tensor(lengths) - 1
     device = prompts.row.device
@@ -100,7 +118,11 @@ def sequence_tokens(policy: GenerativePolicy, batch: Mapping[str, Tensor]) -> in
         return policy.prompt_tokens(pairs_as_prompts(batch)) + policy.fed_tokens(batch["target"])
     if policy.chat is None:
         return int((batch["sequence"] >= 0).sum()) + len(batch["sequence"])
-    return int(stretches(policy.encode(pairs_as_prompts(batch))).mask.sum()) if len(batch["target"]) else 0
+    return int(_stretches(policy, batch).mask.sum()) if len(batch["target"]) else 0
+
+
+def _stretches(policy: GenerativePolicy, batch: Mapping[str, Tensor]) -> Stretches:
+    return stretches(policy.encode(pairs_as_prompts(batch)), position_rules(decoder_of(policy.model)).switch)
 
 
 def sequence_nll(policy: GenerativePolicy, batch: Mapping[str, Tensor], dropout: float) -> Tensor:
@@ -115,13 +137,16 @@ def sequence_nll(policy: GenerativePolicy, batch: Mapping[str, Tensor], dropout:
         tokens = torch.where(sequence >= 0, first_tokens[sequence.clamp(min=0)], policy.pad_token_id)
         tokens = nn.functional.pad(tokens, (1, 0), value=policy.bos_token_id)
         check_positions(policy.model, tokens.shape[1])
+        # Each place is the end of a prompt, so that one of a single token may become as long as the sequence.
+        one = torch.ones(1, dtype=torch.int64)
+        position_rules(decoder_of(policy.model)).check(one, tokens.shape[1] - 1, lambda _: "a training sequence")
         embeddings = policy.model.get_input_embeddings()(tokens).to(head.weight.dtype)
         inputs = {"inputs_embeds": nn.functional.dropout(embeddings, dropout, policy.training)}
         column = position + 1
     elif not len(target):
         return head.weight.sum() * 0.0
     else:
-        tokens, mask, row, column = stretches(policy.encode(pairs_as_prompts(batch)))
+        tokens, mask, row, column = _stretches(policy, batch)
         inputs = {"input_ids": tokens, "attention_mask": mask}
         inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
     states = body_of(policy.model)(use_cache=False, **inputs).last_hidden_state

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from minirec_pl.errors import InputError
-from minirec_pl.policy.causal_lm import body_of, head_of, run_prompt, run_widened
 from minirec_pl.policy.generation import eos_token_ids
-from minirec_pl.policy.rollout import evaluation_mode
+from minirec_pl.policy.model_support import check_support
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -79,33 +76,20 @@ def build_tiny(config: dict[str, Any], vocabulary: int) -> PreTrainedModel:
     return model
 
 
-def check_model(model: Any) -> None:
-    """Refuses a model whose logits after left padding are not its head's on the last hidden state.
+def check_model(model: Any, *, cache: bool = True) -> None:
+    """Refuses a model that cannot be a policy.
 
     Args:
         model: a causal language model of transformers.
+        cache: whether completions will share their prompt's keys and values.
 
     Raises:
-        InputError: if it has no start or padding token, takes no padding, positions or cache, or its logits differ.
+        InputError: if it has no start or padding token, or `minirec_pl.policy.model_support` finds it wrong.
     """
-    name, config = type(model).__name__, model.config
+    config = model.config.get_text_config()
     start = next((token for token in (config.bos_token_id, *eos_token_ids(model)) if token is not None), None)
     if config.pad_token_id is None or start is None:
-        raise InputError(f"{name} has no pad or no start token: set pad_token_id and bos_token_id in its config")
-    tokens = torch.tensor([[config.pad_token_id, start]], device=model.device)
-    mask = torch.tensor([[0, 1]], device=model.device)
-    try:
-        with evaluation_mode(model):
-            prompt = run_prompt(body_of(model), tokens, mask)
-            if not prompt.cache.layers:
-                raise ValueError("it keeps no keys and values")
-            ours = head_of(model).logits(prompt.states)
-            its = run_widened(model, input_ids=tokens[:, 1:]).logits[:, -1].to(ours.dtype)
-        tolerance = 1e-4 if model.dtype.itemsize >= 4 else 5e-2
-        same = torch.allclose(ours, its, rtol=tolerance, atol=tolerance * float(its.abs().max()))
-    except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{name} cannot be a policy ({error}): take a decoder with a cache, such as llama") from error
-    if not same:
         raise InputError(
-            f"{name} changes the logits after its head, or with padding: take a model that does not, such as llama"
+            f"{type(model).__name__} has no pad or no start token: set pad_token_id and bos_token_id in its config"
         )
+    check_support(model, cache=cache)

@@ -18,6 +18,7 @@ from transformers import (
 from minirec_pl import InputError
 from minirec_pl.grpo import eos_mask
 from minirec_pl.policy.generation import Sampling, eos_token_ids, generate
+from minirec_pl.policy.model_support import support_of
 from minirec_pl.policy.rollout import rollout_generator
 from minirec_pl.policy.trie import TokenTrie
 
@@ -55,6 +56,7 @@ def test_every_end_of_sequence_ends_a_completion_and_is_in_the_mask():
 
 def test_ended_completions_leave_the_batch():
     model, fed = tiny_llm(), []
+    support_of(model)
     model.base_model.register_forward_pre_hook(
         lambda module, args, given: fed.append(given["input_ids"].shape), with_kwargs=True
     )

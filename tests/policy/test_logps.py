@@ -13,6 +13,7 @@ from minirec_pl import InputError
 from minirec_pl.policy.causal_lm import Head, body_of, computes_bfloat16, head_of, length_buckets
 from minirec_pl.policy.generation import generate
 from minirec_pl.policy.logps import completion_logps, head_logps
+from minirec_pl.policy.model_support import support_of
 
 
 def case(model, *lengths, group=3, length=9, vocabulary=40):
@@ -74,6 +75,7 @@ def test_log_probabilities_are_those_of_sampling():
 def test_each_prompt_is_run_once():
     model, fed = tiny_llm(), []
     ids, mask, made, _ = case(model, 20, 19, group=5)
+    support_of(model)
     model.base_model.register_forward_pre_hook(
         lambda module, args, given: fed.append(int(given["attention_mask"][:, -given["input_ids"].shape[1] :].sum())),
         with_kwargs=True,
@@ -181,6 +183,7 @@ def test_bfloat16_is_close_to_float32():
 
 def test_half_precision_is_widened_only_where_the_processor_lacks_it(monkeypatch):
     half, seen = tiny_llm().to(torch.bfloat16), []
+    support_of(half)
     half.base_model.norm.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     for supported in (True, False):
         monkeypatch.setattr("minirec_pl.policy.causal_lm.computes_bfloat16", lambda answer=supported: answer)

@@ -172,8 +172,11 @@ def test_models_whose_logits_are_not_those_of_the_head_are_refused():
     gpt2 = build_tiny({"model_type": "gpt2", "hidden_size": 16, "n_layer": 1, "n_head": 2}, 9)
     check_model(gpt2)
     check_model(build_tiny({**CONFIG, "model_type": "gemma2", "head_dim": 8, "num_key_value_heads": 1}, 9))
-    with pytest.raises(InputError, match="changes the logits after its head"):
-        check_model(build_tiny({**CONFIG, "model_type": "granite", "logits_scaling": 8.0}, 9))
+    check_model(build_tiny({**CONFIG, "model_type": "granite", "logits_scaling": 8.0}, 9))
+    squared = build_tiny(CONFIG, 9)
+    squared.lm_head.register_forward_hook(lambda module, args, output: output.square())
+    with pytest.raises(InputError, match="changes the states or the logits around its head"):
+        check_model(squared)
     with pytest.raises(InputError, match="OpenAIGPTLMHeadModel cannot be a policy"):
         check_model(build_tiny({"model_type": "openai-gpt", "n_embd": 16, "n_layer": 1, "n_head": 2}, 9))
     with pytest.raises(InputError, match="refused by transformers"):

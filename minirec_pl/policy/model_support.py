@@ -1,0 +1,187 @@
+"""Whether padding, shared prompts and cached decoding give what a model says of a single sequence: it is tried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from minirec_pl.errors import InputError
+from minirec_pl.policy.causal_lm import (
+    Head,
+    body_of,
+    head_of,
+    run_completions,
+    run_prompt,
+    run_widened,
+    without_adapter_wrapper,
+)
+from minirec_pl.policy.decoding import Decoder
+from minirec_pl.policy.rollout import evaluation_mode
+
+_PROMPTS = (5, 3)  # tokens of each prompt that is tried
+_COMPLETIONS = ((3, 2), (1, 3))  # and of the completions of each
+_RECURRENT = ("linear_attention", "conv", "mamba", "mamba2", "hybrid", "hybrid_sliding", "recurrent")
+
+
+class Support(NamedTuple):
+    """What is wrong with a model; None where nothing is.
+
+    Attributes:
+        padding: in passes over batches that are padded on the left.
+        cache: in passes and decoding loops that share a prompt's keys and values.
+    """
+
+    padding: str | None
+    cache: str | None
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, Support] = WeakKeyDictionary()
+
+
+def support_of(model: Any) -> Support:
+    """Runs two short prompts with completions in every way of ours and compares them with single plain sequences.
+
+    A model is tried once; later calls remember it.
+
+    Args:
+        model: a causal language model of transformers, also inside peft.
+
+    Raises:
+        InputError: if its head is not known, see `minirec_pl.policy.causal_lm.head_of`.
+    """
+    causal = without_adapter_wrapper(model)
+    if causal not in _KNOWN:
+        head_of(model)
+        with evaluation_mode(model):
+            _KNOWN[causal] = _tried(model)
+    return _KNOWN[causal]
+
+
+def check_support(model: Any, *, cache: bool) -> None:
+    """Refuses a model that `support_of` has found to be wrong.
+
+    Args:
+        model: as in `support_of`.
+        cache: whether prompts are to be shared by completions.
+
+    Raises:
+        InputError: if it is.
+    """
+    support = support_of(model)
+    reason = support.padding or (support.cache if cache else None)
+    if reason is not None:
+        name = type(without_adapter_wrapper(model)).__name__
+        raise InputError(f"{name} cannot be a policy ({reason}): take a decoder with a cache, such as llama")
+
+
+class _Trial(NamedTuple):
+    """Sequences of a trial.
+
+    Attributes:
+        prompts: tokens of two prompts.
+        completions: tokens of the completions of each, as many of one as of the other.
+        plain: of the tokens of a sequence, the model's own logits after each of them, [n, V].
+        head: of the model, which makes logits of states.
+        tolerance: of the logits, relative; what arithmetic in the model's dtype explains.
+    """
+
+    prompts: list[list[int]]
+    completions: list[list[list[int]]]
+    plain: Callable[[list[int]], Tensor]
+    head: Head
+    tolerance: float
+
+    def differs(self, states: Tensor, sequence: list[int]) -> bool:
+        """Whether states [n, D], the last ones of a sequence, give other logits than its own."""
+        pair = (self.head.logits(states), self.plain(sequence)[-len(states) :])
+        found, expected = (logits.double() - logits.double().mean(dim=-1, keepdim=True) for logits in pair)
+        return not bool((found - expected).norm() <= self.tolerance * expected.norm())
+
+
+def _tried(model: Any) -> Support:
+    trial = _trial(model)
+    padding = _reason(lambda: _padded(model, trial))
+    if padding is not None:
+        return Support(padding, padding)
+    if _is_recurrent(without_adapter_wrapper(model)):
+        return Support(None, "it has recurrent layers, whose state the completions of a prompt cannot share here")
+    return Support(None, _reason(lambda: _shared(model, trial)) or _reason(lambda: _decoded(model, trial)))
+
+
+def _is_recurrent(causal: Any) -> bool:
+    config = causal.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    return any(kind in _RECURRENT for kind in kinds) if kinds else bool(getattr(causal, "_is_stateful", False))
+
+
+def _reason(attempt: Callable[[], str | None]) -> str | None:
+    try:
+        return attempt()
+    except Exception as error:  # whatever a model's own code raises when it is used in a way it does not know
+        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _trial(model: Any) -> _Trial:
+    numbers, config = torch.Generator().manual_seed(0), without_adapter_wrapper(model).config.get_text_config()
+    # A model may count positions from the padding tokens of a sequence.
+    usual = [token for token in range(config.vocab_size) if token != config.pad_token_id]
+
+    def tokens(length: int) -> list[int]:
+        return [usual[place] for place in torch.randint(len(usual), (length,), generator=numbers).tolist()]
+
+    def plain(sequence: list[int]) -> Tensor:
+        ids = torch.tensor([sequence], device=model.device)
+        causal = without_adapter_wrapper(model)
+        logits: Tensor = run_widened(causal, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        return logits[0]
+
+    completions = [[tokens(n) for n in group] for group in _COMPLETIONS]
+    coarse = without_adapter_wrapper(model).get_output_embeddings().weight.dtype.itemsize < 4
+    return _Trial([tokens(n) for n in _PROMPTS], completions, plain, head_of(model), 0.25 if coarse else 1e-3)
+
+
+def _batch(model: Any, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Tokens and mask [n, T] of rows, padded on the left."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    return ids, mask
+
+
+def _padded(model: Any, trial: _Trial) -> str | None:
+    rows = [*trial.prompts, *(p + c for p, group in zip(trial.prompts, trial.completions, strict=True) for c in group)]
+    found = run_prompt(body_of(model), *_batch(model, rows), keep_cache=False).states
+    wrong = any(trial.differs(state[None], row) for state, row in zip(found, rows, strict=True))
+    return "padding on the left changes what it says of a sequence" if wrong else None
+
+
+def _shared(model: Any, trial: _Trial) -> str | None:
+    prompt = run_prompt(body_of(model), *_batch(model, trial.prompts))
+    if not prompt.cache.layers:
+        return "it keeps no keys and values"
+    pairs = [(sample, row) for sample, group in enumerate(trial.completions) for row in group]
+    width = max(len(row) for _, row in pairs)
+    tokens = torch.tensor([row + [0] * (width - len(row)) for _, row in pairs], device=model.device)
+    fed = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for _, row in pairs], device=model.device)
+    states = run_completions(prompt, torch.tensor([sample for sample, _ in pairs], device=model.device), tokens, fed)
+    for found, (sample, row) in zip(states, pairs, strict=True):
+        if trial.differs(found[: len(row)], trial.prompts[sample] + row):
+            return "a completion after cached keys is not what it says of the whole sequence"
+    return None
+
+
+def _decoded(model: Any, trial: _Trial) -> str | None:
+    prompt = run_prompt(body_of(model), *_batch(model, trial.prompts))
+    rows = [(row * 2)[:2] for group in trial.completions for row in group]
+    group = len(trial.completions[0])
+    decoder = Decoder(prompt, group, 2)
+    states = [decoder.step(torch.tensor(tokens, device=model.device)) for tokens in zip(*rows, strict=True)]
+    for place, row in enumerate(rows):
+        whole = trial.prompts[place // group] + row
+        if trial.differs(torch.stack([state[place] for state in states]), whole):
+            return "decoding token by token is not what it says of the whole sequence"
+    return None
