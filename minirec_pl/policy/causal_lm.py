@@ -82,12 +82,22 @@ def without_adapter_wrapper(model: Any) -> Any:
 def decoder_of(model: Any) -> nn.Module:
     """The transformer over text under the head of a causal language model, also inside peft or a composite model."""
     causal = without_adapter_wrapper(model)
-    decoder: nn.Module = causal.base_model
-    if causal.config.get_text_config() is not causal.config:
-        decoder = causal.get_decoder()
-    while getattr(decoder, "base_model", decoder) is not decoder:
-        decoder = decoder.base_model  # type: ignore[assignment]
+    composite = causal.config.get_text_config() is not causal.config
+    decoder: nn.Module = causal.get_decoder() if composite else causal.base_model
+    # A composite model may hold a causal one, and some models have no attribute under the name of their base.
+    while decoder.get_output_embeddings() is not None:  # type: ignore[operator]
+        inner: Any = decoder.base_model
+        decoder = inner if inner is not decoder else _inner_transformer(decoder)
     return decoder
+
+
+def _inner_transformer(causal: nn.Module) -> nn.Module:
+    from transformers import PreTrainedModel
+
+    for part in causal.children():
+        if isinstance(part, PreTrainedModel):
+            return part
+    raise InputError(f"{type(causal).__name__} has no transformer under its head: take a causal model, such as llama")
 
 
 def head_of(model: Any) -> Head:
@@ -151,6 +161,8 @@ def _shapes(config: Mapping[str, Any]) -> list[tuple[float | None, float]]:
         if "cap" not in key and any(part in key for part in ("logit", "lm_head", "output_multiplier"))
         for scale in (value, 1.0 / value)
     ]
+    if "dim_model_base" in numbers:  # MiniCPM divides its states by hidden_size / dim_model_base
+        scales.append(numbers["dim_model_base"] / numbers["hidden_size"])
     return [(cap, scale) for cap in [*caps, None] for scale in [*scales, 1.0]]
 
 
@@ -226,15 +238,18 @@ def body_of(model: Any) -> Body:
     apart = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
     layers = {} if apart else _layers_to_merge(body)
     weights = {f"{name}.base_layer.weight": _merged_weight(layer) for name, layer in layers.items()}
-    for name, parameter in body.named_parameters():
-        if name not in weights and _lacks_arithmetic(parameter):
-            weights[name] = parameter.float()
+    for path, part in body.named_modules():
+        for attribute, parameter in part._parameters.items():
+            name = f"{path}.{attribute}".removeprefix(".")
+            if parameter is not None and name not in weights and _lacks_arithmetic(parameter):
+                weights[name] = parameter.float()
     if not weights:
         return Body(body, rules, names)
 
     def run(**inputs: Any) -> Any:
         with _base_alone(layers.values()):
-            return torch.func.functional_call(body, weights, kwargs=inputs)
+            # Layers that share a weight may have adapters of their own.
+            return torch.func.functional_call(body, weights, kwargs=inputs, tie_weights=False)
 
     return Body(run, rules, names)
 

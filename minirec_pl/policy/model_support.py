@@ -122,7 +122,8 @@ def _reason(attempt: Callable[[], str | None]) -> str | None:
     try:
         return attempt()
     except Exception as error:  # whatever a model's own code raises when it is used in a way it does not know
-        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        return " ".join(f"{kind}{error}".split())[:200]
 
 
 def _trial(model: Any) -> _Trial:
