@@ -14,11 +14,13 @@ from minirec_pl.policy.causal_lm import (
     by_length,
     cache_under_checkpointing,
     check_padding,
+    decoder_of,
     head_of,
     run_completions,
     run_prompts,
 )
 from minirec_pl.policy.model_support import check_support, support_of
+from minirec_pl.policy.positions import position_rules
 from minirec_pl.policy.rollout import Prompt
 
 _TILE_TOKENS = 1024
@@ -88,6 +90,8 @@ def completion_states(
     """
     tokens, mask = completion_ids.flatten(0, 1), completion_mask.bool().flatten(0, 1)
     check_support(model, cache=False)
+    most = completion_mask.sum(dim=-1).amax(dim=-1)
+    position_rules(decoder_of(model)).check(attention_mask.sum(dim=1), most, "prompt {} of the batch".format)
     with cache_under_checkpointing(model) as reaches:
         group, attention_mask = completion_ids.shape[1], attention_mask.to(torch.int64)
         if prompt is None and reaches and support_of(model).cache is None:
@@ -130,7 +134,6 @@ def _separate_states(
 ) -> Tensor:
     """As `_shared_states`, each completion after its own copy of the prompt."""
     check_padding(attention_mask)
-    body.rules.check(attention_mask.sum(dim=1).repeat_interleave(group), mask.sum(dim=1))
     both = torch.cat([attention_mask.repeat_interleave(group, dim=0), mask[:, :-1].to(torch.int64)], dim=1)
     states: Tensor = body(
         input_ids=torch.cat([input_ids.repeat_interleave(group, dim=0), tokens[:, :-1]], dim=1),

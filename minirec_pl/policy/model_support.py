@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -13,6 +14,7 @@ from minirec_pl.errors import InputError
 from minirec_pl.policy.causal_lm import (
     Head,
     body_of,
+    decoder_of,
     head_of,
     run_completions,
     run_prompt,
@@ -20,10 +22,13 @@ from minirec_pl.policy.causal_lm import (
     without_adapter_wrapper,
 )
 from minirec_pl.policy.decoding import Decoder
+from minirec_pl.policy.positions import position_rules
 from minirec_pl.policy.rollout import evaluation_mode
 
 _PROMPTS = (5, 3)  # tokens of each prompt that is tried
 _COMPLETIONS = ((3, 2), (1, 3))  # and of the completions of each
+_TOKENS, _INNER_WIDTH = 512, 64  # of a cut-down model
+_MOST_WEIGHTS = 2**28
 _RECURRENT = ("linear_attention", "conv", "mamba", "mamba2", "hybrid", "hybrid_sliding", "recurrent")
 
 
@@ -186,3 +191,59 @@ def _decoded(model: Any, trial: _Trial) -> str | None:
         if trial.differs(torch.stack([state[place] for state in states]), whole):
             return "decoding token by token is not what it says of the whole sequence"
     return None
+
+
+def few_layers(config: Any) -> Any:
+    """An untrained model of the family, with a layer of each kind, narrow inside and with few tokens, to be tried.
+
+    Args:
+        config: of a causal language model of transformers.
+
+    Returns:
+        The model in float32; None where the family cannot be cut down so, or its layers are too large to be made.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config.get_text_config())
+    count = config.num_hidden_layers
+    kinds = list(getattr(config, "layer_types", None) or [])
+    few = min(count, max([2, *(kinds.index(kind) + 1 for kind in set(kinds))]))
+    build: Any = AutoModelForCausalLM.from_config
+    try:
+        for name, value in list(vars(config).items()):
+            if isinstance(value, list | tuple) and len(value) == count:
+                setattr(config, name, value[:few])
+            elif name.endswith("intermediate_size") and isinstance(value, int):
+                setattr(config, name, min(value, _INNER_WIDTH))
+        config.num_hidden_layers, config.vocab_size = few, min(config.vocab_size, _TOKENS)
+        config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, 2
+        with torch.device("meta"):
+            if sum(parameter.numel() for parameter in build(config).parameters()) > _MOST_WEIGHTS:
+                return None
+        return build(config, dtype=torch.float32).eval()
+    except Exception:  # what a family makes of a config that none of its models has
+        return None
+
+
+def described(model: Any) -> dict[str, str]:
+    """What a model's head, cache and positions are, a sentence each.
+
+    Raises:
+        InputError: if the model cannot be a policy.
+    """
+    check_support(model, cache=False)
+    head, cache, rules = head_of(model), support_of(model).cache, position_rules(decoder_of(model))
+    shape = [f"times {head.scale:g}"] if head.scale != 1.0 else []
+    shape += [f"capped at {head.softcap:g}"] if head.softcap is not None else []
+    found = {
+        "head": f"the logits are its product {', then '.join(shape) or 'as it is'}",
+        "cache": cache or "a prompt is run once and shared by its completions",
+    }
+    if rules.switch is not None:
+        found["positions"] = (
+            f"they change after {rules.switch} tokens: a prompt with its longest completion must stay below, or begin "
+            "above"
+        )
+    elif rules.limit is not None:
+        found["positions"] = f"they are right up to {rules.limit} tokens, prompt and completion together"
+    return found

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 PAD, EOS = 0, (2, 5)
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 KINDS = {
+    "phi3": {},
     "llama": {"num_key_value_heads": 2, "tie_word_embeddings": True},
     "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": False, "use_sliding_window": False},
     "gemma2": {"num_key_value_heads": 1, "head_dim": 8, "sliding_window": 6, "final_logit_softcapping": 3.0},
