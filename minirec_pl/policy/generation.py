@@ -13,6 +13,7 @@ from torch import Tensor
 from minirec_pl.errors import InputError
 from minirec_pl.policy.causal_lm import Head, body_of, check_padding, head_of, run_prompts
 from minirec_pl.policy.decoding import TokenHead, decode, decode_beams
+from minirec_pl.policy.model_config import text_config
 from minirec_pl.policy.rollout import Prompt, evaluation_mode, warpers
 from minirec_pl.policy.trie import TokenTrie
 from minirec_pl.policy.trie_head import TrieHead
@@ -140,8 +141,11 @@ class VocabularyHead:
 
 
 def eos_token_ids(model: Any) -> list[int]:
-    """Every id in `generation_config.eos_token_id`, or in the config where that has none."""
-    for config in (getattr(model, "generation_config", None), model.config):
+    """Every id in `generation_config.eos_token_id`, or in the config where that has none.
+
+    `LanguageModel.load` puts the end of the tokenizer there, too.
+    """
+    for config in (getattr(model, "generation_config", None), model.config, text_config(model)):
         ids = getattr(config, "eos_token_id", None)
         if ids is not None:
             return [ids] if isinstance(ids, int) else list(ids)

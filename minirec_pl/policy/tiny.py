@@ -10,6 +10,7 @@ import torch
 from minirec_pl.errors import InputError
 from minirec_pl.policy.causal_lm import body_of, head_of, run_prompt, run_widened
 from minirec_pl.policy.generation import eos_token_ids
+from minirec_pl.policy.model_config import text_setting
 from minirec_pl.policy.rollout import evaluation_mode
 
 if TYPE_CHECKING:
@@ -88,11 +89,12 @@ def check_model(model: Any) -> None:
     Raises:
         InputError: if it has no start or padding token, takes no padding, positions or cache, or its logits differ.
     """
-    name, config = type(model).__name__, model.config
-    start = next((token for token in (config.bos_token_id, *eos_token_ids(model)) if token is not None), None)
-    if config.pad_token_id is None or start is None:
+    name, pad = type(model).__name__, text_setting(model, "pad_token_id")
+    starts = (text_setting(model, "bos_token_id"), *eos_token_ids(model))
+    start = next((token for token in starts if token is not None), None)
+    if pad is None or start is None:
         raise InputError(f"{name} has no pad or no start token: set pad_token_id and bos_token_id in its config")
-    tokens = torch.tensor([[config.pad_token_id, start]], device=model.device)
+    tokens = torch.tensor([[pad, start]], device=model.device)
     mask = torch.tensor([[0, 1]], device=model.device)
     try:
         with evaluation_mode(model):
