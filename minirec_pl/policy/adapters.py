@@ -33,6 +33,7 @@ class AdapterCoverage(NamedTuple):
         fused: those of `missing` that are fused weights of experts, which no name of a layer reaches.
         routers: without an adapter on purpose: they choose the experts.
         unmatched: entries of `target_modules` that name no layer.
+        all_linear: whether every linear layer was asked for.
     """
 
     carried: dict[str, int]
@@ -40,6 +41,7 @@ class AdapterCoverage(NamedTuple):
     fused: list[str]
     routers: dict[str, int]
     unmatched: list[str]
+    all_linear: bool
 
     def sentence(self) -> str:
         """What is carried and what is not, and what to do about it."""
@@ -49,13 +51,17 @@ class AdapterCoverage(NamedTuple):
         if self.routers:
             text += f" (routers stay without: {', '.join(sorted(self.routers))})"
         if self.unmatched:
-            text += f"; lora.target_modules names no layer with {', '.join(self.unmatched)}"
+            text += f"; no layer is called {', '.join(self.unmatched)}, as lora.target_modules has it"
         if len(self.missing) > len(self.fused):
-            text += f"; for all linear layers set lora.target_modules to {ALL_LINEAR}"
-        elif self.unmatched:
-            text += "; leave these names out"
+            text += (
+                "; peft takes names in lora.target_modules for the experts' fused weights, and passes these layers over"
+                if self.all_linear
+                else f"; for all linear layers set lora.target_modules to {ALL_LINEAR}"
+            )
         if self.fused:
-            text += f"; {', '.join(self.fused)} are fused weights of experts, which no lora.target_modules reaches here"
+            text += (
+                f"; {', '.join(self.fused)} are fused weights of experts, which target_modules {ALL_LINEAR} leaves out"
+            )
         return text
 
 
@@ -109,9 +115,10 @@ class Lora:
             return get_peft_model(model, config)
         except ValueError as error:
             if inside:
-                raise InputError(
-                    f"lora is refused by peft ({' '.join(str(error).split())}): fix language_model.lora"
-                ) from error
+                fix = "fix language_model.lora"
+                if "dropout" in str(error) and self.dropout:
+                    fix = "set lora.dropout to 0"
+                raise InputError(f"lora is refused by peft ({' '.join(str(error).split())}): {fix}") from error
             given = self.target_modules if isinstance(self.target_modules, str) else ", ".join(self.target_modules)
             whole = next(iter(layers.linear), "")
             how = f" (a regular expression must match the whole of {whole})" if isinstance(targets, str) else ""
@@ -148,7 +155,7 @@ class Lora:
         unmatched = [
             name for name in names if name in meant and not any(_ends_with(layer, name) for layer in layers.modules)
         ]
-        return adapter_coverage(model)._replace(unmatched=unmatched)
+        return adapter_coverage(model)._replace(unmatched=unmatched, all_linear=self.all_linear)
 
 
 def adapter_coverage(model: Any) -> AdapterCoverage:
@@ -164,7 +171,8 @@ def adapter_coverage(model: Any) -> AdapterCoverage:
         _kinds(name for name in every if name not in layers.adapted),
         sorted({_kind(name) for name in layers.fused if name not in layers.adapted}),
         _kinds(name for name in layers.routers if name not in layers.adapted),
-        [],
+        unmatched=[],
+        all_linear=False,
     )
 
 
@@ -295,10 +303,10 @@ def _ends_with(name: str, end: str) -> bool:
 
 
 def _kind(name: str) -> str:
-    """The last part of a name, with the one before where it is a number or a weight of experts."""
+    """The last part of a name, with the one before where it says little alone or is a weight of experts."""
     before, _, last = name.rpartition(".")
     beside = before.rpartition(".")[2]
-    return f"{beside}.{last}" if last.isdigit() or beside.endswith("experts") else last
+    return f"{beside}.{last}" if last.isdigit() or last == "layer" or beside.endswith("experts") else last
 
 
 def _kinds(names: Iterable[str]) -> dict[str, int]:

@@ -122,7 +122,9 @@ class LanguageModel:
         if tokenizer is not None:
             self._fit(model, tokenizer, base.name)
         if self.is_adapter:
-            return get_peft_model(model, PeftConfig.from_pretrained(self.name, inference_mode=False))
+            stored = PeftConfig.from_pretrained(self.name)
+            stored.inference_mode = False
+            return get_peft_model(model, stored)
         return model if self.lora is None else self.lora.adapt(model)
 
     def _base(self) -> LanguageModel:
