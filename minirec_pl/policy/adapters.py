@@ -100,14 +100,16 @@ class Lora:
         layers = _Layers.of(model)
         chosen = {name: module for name, module in model.named_modules() if self._names(name, layers)}
         inside = [name for name in chosen if layers.in_decoder(name)]
-        targets: Any = sorted(chosen) if self.all_linear else self.target_modules
+        reached = {name for name in chosen if name in inside or name == layers.head}
+        # peft shortens an expression to the last parts of names in some models, so it gets the names.
+        targets: Any = sorted(reached) if reached and isinstance(self.target_modules, str) else self.target_modules
         try:
             config = LoraConfig(
                 r=self.r,
                 lora_alpha=self.alpha,  # type: ignore[arg-type]
                 lora_dropout=self.dropout,
                 target_modules=targets,
-                exclude_modules=sorted(chosen.keys() - {*inside, layers.head}) or None,
+                exclude_modules=sorted(chosen.keys() - reached) or None,
                 trainable_token_indices=_rows_by_layer(model, new_tokens),
                 fan_in_fan_out=bool(inside) and all(isinstance(chosen[name], Conv1D) for name in inside),
                 task_type="CAUSAL_LM",

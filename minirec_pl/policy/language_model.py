@@ -203,6 +203,7 @@ class LanguageModel:
                 f"the tokenizer of '{self.name}' has token {max(unknown)} and the model{whose} a vocabulary of "
                 f"{rows}: use the {'model the adapter' if whose else 'tokenizer the model'} was trained with"
             )
+        _state_tying(model)
         rows = max([rows, *(token + 1 for token in self._stored_rows())])
         _add_rows(model, rows)
         if tokenizer.eos_token_id >= rows:
@@ -231,6 +232,15 @@ class LanguageModel:
                     f"the ids of the tokenizer of '{self.name}' have gaps, so that new tokens take ids of others: take "
                     "item_ids 'title' or another model"
                 )
+
+
+def _state_tying(model: Any) -> None:
+    """Has both configs say whether embedding and head share their rows; nested ones, and some checkpoints, differ."""
+    head = model.get_output_embeddings()
+    if head is not None:
+        tied = head.weight is model.get_input_embeddings().weight
+        for config in (model.config, text_config(model)):
+            config.tie_word_embeddings = tied
 
 
 def recompute(model: Any) -> None:

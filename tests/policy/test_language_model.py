@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from chat_models import LORA, PROMPT, chat_folder, chat_tokenizer
-from family_models import family_folder
+from family_models import family_folder, family_model
 from plain_policy import shaken
 from tiny_llm import prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -500,3 +500,26 @@ def test_the_model_on_the_meta_device_is_the_one_that_is_loaded(tmp_path, kind, 
         kinds = ({n: (p.shape, p.dtype, p.requires_grad) for n, p in m.named_parameters()} for m in (meta, real))
         assert next(kinds) == next(kinds)
         assert eos_token_ids(meta) == eos_token_ids(real) == [9, 5, 2]
+
+
+def test_new_rows_start_in_a_head_of_its_own_whatever_the_nested_config_says(tmp_path):
+    base = family_model("gemma3")
+    config = type(base.config)(**{**base.config.to_dict(), "tie_word_embeddings": False})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    chat_tokenizer().save_pretrained(tmp_path / "base")
+    model = LanguageModel(str(tmp_path / "base"), "float32", Lora(dropout=0.0))
+    policy = GenerativePolicy(language_model=model, item_ids="token", prompt=PROMPT)
+    policy.bind(Catalogue(["a", "b"], ["Toy Story", "Babe"]))
+    own = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    words = policy.chat.tokenizer(["Toy Story", "Babe"], add_special_tokens=False)["input_ids"]
+    for end, first in (
+        (policy.model.get_input_embeddings(), own.get_input_embeddings()),
+        (policy.model.get_output_embeddings(), own.get_output_embeddings()),
+    ):
+        means = torch.stack([first.weight[torch.tensor(row)].mean(dim=0) for row in words])
+        torch.testing.assert_close(torch.nn.functional.cosine_similarity(end.weight[330:], means), torch.ones(2))
+    shaken_adapters(policy.model)
+    policy.save_pretrained(tmp_path / "policy")
+    again = GenerativePolicy(pretrained=str(tmp_path / "policy"))
+    assert torch.equal(logits_of(again.model), logits_of(policy.model))
