@@ -11,10 +11,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from minirec_pl import InputError
-from minirec_pl.policy import GenerativePolicy, RetrievalPolicy
+from minirec_pl.policy import GenerativePolicy, LanguageModel, Lora, RetrievalPolicy
 from minirec_pl.policy.adapters import adapter_coverage
 from minirec_pl.policy.causal_lm import head_of
-from minirec_pl.policy.language_model import LanguageModel, Lora
 
 DEFAULT = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 NOT_REACHED = {
