@@ -17,6 +17,7 @@ from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from torch import nn
 
+from minirec_pl.check_model import describe_language_model
 from minirec_pl.check_report import GIB, Finding, Level, Prompts, report
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.samples import Catalogue
@@ -25,6 +26,7 @@ from minirec_pl.estimates import Load, Memory, memory_of, peak
 from minirec_pl.policy import GenerativePolicy, RetrievalPolicy
 from minirec_pl.policy.folder import SIDE_FILE
 from minirec_pl.policy.language_model import LanguageModel
+from minirec_pl.policy.model_config import text_setting
 from minirec_pl.policy.prompt import PromptTemplate
 from minirec_pl.policy.retriever_folder import RetrieverText
 from minirec_pl.policy.tiny import SPECIAL_TOKENS, build_tiny
@@ -71,7 +73,10 @@ class Preflight:
         if data is not None and (prompt is None or tokenizer is not None):
             self.prompts = self._try("prompt", lambda: self._render(data, policy, prompt, tokenizer))
         size = len(SPECIAL_TOKENS) + len(data.catalogue) if data is not None else 0
-        model = self._try("model", lambda: _on_meta(policy, size))
+        model = self._try("model", lambda: _on_meta(policy, size, tokenizer))
+        if model is not None and tokenizer is not None:
+            lora = _language_model(policy).lora
+            self.findings += self._try("model", lambda: describe_language_model(model, tokenizer, lora)) or []
         if data is not None and model is not None and self.prompts is not None:
             self._try("size", lambda: self._sizes(data, policy, model))
 
@@ -136,7 +141,7 @@ class Preflight:
         assert self.prompts is not None
         options, trainer = self._model_options(), self.config.trainer
         longest = max(self.prompts.lengths) + self.prompts.completion
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        context = text_setting(model, "max_position_embeddings")
         if context is not None and longest > context:
             self._add(
                 "fails",
@@ -284,8 +289,10 @@ def _language_model(policy: Mapping[str, Any]) -> LanguageModel:
         return _made(LanguageModel, policy["language_model"])  # type: ignore[no-any-return]
     folder = str(policy.get("pretrained") or "")
     if not Path(folder).is_dir():
-        raise InputError(f"there is no policy in '{folder}': train it first, or mend policy.init_args.pretrained")
-    return LanguageModel(folder, dtype="float32")
+        raise InputError(f"there is no policy in '{folder}': train it first, or fix policy.init_args.pretrained")
+    side = Path(folder, SIDE_FILE)
+    stored = json.loads(side.read_text(encoding="utf-8")) if side.is_file() else {}
+    return LanguageModel(folder, dtype=stored.get("language_model", {}).get("dtype", "float32"))
 
 
 def _completion_tokens(policy: Mapping[str, Any], tokenizer: Any, catalogue: Catalogue) -> int:
@@ -299,25 +306,16 @@ def _completion_tokens(policy: Mapping[str, Any], tokenizer: Any, catalogue: Cat
     return 1
 
 
-def _on_meta(policy: Mapping[str, Any], vocabulary: int) -> Any:
+def _on_meta(policy: Mapping[str, Any], vocabulary: int, tokenizer: Any) -> Any:
     """The model without its storage.
 
     Raises:
-        InputError: if its config cannot be had, or there are no weights in its folder.
+        InputError: if its config cannot be had, there are no weights in its folder, or its tokenizer does not fit.
     """
     if policy.get("config") is not None:
         with torch.device("meta"):
             return build_tiny(policy["config"], vocabulary)
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    given = _language_model(policy)
-    config = given._from_pretrained(AutoConfig, "config")
-    if Path(given.name).is_dir() and not list(Path(given.name).glob("*.safetensors")):
-        raise InputError(f"'{given.name}' holds no weights (*.safetensors): fetch the model again")
-    with torch.device("meta"):
-        build: Any = AutoModelForCausalLM.from_config
-        model: Any = build(config, dtype=getattr(torch, given.dtype))
-    return model if given.lora is None else given.lora.adapt(model)
+    return _language_model(policy).on_meta(tokenizer)
 
 
 def _device_memory(accelerator: str) -> tuple[int, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from minirec_pl.policy.causal_lm import without_adapter_wrapper
+from minirec_pl.policy.model_config import text_config
 
 _HIDDEN_VALUES, _FEED_FORWARD_VALUES = 10, 3  # kept of a token in a layer, in widths of the layer and of its MLP
 
@@ -101,7 +101,7 @@ def memory_of(model: Any, load: Load, itemsize: int, reference: bool = False) ->
         itemsize: b.
         reference: whether a frozen copy of the policy is kept.
     """
-    config = without_adapter_wrapper(model).config.get_text_config()
+    config = text_config(model)
     layers, width = config.num_hidden_layers, config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * width
     heads = config.num_attention_heads

@@ -8,7 +8,7 @@ from tiny_config import TINY
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
-for folder in ("data", "callbacks"):
+for folder in ("data", "callbacks", "policy"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
 
 

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from chat_models import CHATML, chat_folder, chat_tokenizer
 from cli_tools import sentence
+from family_models import family_folder
 from plain_policy import CONFIG
 
 from minirec_pl.__main__ import main
+from minirec_pl.data.samples import Catalogue
 from minirec_pl.estimates import Load, memory_of, peak
+from minirec_pl.policy import GenerativePolicy, LanguageModel, Lora
 from minirec_pl.policy.tiny import build_tiny
 
 
@@ -129,3 +133,113 @@ def test_checkpointing_keeps_less_than_everything():
     assert (
         memory_of(model, replace(LOAD, checkpointing=True), 4).activations < memory_of(model, LOAD, 4).activations / 4
     )
+
+
+MODEL = "--model.policy.init_args.language_model"
+
+
+def check_text(command, root, folder, *more, config="smollm2-135m.yaml"):
+    return main(["check", *command.fit(config, root, f"{MODEL}.name={folder}", *more)[1:]])
+
+
+def line(out, what):
+    """The finding on one matter, its level first."""
+    (found,) = [text for text in out.splitlines() if text.split(maxsplit=1)[-1].startswith(f"{what}: ")]
+    return found
+
+
+FAMILIES = {
+    "llama": ("ok", {"q_proj (2)", "down_proj (2)"}, set()),
+    "phi3": ("warning", {"o_proj (2)", "down_proj (2)"}, {"qkv_proj (2)", "gate_up_proj (2)"}),
+    "mixtral": ("warning", {"q_proj (2)"}, {"experts.gate_up_proj (2)", "experts.down_proj (2)"}),
+    "opt": ("warning", {"q_proj (2)"}, {"out_proj (2)", "fc1 (2)", "fc2 (2)"}),
+    "gemma3": ("ok", {"q_proj (2)", "down_proj (2)"}, set()),
+}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_it_tells_of_a_language_model(kind, command, tmp_path, capsys):
+    folder = family_folder(tmp_path / "model", kind)
+    capsys.readouterr()
+    config = "smollm2-135m.yaml" if kind in ("llama", "phi3") else "smollm2-135m-reasoning.yaml"
+    assert check_text(command, tmp_path / "runs", folder, config=config) == 0
+    out = capsys.readouterr().out
+    level, carried, missing = FAMILIES[kind]
+    text = line(out, "lora")
+    assert text.startswith(level)
+    has, _, lacks = text.partition("none on")
+    assert all(name in has for name in carried)
+    assert all(name in lacks for name in missing)
+    assert "330 tokens in the tokenizer, 330 rows in the model" in line(out, "vocabulary")
+    assert "<|im_end|> (2); padding is <|endoftext|> (0)" in line(out, "end tokens")
+    assert "in bfloat16" in line(out, "model")
+    assert "chat template: " not in out
+    assert "nothing stands in the way" in out
+
+
+@pytest.mark.slow
+def test_all_linear_can_be_asked_for_on_the_command_line(command, tmp_path, capsys):
+    folder = family_folder(tmp_path / "model", "phi3")
+    option = f"{MODEL}.init_args.lora.target_modules"
+    for given, code, what, text in (
+        (
+            "all-linear",
+            0,
+            "lora",
+            "ok       lora: adapters on down_proj (2), gate_up_proj (2), o_proj (2), qkv",
+        ),
+        ("[qkv_proj]", 0, "lora", "adapters on qkv_proj (2), none on"),
+        (r".*\.0\..*_proj", 0, "lora", "adapters on down_proj (1), gate_up_proj (1)"),
+        ("[c_attn]", 1, "model", "names no linear layer of Phi3ForCausalLM"),
+    ):
+        capsys.readouterr()
+        assert check_text(command, tmp_path / "runs", folder, f"{option}={given}") == code
+        assert text in line(capsys.readouterr().out, what)
+
+
+def test_it_tells_of_ends_and_of_tokens_without_a_row(command, tmp_path, capsys):
+    folder = family_folder(tmp_path / "model", "llama", eos_token_id=5)
+    tokenizer = chat_tokenizer()
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    assert check_text(command, tmp_path / "runs", folder) == 0
+    out = capsys.readouterr().out
+    assert "no prompt may hold <image>" in line(out, "vocabulary")
+    name = chat_tokenizer().convert_ids_to_tokens(5)
+    assert f"free text ends with {name} (5), <|im_end|> (2)" in line(out, "end tokens")
+
+
+def test_a_tokenizer_of_another_model_is_seen_before_the_fit(command, tmp_path, capsys):
+    assert check_text(command, tmp_path / "runs", chat_folder(tmp_path / "model", vocabulary=300)) == 1
+    assert "has token 329 and the model a vocabulary of 300" in line(capsys.readouterr().out, "model")
+
+
+@pytest.mark.parametrize("closing", ["<|endoftext|>", ""])
+def test_a_turn_that_closes_with_no_end_is_a_warning(closing, command, tmp_path, capsys):
+    folder = family_folder(tmp_path / "model", "llama")
+    plain = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant:"
+    chat_tokenizer(CHATML.replace("<|im_end|>", closing) if closing else plain).save_pretrained(folder)
+    assert check_text(command, tmp_path / "runs", folder) == 0
+    out = capsys.readouterr().out
+    if not closing:
+        assert "chat template: " not in out
+        return
+    assert line(out, "chat template").startswith("warning")
+    assert "<|endoftext|> (0)" in line(out, "chat template")
+    assert "add 0 to eos_token_id in the model's generation_config.json" in line(out, "chat template")
+
+
+def test_it_knows_a_stored_policy_with_adapters(command, tmp_path, capsys):
+    folder = family_folder(tmp_path / "model", "phi3")
+    lora = Lora(dropout=0.0, target_modules="all-linear")
+    policy = GenerativePolicy(language_model=LanguageModel(str(folder), "bfloat16", lora), item_ids="token")
+    policy.bind(Catalogue(["a", "b"], ["Alien", "Babe"]))
+    policy.save_pretrained(tmp_path / "policy")
+    capsys.readouterr()
+    options = [f"--model.policy.pretrained={tmp_path / 'policy'}", "--data.history_window=3"]
+    code = check(command, tmp_path / "runs", *options)
+    out = capsys.readouterr().out
+    assert code == 0, out
+    assert "adapters on down_proj (2), gate_up_proj (2), o_proj (2), qkv_proj (2)" in line(out, "lora")
+    assert "332 tokens in the tokenizer, 332 rows in the model" in line(out, "vocabulary")
+    assert "parameters in bfloat16" in line(out, "model")

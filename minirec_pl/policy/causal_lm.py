@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from minirec_pl.errors import InputError
 from minirec_pl.policy.kv_cache import branch_cache, join_prompts, recording_cache
+from minirec_pl.policy.model_config import text_config
 from minirec_pl.policy.positions import PositionRules, position_rules
 from minirec_pl.policy.rollout import Prompt, check_probabilities, evaluation_mode
 
@@ -82,7 +83,7 @@ def without_adapter_wrapper(model: Any) -> Any:
 def decoder_of(model: Any) -> nn.Module:
     """The transformer over text under the head of a causal language model, also inside peft or a composite model."""
     causal = without_adapter_wrapper(model)
-    composite = causal.config.get_text_config() is not causal.config
+    composite = text_config(causal) is not causal.config
     decoder: nn.Module = causal.get_decoder() if composite else causal.base_model
     # A composite model may hold a causal one, and some models have no attribute under the name of their base.
     while decoder.get_output_embeddings() is not None:  # type: ignore[operator]
@@ -140,7 +141,7 @@ def _shape_of(causal: Any, head: Head, tolerance: float) -> tuple[float | None, 
         raise InputError(f"{name} cannot be a policy ({reason}): take a causal decoder such as llama") from error
     if logits is not None and logits.shape[-1] == len(head.weight):
         check_probabilities(logits)
-        for softcap, scale in _shapes(causal.config.get_text_config().to_dict()):
+        for softcap, scale in _shapes(text_config(causal).to_dict()):
             ours = head._replace(softcap=softcap, scale=scale).logits(states)
             widest = torch.maximum(ours.abs().amax(dim=-1), logits.abs().amax(dim=-1))[:, None]
             if bool(((ours - logits).abs() <= tolerance * widest).all()):

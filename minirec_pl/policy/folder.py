@@ -15,7 +15,8 @@ from torch import Tensor
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.errors import InputError
 from minirec_pl.files import replace_folder
-from minirec_pl.policy.language_model import LanguageModel, Lora, save_language_model
+from minirec_pl.policy.adapters import Lora
+from minirec_pl.policy.language_model import LanguageModel, save_language_model
 from minirec_pl.policy.prompt import PromptTemplate
 from minirec_pl.policy.tiny import item_tokenizer
 
@@ -77,10 +78,9 @@ def read_policy(folder: Path) -> StoredPolicy:
         item_tokens = torch.tensor(stored["item_tokens"])
         if "language_model" in stored:
             model, chat = _read_chat(folder, stored)
-            vocabulary = len(chat.tokenizer)
         else:
             model, chat = _read_plain(folder), None
-            vocabulary = model.get_input_embeddings().num_embeddings
+        vocabulary = len(model.get_input_embeddings().weight)
         if item_tokens.ndim != 2 or item_tokens.is_floating_point() or len(item_tokens) != len(catalogue):
             raise ValueError(f"{SIDE_FILE} does not give each of the {len(catalogue)} items its tokens")
         if int(item_tokens.max()) >= vocabulary:

@@ -13,6 +13,7 @@ from torch import Tensor
 from minirec_pl.errors import InputError
 from minirec_pl.policy.causal_lm import Head, body_of, check_padding, decoder_of, head_of, run_prompts
 from minirec_pl.policy.decoding import TokenHead, decode, decode_beams
+from minirec_pl.policy.model_config import text_config, text_setting
 from minirec_pl.policy.model_support import check_support
 from minirec_pl.policy.positions import position_rules
 from minirec_pl.policy.rollout import Prompt, evaluation_mode, warpers
@@ -142,8 +143,11 @@ class VocabularyHead:
 
 
 def eos_token_ids(model: Any) -> list[int]:
-    """Every id in `generation_config.eos_token_id`, or in the config where that has none."""
-    for config in (getattr(model, "generation_config", None), model.config):
+    """Every id in `generation_config.eos_token_id`, or in the config where that has none.
+
+    `LanguageModel.load` puts the end of the tokenizer there, too.
+    """
+    for config in (getattr(model, "generation_config", None), model.config, text_config(model)):
         ids = getattr(config, "eos_token_id", None)
         if ids is not None:
             return [ids] if isinstance(ids, int) else list(ids)
@@ -217,7 +221,7 @@ def generate(
         else:
             rows = decode(prompt, head, num_generations, max_new_tokens, uniform)
     longest = int(rows.mask.sum(dim=1).max())
-    pad = model.config.get_text_config().pad_token_id
+    pad = text_setting(model, "pad_token_id")
     ids = rows.tokens.masked_fill(~rows.mask, (ends or [0])[0] if pad is None else pad)
     shape = (*size[:2], longest)
     return Completions(*(part[:, :longest].reshape(shape) for part in (ids, rows.mask, rows.logps)))
@@ -240,7 +244,7 @@ def check_context(model: Any, mask: Tensor, length: int) -> None:
     Raises:
         InputError: naming the first such row of `mask` [B, T].
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = text_setting(model, "max_position_embeddings")
     prompt = mask.sum(dim=1)
     if context is not None and int(prompt.max()) + length > context:
         row = int(prompt.argmax())

@@ -24,6 +24,7 @@ from minirec_pl.policy.folder import Chat, StoredPolicy, read_policy, write_poli
 from minirec_pl.policy.item_codes import SemanticIds
 from minirec_pl.policy.item_ids import IdKind, check_id_options, load_with_ids
 from minirec_pl.policy.language_model import LanguageModel
+from minirec_pl.policy.model_config import text_setting
 from minirec_pl.policy.prompt import EncodedPrompts, PromptTemplate, encode_ids
 from minirec_pl.policy.ranking import item_scores
 from minirec_pl.policy.rollout import CompletionStates, Prompt, Rollouts, evaluation_mode
@@ -96,9 +97,9 @@ class GenerativePolicy(nn.Module):
         self.trie = TokenTrie(stored.item_tokens)
         check_model(stored.model, cache=self.trie.depth > 1)
         self.model, self.training_cost, self.chat = stored.model, stored.training_cost, stored.chat
-        config = self.model.config.get_text_config()
-        self.pad_token_id = int(config.pad_token_id)
-        self.bos_token_id = self.pad_token_id if config.bos_token_id is None else int(config.bos_token_id)
+        start = text_setting(self.model, "bos_token_id")
+        self.pad_token_id = int(text_setting(self.model, "pad_token_id"))
+        self.bos_token_id = self.pad_token_id if start is None else int(start)
         self.catalogue = stored.catalogue
 
     def bind(self, catalogue: Catalogue) -> None:
@@ -156,7 +157,7 @@ class GenerativePolicy(nn.Module):
         """
         if self.chat is not None:
             assert self.catalogue is not None
-            positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+            positions = text_setting(self.model, "max_position_embeddings")
             longest = None if positions is None else positions - self.id_length + 1
             tokenizer, prompt, ids = self.chat.tokenizer, self.chat.prompt, self.chat.id_texts
             encoded = prompt.encode(tokenizer, batch, self.catalogue, longest, ids)

@@ -14,6 +14,7 @@ from minirec_pl.errors import InputError
 from minirec_pl.policy.folder import Chat, StoredPolicy
 from minirec_pl.policy.item_codes import SemanticIds, code_names, read_embeddings, residual_codes
 from minirec_pl.policy.language_model import LanguageModel, grow
+from minirec_pl.policy.model_config import text_config
 from minirec_pl.policy.prompt import PromptTemplate
 from minirec_pl.policy.text_states import text_states
 from minirec_pl.policy.tiny import item_token
@@ -140,7 +141,7 @@ def _add_tokens(model: Any, tokenizer: Any, names: list[str]) -> dict[str, int]:
 @torch.no_grad()
 def _start_rows(model: Any, ids: list[list[int]], texts: list[list[int]]) -> None:
     ends = [model.get_input_embeddings().weight]
-    if not model.config.get_text_config().tie_word_embeddings:
+    if not text_config(model).tie_word_embeddings:
         ends.append(model.get_output_embeddings().weight)
     lengths = torch.tensor([len(text) for text in texts])
     used, places = torch.unique(torch.tensor([token for text in texts for token in text]), return_inverse=True)

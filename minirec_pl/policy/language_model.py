@@ -2,74 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 
 from minirec_pl.errors import InputError
+from minirec_pl.policy.adapters import PROJECTIONS, Lora
 from minirec_pl.policy.causal_lm import without_adapter_wrapper
 from minirec_pl.policy.generation import eos_token_ids
+from minirec_pl.policy.model_config import text_config
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTER = "adapter_config.json"
 
 Extend = Callable[[Any, Any], Sequence[int]]
 """(model, tokenizer) -> the tokens that were added to both."""
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank adapters (arXiv 2106.09685) on linear layers, through peft; everything else stays frozen.
-
-    Args:
-        r: rank.
-        alpha: the adapters' product is scaled by alpha / r.
-        dropout: probability of dropping an input of an adapter, in training.
-        target_modules: names of the layers, ends of the full names.
-    """
-
-    r: int = 4
-    alpha: float = 128
-    dropout: float = 0.05
-    target_modules: list[str] = field(default_factory=lambda: list(PROJECTIONS))
-
-    def adapt(self, model: Any, new_tokens: Sequence[int] = ()) -> Any:
-        """The model with new adapters, which change nothing until they are trained.
-
-        Args:
-            model: a causal language model of transformers.
-            new_tokens: tokens whose rows in the embedding and in the head are trained too.
-
-        Raises:
-            InputError: if the model has none of the layers, or peft refuses an option.
-        """
-        from peft import LoraConfig, get_peft_model
-
-        rows: Any = None
-        if new_tokens:
-            ends = [model.get_input_embeddings()]
-            if not model.config.get_text_config().tie_word_embeddings:
-                ends.append(model.get_output_embeddings())
-            names = {id(module): name for name, module in model.named_modules()}
-            rows = {names[id(end)]: list(new_tokens) for end in ends}
-        try:
-            config = LoraConfig(
-                r=self.r,
-                lora_alpha=self.alpha,  # type: ignore[arg-type]
-                lora_dropout=self.dropout,
-                target_modules=list(self.target_modules),
-                trainable_token_indices=rows,
-                task_type="CAUSAL_LM",
-            )
-            return get_peft_model(model, config)
-        except ValueError as error:
-            raise InputError(
-                f"lora is refused by peft ({' '.join(str(error).split())}): mend language_model.lora"
-            ) from error
 
 
 @dataclass(frozen=True)
@@ -122,11 +75,7 @@ class LanguageModel:
         """
         from transformers import AutoModelForCausalLM
 
-        tokenizer, base = self.tokenizer(), self
-        if self.is_adapter:
-            if self.lora is not None:
-                raise InputError(f"'{self.name}' has adapters already: leave out lora to go on with them")
-            base = LanguageModel(self._adapted())
+        tokenizer, base = self.tokenizer(), self._base()
         model, loaded = base._from_pretrained(
             AutoModelForCausalLM,
             "model",
@@ -137,16 +86,62 @@ class LanguageModel:
         if loaded["missing_keys"]:
             missing = ", ".join(sorted(loaded["missing_keys"])[:3])
             raise InputError(f"the model in '{base.name}' lacks weights ({missing}): fetch it again")
-        self._check_fit(model, tokenizer, base.name)
-        grow(model, tokenizer)
+        self._fit(model, tokenizer, base.name)
         new_tokens = [] if extend is None else extend(model, tokenizer)
+        self._check_new(tokenizer, new_tokens)
         if self.gradient_checkpointing:
             recompute(model)
         if self.is_adapter:
             model = self._with_stored_adapter(model)
         elif self.lora is not None:
             model = self.lora.adapt(model, new_tokens)
+            self._tell_coverage(model)
         return model.train(), tokenizer
+
+    def on_meta(self, tokenizer: Any = None) -> Any:
+        """The model of `load` without its storage and without new tokens, on the meta device.
+
+        Args:
+            tokenizer: that of the model, which is then checked against it; changed as `load` does.
+
+        Raises:
+            InputError: if its config cannot be had, there are no weights in its folder, or `load` would refuse it.
+        """
+        from peft import PeftConfig, get_peft_model
+        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+        base = self._base()
+        config = base._from_pretrained(AutoConfig, "config")
+        if Path(base.name).is_dir() and not list(Path(base.name).glob("*.safetensors")):
+            raise InputError(f"'{base.name}' holds no weights (*.safetensors): fetch the model again")
+        with torch.device("meta"):
+            build: Any = AutoModelForCausalLM.from_config
+            model: Any = build(config, dtype=getattr(torch, self.dtype))
+        with suppress(OSError):  # most models have none
+            model.generation_config = GenerationConfig.from_pretrained(base.name)
+        if tokenizer is not None:
+            self._fit(model, tokenizer, base.name)
+        if self.is_adapter:
+            stored = PeftConfig.from_pretrained(self.name)
+            stored.inference_mode = False
+            return get_peft_model(model, stored)
+        return model if self.lora is None else self.lora.adapt(model)
+
+    def _base(self) -> LanguageModel:
+        """The whole model under stored adapters, or this one."""
+        if not self.is_adapter:
+            return self
+        if self.lora is not None:
+            raise InputError(f"'{self.name}' has adapters already: leave out lora to go on with them")
+        return LanguageModel(self._adapted(), self.dtype)
+
+    def _tell_coverage(self, model: Any) -> None:
+        """Warns if adapters reach a part of the model only."""
+        assert self.lora is not None
+        coverage = self.lora.coverage(model)
+        asked = coverage.unmatched and self.lora.target_modules != list(PROJECTIONS)
+        if coverage.missing or asked:
+            rank_zero_warn(f"LoRA on '{self.name}': {coverage.sentence()}")
 
     def _adapted(self) -> str:
         from peft import PeftConfig
@@ -195,19 +190,57 @@ class LanguageModel:
                 f"give {folder} as the name"
             ) from error
 
-    def _check_fit(self, model: Any, tokenizer: Any, base: str) -> None:
-        vocabulary, highest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
-        unknown = set(range(vocabulary, highest + 1)) - self._stored_rows()
+    def _fit(self, model: Any, tokenizer: Any, base: str) -> None:
+        """Makes tokenizer and model fit each other: rows of stored adapters, ends of a text, padding.
+
+        Tokens that were added to the tokenizer may lack a row: many models have some that are never used.
+        """
+        rows, added = model.get_input_embeddings().num_embeddings, tokenizer.added_tokens_decoder
+        unknown = [token for token in tokenizer.get_vocab().values() if token >= rows and token not in added]
         if unknown:
             whose = f" of '{base}'" if self.is_adapter else ""
             raise InputError(
                 f"the tokenizer of '{self.name}' has token {max(unknown)} and the model{whose} a vocabulary of "
-                f"{vocabulary}: use the {'model the adapter' if whose else 'tokenizer the model'} was trained with"
+                f"{rows}: use the {'model the adapter' if whose else 'tokenizer the model'} was trained with"
             )
-        if not eos_token_ids(model):
-            model.generation_config.eos_token_id = tokenizer.eos_token_id
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = tokenizer.pad_token_id
+        _state_tying(model)
+        rows = max([rows, *(token + 1 for token in self._stored_rows())])
+        _add_rows(model, rows)
+        if tokenizer.eos_token_id >= rows:
+            raise InputError(
+                f"the tokenizer of '{self.name}' ends a text with {tokenizer.eos_token} (token "
+                f"{tokenizer.eos_token_id}) and the model has {rows} rows: set eos_token in its tokenizer_config.json "
+                "to a token that the model knows"
+            )
+        if tokenizer.pad_token_id >= rows:
+            tokenizer.pad_token = tokenizer.eos_token
+        ends = eos_token_ids(model)
+        if tokenizer.eos_token_id not in ends:
+            ends = [*ends, tokenizer.eos_token_id]
+        model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+        config = text_config(model)
+        pad = getattr(config, "pad_token_id", None)
+        if pad is None or not 0 <= pad < rows:
+            config.pad_token_id = tokenizer.pad_token_id
+
+    def _check_new(self, tokenizer: Any, new_tokens: Sequence[int]) -> None:
+        """Refuses new tokens whose ids were taken already, as in a vocabulary with gaps."""
+        if new_tokens:
+            count = Counter(tokenizer.get_vocab().values())
+            if any(count[token] > 1 for token in new_tokens):
+                raise InputError(
+                    f"the ids of the tokenizer of '{self.name}' have gaps, so that new tokens take ids of others: take "
+                    "item_ids 'title' or another model"
+                )
+
+
+def _state_tying(model: Any) -> None:
+    """Has both configs say whether embedding and head share their rows; nested ones, and some checkpoints, differ."""
+    head = model.get_output_embeddings()
+    if head is not None:
+        tied = head.weight is model.get_input_embeddings().weight
+        for config in (model.config, text_config(model)):
+            config.tie_word_embeddings = tied
 
 
 def recompute(model: Any) -> None:
@@ -220,16 +253,21 @@ def recompute(model: Any) -> None:
 
 
 def grow(model: Any, tokenizer: Any) -> None:
-    """Gives the model rows for the tokens of its tokenizer that have none.
+    """Gives the model rows for all tokens of its tokenizer, after tokens were added to that.
 
-    They begin as copies of the first rows, so that a model under stored adapters is the same whenever it is loaded.
+    Rows that the model has beyond its vocabulary are used first. The others begin as copies of the first rows, so that
+    a model under stored adapters is the same whenever it is loaded.
     """
+    _add_rows(model, max(tokenizer.get_vocab().values()) + 1)
+
+
+def _add_rows(model: Any, rows: int) -> None:
     known = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > known:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if rows > known:
+        model.resize_token_embeddings(rows, mean_resizing=False)
         with torch.no_grad():
             for end in (model.get_input_embeddings(), model.get_output_embeddings()):
-                end.weight[known:] = end.weight[torch.arange(len(tokenizer) - known) % known]
+                end.weight[known:] = end.weight[torch.arange(rows - known) % known]
 
 
 def save_language_model(

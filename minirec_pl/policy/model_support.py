@@ -22,6 +22,7 @@ from minirec_pl.policy.causal_lm import (
     without_adapter_wrapper,
 )
 from minirec_pl.policy.decoding import Decoder
+from minirec_pl.policy.model_config import text_config, text_setting
 from minirec_pl.policy.positions import position_rules
 from minirec_pl.policy.rollout import evaluation_mode
 
@@ -118,7 +119,7 @@ def _tried(model: Any) -> Support:
 
 
 def _is_recurrent(causal: Any) -> bool:
-    config = causal.config.get_text_config()
+    config = text_config(causal)
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     return any(kind in _RECURRENT for kind in kinds) if kinds else bool(getattr(causal, "_is_stateful", False))
 
@@ -132,9 +133,9 @@ def _reason(attempt: Callable[[], str | None]) -> str | None:
 
 
 def _trial(model: Any) -> _Trial:
-    numbers, config = torch.Generator().manual_seed(0), without_adapter_wrapper(model).config.get_text_config()
+    numbers, config = torch.Generator().manual_seed(0), text_config(without_adapter_wrapper(model))
     # A model may count positions from the padding tokens of a sequence.
-    usual = [token for token in range(config.vocab_size) if token != config.pad_token_id]
+    usual = [token for token in range(config.vocab_size) if token != text_setting(model, "pad_token_id")]
 
     def tokens(length: int) -> list[int]:
         return [usual[place] for place in torch.randint(len(usual), (length,), generator=numbers).tolist()]

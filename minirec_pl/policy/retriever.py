@@ -16,6 +16,7 @@ from minirec_pl.policy.causal_lm import body_of, run_prompts, same_in_training
 from minirec_pl.policy.generation import Sampling, eos_token_ids, generate
 from minirec_pl.policy.item_index import ItemIndex, Ranking, draw_negatives
 from minirec_pl.policy.language_model import LanguageModel
+from minirec_pl.policy.model_config import text_setting
 from minirec_pl.policy.model_support import check_support
 from minirec_pl.policy.prompt import EncodedPrompts, PromptTemplate
 from minirec_pl.policy.reasoning import Reasoning, ReasoningPass, kept_tokens, read_reasoning, unit
@@ -210,7 +211,7 @@ class RetrievalPolicy(nn.Module):
         """
         assert self.catalogue is not None
         room = (self.max_completion_length if length is None else length) + len(self.marker)
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        context = text_setting(self.model, "max_position_embeddings")
         longest = None if context is None else context - room
         encoded = self.text.prompt.encode(self.tokenizer, batch, self.catalogue, longest)
         check_rules(self.model, encoded, room, batch.get("sample_id"))

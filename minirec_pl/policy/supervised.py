@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from minirec_pl.errors import InputError
 from minirec_pl.policy.causal_lm import body_of, decoder_of, head_of
+from minirec_pl.policy.model_config import text_setting
 from minirec_pl.policy.positions import position_rules
 from minirec_pl.policy.prompt import EncodedPrompts
 
@@ -54,7 +55,7 @@ def check_rules(model: Any, prompts: EncodedPrompts, room: int, sample_ids: Tens
 
 
 def _refuse(model: Any, length: int, name: Callable[[], str]) -> None:
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = text_setting(model, "max_position_embeddings")
     if longest is not None and length > longest:
         raise InputError(
             f"prompt and item id{name()} take {length} tokens and the model has {longest} positions: lower "

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from minirec_pl.errors import InputError
 from minirec_pl.policy.generation import eos_token_ids
+from minirec_pl.policy.model_config import text_setting
 from minirec_pl.policy.model_support import check_support
 
 if TYPE_CHECKING:
@@ -86,9 +87,8 @@ def check_model(model: Any, *, cache: bool = True) -> None:
     Raises:
         InputError: if it has no start or padding token, or `minirec_pl.policy.model_support` finds it wrong.
     """
-    config = model.config.get_text_config()
-    start = next((token for token in (config.bos_token_id, *eos_token_ids(model)) if token is not None), None)
-    if config.pad_token_id is None or start is None:
+    starts = (text_setting(model, "bos_token_id"), *eos_token_ids(model))
+    if text_setting(model, "pad_token_id") is None or all(start is None for start in starts):
         raise InputError(
             f"{type(model).__name__} has no pad or no start token: set pad_token_id and bos_token_id in its config"
         )

@@ -9,8 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from minirec_pl.data.samples import Catalogue
-from minirec_pl.policy import GenerativePolicy
-from minirec_pl.policy.language_model import LanguageModel, Lora
+from minirec_pl.policy import GenerativePolicy, LanguageModel, Lora
 from minirec_pl.policy.prompt import PromptTemplate
 
 CHATML = (

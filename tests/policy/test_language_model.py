@@ -3,15 +3,22 @@ import json
 
 import pytest
 import torch
-from chat_models import LORA, chat_folder, chat_tokenizer
+from chat_models import LORA, PROMPT, chat_folder, chat_tokenizer
+from family_models import family_folder, family_model
+from plain_policy import shaken
 from tiny_llm import prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minirec_pl import InputError
 from minirec_pl.checkpoints import weights_digest, weights_under_adapters
-from minirec_pl.policy import Sampling, completion_logps, generate
+from minirec_pl.data.samples import Catalogue
+from minirec_pl.export import export
+from minirec_pl.policy import GenerativePolicy, Sampling, completion_logps, generate
+from minirec_pl.policy.adapters import PROJECTIONS, Lora
 from minirec_pl.policy.causal_lm import body_of, computes_bfloat16, head_of, same_in_training
-from minirec_pl.policy.language_model import PROJECTIONS, LanguageModel, Lora, grow, save_language_model
+from minirec_pl.policy.generation import eos_token_ids
+from minirec_pl.policy.language_model import LanguageModel, grow, save_language_model
+from minirec_pl.policy.model_config import text_config
 from minirec_pl.reference import adapters_off
 
 KINDS = ["llama", "qwen2", "gemma2"]
@@ -278,8 +285,10 @@ def test_folders_that_cannot_be_used(tmp_path):
 def test_options_that_peft_refuses(tmp_path):
     folder = chat_folder(tmp_path / "base")
     for lora, message in (
-        (Lora(target_modules=["attention"]), "refused by peft .*mend"),
+        (Lora(target_modules=["self_attn"]), r"refused by peft .*fix language_model\.lora"),
         (Lora(r=0), "refused by peft"),
+        (Lora(target_modules=["attention"]), r"\(attention\) names no linear layer of LlamaForCausalLM: give some of"),
+        (Lora(target_modules=[]), "names no linear layer"),
     ):
         with pytest.raises(InputError, match=message):
             loaded(folder, lora=lora)
@@ -333,3 +342,185 @@ def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path):
     (folder / "generation_config.json").unlink()
     model, tokenizer = loaded(folder)
     assert tokenizer.pad_token_id == model.config.pad_token_id == model.generation_config.eos_token_id == 2
+
+
+def with_one_more(folder, **options):
+    """The folder's tokenizer with an added token that its model has no row for."""
+    tokenizer = chat_tokenizer(**options)
+    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_an_added_token_without_a_row_leaves_the_model_as_it_is(tmp_path, kind):
+    folder = chat_folder(tmp_path / "base", kind)
+    before = logits_of(loaded(folder)[0])
+    model, tokenizer = loaded(with_one_more(folder))
+    assert len(tokenizer) == 331
+    assert model.get_input_embeddings().num_embeddings == model.config.vocab_size == 330
+    assert torch.equal(logits_of(model), before)
+    save_language_model(model, tokenizer, tmp_path / "adapter")
+    again, tokenizer = loaded(tmp_path / "adapter", lora=None)
+    assert torch.equal(logits_of(again), before)
+    assert tokenizer.convert_tokens_to_ids("<image_soft_token>") == 330
+
+
+@pytest.mark.parametrize("rows", [330, 340])
+@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_new_tokens_get_rows_above_the_tokenizers_highest(tmp_path, kind, more, rows):
+    """With a token without a row in between, and in rows that pad the vocabulary; heads tied and untied."""
+    folder = chat_folder(tmp_path / "base", kind, vocabulary=rows)
+    if more:
+        with_one_more(folder)
+    catalogue = Catalogue(["a", "b", "c"], ["Toy Story", "Babe", "Seven"])
+    options = {"item_ids": "token", "prompt": PROMPT}
+    policy = GenerativePolicy(language_model=LanguageModel(str(folder), "float32", LORA), **options)
+    policy.bind(catalogue)
+    first = 331 if more else 330
+    new = [first, first + 1, first + 2]
+    assert policy.trie.item_tokens.tolist() == [[token] for token in new]
+    size = max(rows, first + 3)
+    ends = [policy.model.get_input_embeddings().weight, head_of(policy.model).weight]
+    assert [len(end) for end in ends] == [size, size]
+    tied = kind == "llama"
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    for end, own in zip(ends, (plain.get_input_embeddings(), plain.get_output_embeddings()), strict=True):
+        assert torch.equal(end[:330], own.weight[:330])
+        words = policy.chat.tokenizer(["Toy Story", "Babe", "Seven"], add_special_tokens=False)["input_ids"]
+        means = torch.stack([own.weight[torch.tensor(row)].mean(dim=0) for row in words])
+        torch.testing.assert_close(torch.nn.functional.cosine_similarity(end[new], means), torch.ones(3))
+    assert len([name for name, _ in policy.named_parameters() if "trainable_tokens" in name]) == (1 if tied else 2)
+    shaken_adapters(policy.model)
+    truth = logits_of(policy.model)
+    policy.save_pretrained(tmp_path / "policy")
+    again = GenerativePolicy(pretrained=str(tmp_path / "policy"))
+    assert torch.equal(logits_of(again.model), truth)
+    assert again.trie.item_tokens.tolist() == policy.trie.item_tokens.tolist()
+    export(tmp_path / "policy", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits_of(merged), truth, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(merged.get_output_embeddings().weight[new], head_of(policy.model).weight[new])
+    whole = GenerativePolicy(language_model=LanguageModel(str(tmp_path / "merged"), "float32"), prompt=PROMPT)
+    whole.bind(catalogue)
+    torch.testing.assert_close(logits_of(whole.model), truth, rtol=1e-4, atol=1e-4)
+    full = GenerativePolicy(language_model=LanguageModel(str(folder), "float32"), **options)
+    full.bind(catalogue)
+    shaken(full.model)
+    full.save_pretrained(tmp_path / "full")
+    assert torch.equal(logits_of(GenerativePolicy(pretrained=str(tmp_path / "full")).model), logits_of(full.model))
+
+
+def test_rows_of_new_tokens_in_a_model_of_several_modalities(tmp_path):
+    folder = with_one_more(family_folder(tmp_path / "base", "gemma3"))
+    model, tokenizer = loaded(folder, lora=Lora(dropout=0.0), extend=add_tokens)
+    shaken_adapters(model)
+    assert text_config(model).vocab_size == len(head_of(model).weight) == 333
+    save_language_model(model, tokenizer, tmp_path / "adapter")
+    again, _ = loaded(tmp_path / "adapter", lora=None)
+    assert torch.equal(logits_of(again), logits_of(model))
+    save_language_model(model, tokenizer, tmp_path / "merged", merge=True)
+    merged, _ = loaded(tmp_path / "merged", lora=None)
+    torch.testing.assert_close(logits_of(merged), logits_of(model), rtol=1e-4, atol=1e-4)
+
+
+def test_a_padding_token_without_a_row_gives_way_to_the_end(tmp_path):
+    model, tokenizer = loaded(with_one_more(chat_folder(tmp_path), pad_token="<image_soft_token>"))
+    assert tokenizer.pad_token_id == 2
+    assert model.config.pad_token_id == 0
+
+
+def test_an_end_without_a_row_is_refused(tmp_path):
+    with_one_more(chat_folder(tmp_path), eos_token="<image_soft_token>")
+    with pytest.raises(InputError, match=r"ends a text with <image_soft_token> \(token 330\) and the model has 330"):
+        loaded(tmp_path)
+
+
+def test_new_tokens_never_take_the_ids_of_others(tmp_path):
+    folder = chat_folder(tmp_path, vocabulary=340)
+    stored = json.loads((folder / "tokenizer.json").read_text())
+    last = max(stored["model"]["vocab"], key=stored["model"]["vocab"].get)
+    stored["model"]["vocab"][last] = 331  # 329 and 330 stand for nothing
+    (folder / "tokenizer.json").write_text(json.dumps(stored))
+    with pytest.raises(InputError, match=r"ids of the tokenizer .* have gaps"):
+        loaded(folder, extend=lambda model, tokenizer: add_three(tokenizer))
+
+
+def add_three(tokenizer):
+    tokenizer.add_tokens(["<a>", "<b>", "<c>"])
+    return tokenizer.convert_tokens_to_ids(["<a>", "<b>", "<c>"])
+
+
+def only(*tokens):
+    """A constraint that leaves no choice."""
+    return lambda row, text: [tokens[len(text)]]
+
+
+@pytest.mark.parametrize("ends", [5, [5, 7], None])
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_either_end_of_a_text_ends_it(tmp_path, kind, ends):
+    """The tokenizer's is <|im_end|>, token 2, and the model's config names others, or none."""
+    folder = family_folder(tmp_path / "base", kind, eos_token_id=ends)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if kind == "gemma3" and ends is not None:
+        nested = json.loads((folder / "config.json").read_text())
+        assert nested["text_config"]["eos_token_id"] == ends
+    its = [] if ends is None else [ends] if isinstance(ends, int) else ends
+    model, tokenizer = loaded(folder, lora=Lora(dropout=0.0))
+    for end in (2, *its):
+        made = generate(model, IDS, MASK, 1, 5, constraint=only(40, 41, end, 42, 43))
+        assert made.mask.sum(dim=-1).tolist() == [[3]] * len(IDS)
+        assert made.ids[:, 0].tolist() == [[40, 41, end]] * len(IDS)
+    save_language_model(model, tokenizer, tmp_path / "merged", merge=True)
+    stored = json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"]
+    assert {stored} if isinstance(stored, int) else set(stored) == {2, *its}
+    again, _ = loaded(tmp_path / "merged", lora=None)
+    assert set(eos_token_ids(again)) == {2, *its}
+
+
+def test_the_ends_of_the_generation_config_go_before_those_of_the_config(tmp_path):
+    folder = chat_folder(tmp_path)
+    edit(folder / "generation_config.json", eos_token_id=[9, 2])
+    assert eos_token_ids(loaded(folder)[0]) == [9, 2]
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3", "gemma3"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_model_on_the_meta_device_is_the_one_that_is_loaded(tmp_path, kind, dtype):
+    folder = with_one_more(family_folder(tmp_path / "base", kind))
+    lora = Lora(dropout=0.0, target_modules="all-linear")
+    edit(folder / "generation_config.json", eos_token_id=[9, 5])
+    model, tokenizer = loaded(folder, dtype, lora, extend=add_tokens)
+    save_language_model(model, tokenizer, tmp_path / "adapter")
+    for place, adapters in ((folder, None), (folder, lora), (tmp_path / "adapter", None)):
+        given = LanguageModel(str(place), dtype, adapters)
+        real, _ = given.load()
+        meta = given.on_meta(given.tokenizer())
+        assert all(parameter.is_meta for parameter in meta.parameters())
+        kinds = ({n: (p.shape, p.dtype, p.requires_grad) for n, p in m.named_parameters()} for m in (meta, real))
+        assert next(kinds) == next(kinds)
+        assert eos_token_ids(meta) == eos_token_ids(real) == [9, 5, 2]
+
+
+def test_new_rows_start_in_a_head_of_its_own_whatever_the_nested_config_says(tmp_path):
+    base = family_model("gemma3")
+    config = type(base.config)(**{**base.config.to_dict(), "tie_word_embeddings": False})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    chat_tokenizer().save_pretrained(tmp_path / "base")
+    model = LanguageModel(str(tmp_path / "base"), "float32", Lora(dropout=0.0))
+    policy = GenerativePolicy(language_model=model, item_ids="token", prompt=PROMPT)
+    policy.bind(Catalogue(["a", "b"], ["Toy Story", "Babe"]))
+    own = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    words = policy.chat.tokenizer(["Toy Story", "Babe"], add_special_tokens=False)["input_ids"]
+    for end, first in (
+        (policy.model.get_input_embeddings(), own.get_input_embeddings()),
+        (policy.model.get_output_embeddings(), own.get_output_embeddings()),
+    ):
+        means = torch.stack([first.weight[torch.tensor(row)].mean(dim=0) for row in words])
+        torch.testing.assert_close(torch.nn.functional.cosine_similarity(end.weight[330:], means), torch.ones(2))
+    shaken_adapters(policy.model)
+    policy.save_pretrained(tmp_path / "policy")
+    again = GenerativePolicy(pretrained=str(tmp_path / "policy"))
+    assert torch.equal(logits_of(again.model), logits_of(policy.model))

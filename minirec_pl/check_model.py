@@ -1,0 +1,89 @@
+"""What `minirec check` tells of a language model and its tokenizer, before a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from minirec_pl.check_report import Finding
+from minirec_pl.policy.adapters import Lora, adapter_coverage
+from minirec_pl.policy.generation import eos_token_ids
+from minirec_pl.policy.model_config import text_setting
+
+_ANSWER = "Answer 3141"
+_SHOWN = 5
+
+
+def describe_language_model(model: Any, tokenizer: Any, lora: Lora | None) -> list[Finding]:
+    """Findings on a model, which may be on the meta device, and on its tokenizer.
+
+    Args:
+        model: of `LanguageModel.on_meta`, given this tokenizer.
+        tokenizer: of the model.
+        lora: its new adapters; None for stored adapters or none.
+    """
+    findings = [_vocabulary(model, tokenizer), _ends(model, tokenizer), *_template(model, tokenizer)]
+    if hasattr(model, "peft_config"):
+        coverage = adapter_coverage(model) if lora is None else lora.coverage(model)
+        findings.append(Finding("warning" if coverage.missing else "ok", "lora", coverage.sentence()))
+    return findings
+
+
+def _vocabulary(model: Any, tokenizer: Any) -> Finding:
+    rows, vocabulary = len(model.get_input_embeddings().weight), tokenizer.get_vocab()
+    text = f"{len(vocabulary):,} tokens in the tokenizer, {rows:,} rows in the model"
+    lacking = sorted(token for token, index in vocabulary.items() if index >= rows)
+    if lacking:
+        more = f" and {len(lacking) - _SHOWN} more" if len(lacking) > _SHOWN else ""
+        text += f"; no prompt may hold {', '.join(lacking[:_SHOWN])}{more}, which the model has no row for"
+    return Finding("ok", "vocabulary", text)
+
+
+def _ends(model: Any, tokenizer: Any) -> Finding:
+    pad = text_setting(model, "pad_token_id")
+    text = f"free text ends with {_named(tokenizer, eos_token_ids(model))}; padding is {_named(tokenizer, [pad])}"
+    return Finding("ok", "end tokens", text)
+
+
+def _template(model: Any, tokenizer: Any) -> list[Finding]:
+    """A warning if the chat template closes the model's turn with a token that does not end a text."""
+    closing = _closing_token(tokenizer)
+    if closing is None or closing in eos_token_ids(model):
+        return []
+    return [
+        Finding(
+            "warning",
+            "chat template",
+            f"it closes the model's turn with {_named(tokenizer, [closing])}, which ends no text here, so that "
+            f"completions run on: add {closing} to eos_token_id in the model's generation_config.json",
+        )
+    ]
+
+
+def _closing_token(tokenizer: Any) -> int | None:
+    """The first special token after an answer in a conversation; None where there is no template or no such token."""
+    if tokenizer.chat_template is None:
+        return None
+    turns = [("user", "Hello"), ("assistant", _ANSWER), ("user", "Thanks")]
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": role, "content": content} for role, content in turns], tokenize=False
+        )
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "jinja2":
+            raise
+        return None
+    _, found, after = text.partition(_ANSWER)
+    if not found:
+        return None
+    special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return next((token for token in ids if token in special), None)
+
+
+def _named(tokenizer: Any, ids: Iterable[int]) -> str:
+    """The tokens with their ids."""
+    ids = list(ids)
+    return ", ".join(
+        f"{token} ({index})" for token, index in zip(tokenizer.convert_ids_to_tokens(ids), ids, strict=True)
+    )
