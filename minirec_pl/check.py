@@ -17,7 +17,7 @@ from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from torch import nn
 
-from minirec_pl.check_model import describe_language_model
+from minirec_pl.check_model import describe_family, describe_language_model
 from minirec_pl.check_report import GIB, Finding, Level, Prompts, report
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.samples import Catalogue
@@ -77,6 +77,9 @@ class Preflight:
         if model is not None and tokenizer is not None:
             lora = _language_model(policy).lora
             self.findings += self._try("model", lambda: describe_language_model(model, tokenizer, lora)) or []
+        if model is not None and self.prompts is not None:
+            prompts, completions = self.prompts, self.prompts.completion > 1 or _retrieves(policy)
+            self.findings += self._try("model", lambda: describe_family(model.config, prompts, completions)) or []
         if data is not None and model is not None and self.prompts is not None:
             self._try("size", lambda: self._sizes(data, policy, model))
 
@@ -186,7 +189,6 @@ class Preflight:
         pool = len(data.pool_ids)
         epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else 1
         completion = self.prompts.completion
-        retrieval = str(policy["class_path"]).endswith("RetrievalPolicy")
         accumulate = trainer.accumulate_grad_batches or 1
         language_model = policy.get("language_model") or {}
         return Load(
@@ -202,7 +204,7 @@ class Preflight:
             batch_size=data.batch_size,
             generated_at_once=data.batch_size * (options.get("steps_per_generation") or accumulate),
             checkpointing=bool(language_model.get("gradient_checkpointing")),
-            items=len(data.catalogue) if retrieval else 0,
+            items=len(data.catalogue) if _retrieves(policy) else 0,
         )
 
 
@@ -276,12 +278,16 @@ def _make_module(config: Mapping[str, Any], policy: nn.Module) -> None:
 
 def _stand_in(policy: Mapping[str, Any]) -> nn.Module:
     """A policy of the same kind that has loaded nothing."""
-    if not str(policy["class_path"]).endswith("RetrievalPolicy"):
+    if not _retrieves(policy):
         return GenerativePolicy(config={})
     made = RetrievalPolicy.__new__(RetrievalPolicy)
     nn.Module.__init__(made)
     made.training_cost, made.text = {}, RetrieverText().updated(max_completion_length=policy["max_completion_length"])
     return made
+
+
+def _retrieves(policy: Mapping[str, Any]) -> bool:
+    return str(policy["class_path"]).endswith("RetrievalPolicy")
 
 
 def _language_model(policy: Mapping[str, Any]) -> LanguageModel:
@@ -296,7 +302,7 @@ def _language_model(policy: Mapping[str, Any]) -> LanguageModel:
 
 
 def _completion_tokens(policy: Mapping[str, Any], tokenizer: Any, catalogue: Catalogue) -> int:
-    if str(policy["class_path"]).endswith("RetrievalPolicy"):
+    if _retrieves(policy):
         marker = tokenizer(policy.get("answer_marker") or "<answer>", add_special_tokens=False)["input_ids"]
         length = policy.get("max_completion_length")
         return (256 if length is None else length) + len(marker)

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from minirec_pl.check_report import Finding
+import torch
+
+from minirec_pl.check_report import Finding, Prompts
 from minirec_pl.policy.adapters import Lora, adapter_coverage
+from minirec_pl.policy.causal_lm import decoder_of
 from minirec_pl.policy.generation import eos_token_ids
 from minirec_pl.policy.model_config import text_setting
+from minirec_pl.policy.model_support import described, few_layers, support_of
+from minirec_pl.policy.positions import position_rules
 
 _ANSWER = "Answer 3141"
 _SHOWN = 5
@@ -27,6 +32,30 @@ def describe_language_model(model: Any, tokenizer: Any, lora: Lora | None) -> li
         coverage = adapter_coverage(model) if lora is None else lora.coverage(model)
         findings.append(Finding("warning" if coverage.missing else "ok", "lora", coverage.sentence()))
     return findings
+
+
+def describe_family(config: Any, prompts: Prompts, completions: bool) -> list[Finding]:
+    """Findings on head, cache and positions, tried on a few untrained layers of the model's family.
+
+    Args:
+        config: of a causal language model of transformers.
+        prompts: that it will be asked.
+        completions: whether completions of several tokens follow.
+
+    Raises:
+        InputError: if no model of the family can be a policy, or prompts break the rules of its positions.
+    """
+    model = few_layers(config)
+    if model is None:
+        return [Finding("ok", "model", "its head, cache and positions are tried when it is loaded")]
+    sentences = described(model)
+    position_rules(decoder_of(model)).check(
+        torch.tensor(prompts.lengths), prompts.completion, lambda row: f"a prompt (number {row} of those tried)"
+    )
+    lacking = completions and support_of(model).cache is not None
+    if lacking:
+        sentences["cache"] = f"{sentences['cache']}: take a decoder with attention alone, or item_ids: token"
+    return [Finding("fails" if lacking and what == "cache" else "ok", what, text) for what, text in sentences.items()]
 
 
 def _vocabulary(model: Any, tokenizer: Any) -> Finding:

@@ -177,6 +177,45 @@ def test_it_tells_of_a_language_model(kind, command, tmp_path, capsys):
     assert "nothing stands in the way" in out
 
 
+LONGROPE = {
+    "original_max_position_embeddings": 190,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0, 1.0],
+        "long_factor": [8.0, 3.0],
+        "factor": 8.0,
+    },
+}
+HEADS = {
+    "granite": ({}, 0, "ok       head: the logits are its product times 0.125"),
+    "gemma2": ({}, 0, "ok       head: the logits are its product capped at 30"),
+    "gemma3": ({}, 0, "ok       cache: a prompt is run once and shared by its completions"),
+    "lfm2": ({}, 1, "fails    cache: it has recurrent layers"),
+    "rwkv": ({}, 1, "fails    model: RwkvForCausalLM cannot be a policy (padding on the left changes"),
+    "phi3": (LONGROPE, 1, "the model changes its positions after 190"),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_it_tells_of_head_cache_and_positions(kind, command, tmp_path, capsys):
+    options, code, text = HEADS[kind]
+    folder = family_folder(tmp_path / "model", kind, **options)
+    capsys.readouterr()
+    config = "smollm2-135m-reasoning.yaml"
+    layers = f"{MODEL}.init_args.lora.target_modules=all-linear"
+    assert check_text(command, tmp_path / "runs", folder, layers, config=config) == code
+    assert text in capsys.readouterr().out
+
+
+def test_a_recurrent_model_may_write_items_of_one_token(command, tmp_path, capsys):
+    folder = family_folder(tmp_path / "model", "lfm2")
+    capsys.readouterr()
+    layers = f"{MODEL}.init_args.lora.target_modules=all-linear"
+    assert check_text(command, tmp_path / "runs", folder, layers) == 0
+    assert "ok       cache: it has recurrent layers" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_all_linear_can_be_asked_for_on_the_command_line(command, tmp_path, capsys):
     folder = family_folder(tmp_path / "model", "phi3")

@@ -272,7 +272,7 @@ def _expert_weights(name: str, module: nn.Module) -> Iterator[str]:
     if isinstance(module, _NO_EXPERTS):
         return
     for parameter, value in module.named_parameters(recurse=False):
-        several = value.ndim == 3 or (value.ndim == 2 and "expert" in name)
+        several = (value.ndim == 3 and min(value.shape[1:]) > 1) or (value.ndim == 2 and "expert" in name)
         if several and "bias" not in parameter:
             yield parameter
 

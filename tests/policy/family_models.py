@@ -17,6 +17,10 @@ FAMILIES = {
     "glm4": {"num_key_value_heads": 2, "head_dim": 4},
     "gpt2": {},
     "gpt_neox": {},
+    "granite": {"num_key_value_heads": 2, "logits_scaling": 8.0},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 4, "final_logit_softcapping": 30.0},
+    "lfm2": {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
+    "rwkv": {"attention_hidden_size": 16},
     "gemma3": {"num_key_value_heads": 2, "head_dim": 4},
 }
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
