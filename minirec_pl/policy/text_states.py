@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minirec_pl.policy.catalogue_text import encode_catalogue
 from minirec_pl.policy.causal_lm import body_of
 from minirec_pl.policy.rollout import evaluation_mode
 
@@ -21,13 +22,12 @@ def text_states(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
     Args:
         model: a causal language model of transformers, also inside peft.
         tokenizer: its tokenizer.
-        texts: at least one; special tokens in them are plain text.
+        texts: at least one; control tokens in them are plain text.
 
     Returns:
         float32 [n, D].
     """
-    tokens: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    ids = [row[:_LONGEST] or [tokenizer.eos_token_id] for row in tokens]
+    ids = [row[:_LONGEST] or [tokenizer.eos_token_id] for row in encode_catalogue(tokenizer, texts)]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     device = model.get_input_embeddings().weight.device
     states: Tensor | None = None
