@@ -109,6 +109,8 @@ def check_rows(highest: int, rows: int, tokenizer: Any) -> None:
 
 def _overlaps(span: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:
     start, stop = span
+    if not spans or stop <= spans[0][0] or start >= spans[-1][1]:
+        return False
     return any(start < other_stop and other_start < stop for other_start, other_stop in spans)
 
 
@@ -118,7 +120,6 @@ Found = tuple[int, tuple[int, int]]  # a control token, and where it stands
 class _Token(NamedTuple):
     content: str
     normalized: bool
-    strips: bool
 
 
 class _Copy(NamedTuple):
@@ -149,12 +150,12 @@ class _Control:
         self.tokens: dict[int, _Token] = {}
         for token, added in core.get_added_tokens_decoder().items():
             if _is_control(added):
-                self.tokens[token] = _Token(added.content, added.normalized, added.lstrip or added.rstrip)
+                self.tokens[token] = _Token(added.content, added.normalized)
             else:
                 self.others[token] = added
         for token in tokenizer.all_special_ids:
             if token not in self.tokens and token not in self.others:
-                self.tokens[token] = _Token(tokenizer.convert_ids_to_tokens(token), False, False)
+                self.tokens[token] = _Token(tokenizer.convert_ids_to_tokens(token), False)
         self.unknown = _unknown_of(core)
         spelt = "".join(token.content for token in self.tokens.values())
         self.letter = next(rune for rune in reversed(_RUNES) if rune not in spelt)
@@ -185,32 +186,41 @@ class _Control:
         The control tokens that stand outside the catalogue are found with all of the catalogue masked. In a copy of the
         tokenizer they have other spellings, which the text does not hold, so that they are the only ones there.
         """
-        around = tokenizer([self._masked(text)], add_special_tokens=add_special_tokens)
-        encoding, ids = around.encodings[0], around["input_ids"][0]
-        own = [found for found in self.found(ids, encoding, text.text) if _is_own(found, text.spans)]
-        inside = [place for place, mask in enumerate(encoding.special_tokens_mask) if not mask]
-        before, after = (ids[: inside[0]], ids[inside[-1] + 1 :]) if inside else (ids, [])
+        masked = self._masked(text)
+        batch = tokenizer([masked], add_special_tokens=add_special_tokens)
+        encoding, ids = batch.encodings[0], batch["input_ids"][0]
+        own = [found for found in self.found(ids, encoding, masked) if _is_own(found, text.spans)]
+        inside = [place for place, around in enumerate(encoding.special_tokens_mask) if not around]
+        first, last = (inside[0], inside[-1] + 1) if inside else (len(ids), len(ids))
         copy = self._copy_for(tokenizer, text.text)
-        spelt: list[str] = []
-        stretches: list[str] = []
-        end = 0
+        made: list[int] = []
+        for stripped in (True, False):
+            if copy.encode("".join(self._respelt(masked, own, copy, stripped))) == ids[first:last]:
+                made = copy.encode("".join(self._respelt(text.text, own, copy, stripped)))
+                break
+        else:
+            stretches = self._respelt(text.text, own, copy, False)[::2]
+            for place, stretch in enumerate(stretches):
+                made += [*copy.encode(stretch), *(token for token, _ in own[place : place + 1])]
+        return [*ids[:first], *made, *ids[last:]]
+
+    def _respelt(self, text: str, own: Sequence[Found], copy: _Copy, stripped: bool) -> list[str]:
+        """The text as stretches with the copy's spelling of a control token between each two.
+
+        Args:
+            text: the whole of it.
+            own: its control tokens.
+            copy: of the tokenizer.
+            stripped: leave the space around tokens that are normalised, which may be part of how these are known.
+        """
+        parts, end = [], 0
         for token, (start, stop) in own:
-            if self.tokens[token].normalized and not self.tokens[token].strips:
-                # What normalisers see of the space around it is left as it is.
-                start += len(text.text[start:stop]) - len(text.text[start:stop].lstrip())
-                stop -= len(text.text[start:stop]) - len(text.text[start:stop].rstrip())
-            stretches.append(text.text[end:start])
-            spelt += [text.text[end:start], copy.spelling[token]]
+            if stripped and self.tokens[token].normalized:
+                word = text[start:stop]
+                start, stop = start + len(word) - len(word.lstrip()), stop - len(word) + len(word.rstrip())
+            parts += [text[end:start], copy.spelling[token]]
             end = stop
-        made = copy.encode("".join([*spelt, text.text[end:]]))
-        known = [token for token in made if token in self.tokens and token != self.unknown]
-        if known != [token for token, _ in own if token != self.unknown]:
-            made = [
-                token
-                for part, (own_token, _) in zip(stretches, own, strict=True)
-                for token in (*copy.encode(part), own_token)
-            ] + copy.encode(text.text[end:])
-        return [*before, *made, *after]
+        return [*parts, text[end:]]
 
     def _masked(self, text: Text) -> str:
         characters = list(text.text)
