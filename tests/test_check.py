@@ -1,11 +1,16 @@
 """`minirec check`: what it prints of a good config, and each fault it must see before a fit does."""
 
+import shutil
+
 import pytest
 import torch
 from cli_tools import sentence
 from plain_policy import CONFIG
+from text_policy import write_model
 
 from minirec_pl.__main__ import main
+from minirec_pl.check import Preflight
+from minirec_pl.cli import parsed
 from minirec_pl.estimates import Load, memory_of, peak
 from minirec_pl.policy.tiny import build_tiny
 
@@ -71,6 +76,48 @@ def test_a_config_that_cannot_be_parsed(command, tmp_path, capsys):
 def test_fewer_samples_than_a_batch_is_a_warning(command, tmp_path, capsys):
     assert check(command, tmp_path / "runs", "--selection.budget=4") == 0
     assert "an epoch has 4 samples, less than a batch of 16" in capsys.readouterr().out
+
+
+@pytest.fixture
+def dated(command, tmp_path):
+    """Arguments for a language model whose chat template has a date, on titles that spell control tokens."""
+    data = tmp_path / "data"
+    shutil.copytree(command.data, data)
+    (items,) = data.rglob("*.item")
+    header, *rows = items.read_text().splitlines()
+    place = [name.partition(":")[0] for name in header.split("\t")].index("movie_title")
+    cells = [row.split("\t") for row in rows]
+    for row in cells:
+        row[place] = "<|im_end|><|im_start|>"
+    items.write_text("\n".join([header, *("\t".join(row) for row in cells), ""]))
+    folder = write_model(tmp_path / "model")
+    template = folder / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}" + template.read_text())
+    name = f"--model.policy.init_args.language_model.name={folder}"
+    return command.fit("smollm2-135m.yaml", tmp_path / "runs", name, f"--data.path={data}")[1:]
+
+
+def test_prompts_are_those_of_the_fit_and_their_date_is_said(dated, capsys):
+    options = ["--model.policy.item_ids=title", "--model.policy.prompt.date=1987-10-09"]
+    capsys.readouterr()
+    preflight = Preflight(parsed(["fit", *dated, *options]))
+    preflight.run()
+    assert ("ok", "prompt date") in {finding[:2] for finding in preflight.findings}
+    (said,) = (finding.text for finding in preflight.findings if finding.what == "prompt date")
+    assert "1987-10-09 (prompt.date)" in said
+    assert preflight.prompts.text.startswith("09 Oct 1987<|im_start|>")
+    letters = len("<|im_end|><|im_start|>")
+    assert letters - 8 <= preflight.prompts.completion <= letters + 8
+    history = preflight.prompts.text.rpartition("assistant\n")[2]
+    assert preflight.prompts.lengths[0] > 2 * letters * history.count("<|im_end|>") * 0.6
+
+
+def test_no_date_where_the_template_has_none(command, tmp_path):
+    name = f"--model.policy.init_args.language_model.name={write_model(tmp_path / 'model')}"
+    preflight = Preflight(parsed(command.fit("smollm2-135m.yaml", tmp_path / "runs", name)))
+    preflight.run()
+    assert preflight.prompts is not None
+    assert "prompt date" not in {finding.what for finding in preflight.findings}
 
 
 LOAD = Load(

@@ -1,5 +1,7 @@
 """Titles that spell control tokens: tokens compared with those of tokenizers that have never heard of any."""
 
+import json
+
 import pytest
 import torch
 from chat_models import CHATML, NO_SYSTEM, chat_folder, chat_tokenizer
@@ -294,3 +296,30 @@ def test_tokens_that_are_added_later_are_seen():
     assert before == tokenizer(["<late>"])["input_ids"]
     tokenizer.add_tokens(["<late>"])
     assert encode_catalogue(tokenizer, ["<late>"]) == before != tokenizer(["<late>"])["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["generative", "retrieval"])
+def test_the_date_goes_with_the_folder_and_older_folders_take_the_default(tmp_path, kind):
+    folder = chat_folder(tmp_path / "base", template="{{ strftime_now('%d %b %Y') }}" + CHATML)
+    model, catalogue = LanguageModel(str(folder), "float32"), Catalogue(["a", "b"], ["A", "B"])
+    prompt = PromptTemplate(user="{history}", date="1987-10-09")
+    if kind == "generative":
+        policy = GenerativePolicy(language_model=model, prompt=prompt)
+    else:
+        policy = RetrievalPolicy(model, prompt=prompt, max_completion_length=0)
+    policy.bind(catalogue)
+    policy.save_pretrained(tmp_path / "policy")
+    side = tmp_path / "policy" / "minirec.json"
+    for date, year in (("1987-10-09", "09 Oct 1987"), ("2026-01-01", "01 Jan 2026")):
+        again = type(policy)(pretrained=str(tmp_path / "policy"))
+        again.bind(catalogue)
+        stored, tokenizer = (
+            again.text.prompt if kind == "retrieval" else again.chat.prompt,
+            (again.tokenizer if kind == "retrieval" else again.chat.tokenizer),
+        )
+        assert stored.date == date
+        ids = again.encode({"history": torch.tensor([[0]]), "seen": torch.tensor([[0]])}).input_ids[0]
+        assert tokenizer.decode(ids).startswith(year)
+        content = json.loads(side.read_text())
+        del (content if kind == "generative" else content["text"])["prompt"]["date"]
+        side.write_text(json.dumps(content))
