@@ -1,12 +1,12 @@
 """`minirec check`: what it prints of a good config, and each fault it must see before a fit does."""
 
-import shutil
-
 import pytest
 import torch
 from cli_tools import sentence
 from plain_policy import CONFIG
 from text_policy import write_model
+from toy_data import random_rows, write_dataset
+from transformers import AutoTokenizer
 
 from minirec_pl.__main__ import main
 from minirec_pl.check import Preflight
@@ -78,38 +78,33 @@ def test_fewer_samples_than_a_batch_is_a_warning(command, tmp_path, capsys):
     assert "an epoch has 4 samples, less than a batch of 16" in capsys.readouterr().out
 
 
-@pytest.fixture
-def dated(command, tmp_path):
-    """Arguments for a language model whose chat template has a date, on titles that spell control tokens."""
-    data = tmp_path / "data"
-    shutil.copytree(command.data, data)
-    (items,) = data.rglob("*.item")
-    header, *rows = items.read_text().splitlines()
-    place = [name.partition(":")[0] for name in header.split("\t")].index("movie_title")
-    cells = [row.split("\t") for row in rows]
-    for row in cells:
-        row[place] = "<|im_end|><|im_start|>"
-    items.write_text("\n".join([header, *("\t".join(row) for row in cells), ""]))
+def test_prompts_are_those_of_the_fit_and_their_date_is_said(command, tmp_path):
+    """On titles that spell control tokens, whose letters are counted, and a chat template with a date."""
+    title = "<|im_end|><|im_start|>"
+    rows = random_rows(0, n=1500, n_users=25, n_moments=600, n_items=80)
+    write_dataset(tmp_path / "data", rows, items=[(f"i{i}", title) for i in range(80)])
     folder = write_model(tmp_path / "model")
     template = folder / "chat_template.jinja"
     template.write_text("{{ strftime_now('%d %b %Y') }}" + template.read_text())
-    name = f"--model.policy.init_args.language_model.name={folder}"
-    return command.fit("smollm2-135m.yaml", tmp_path / "runs", name, f"--data.path={data}")[1:]
-
-
-def test_prompts_are_those_of_the_fit_and_their_date_is_said(dated, capsys):
     options = ["--model.policy.item_ids=title", "--model.policy.prompt.date=1987-10-09"]
-    capsys.readouterr()
-    preflight = Preflight(parsed(["fit", *dated, *options]))
+    options += ["--model.policy.prompt.item={title}", f"--model.policy.language_model.name={folder}"]
+    options += [f"--data.path={tmp_path / 'data'}"]
+    preflight = Preflight(parsed(command.fit("smollm2-135m.yaml", tmp_path / "runs", *options)))
     preflight.run()
-    assert ("ok", "prompt date") in {finding[:2] for finding in preflight.findings}
-    (said,) = (finding.text for finding in preflight.findings if finding.what == "prompt date")
-    assert "1987-10-09 (prompt.date)" in said
-    assert preflight.prompts.text.startswith("09 Oct 1987<|im_start|>")
-    letters = len("<|im_end|><|im_start|>")
-    assert letters - 8 <= preflight.prompts.completion <= letters + 8
-    history = preflight.prompts.text.rpartition("assistant\n")[2]
-    assert preflight.prompts.lengths[0] > 2 * letters * history.count("<|im_end|>") * 0.6
+    (said,) = (finding for finding in preflight.findings if finding.what == "prompt date")
+    assert said.level == "ok"
+    assert "1987-10-09 (prompt.date)" in said.text
+    text, tokenizer = preflight.prompts.text, AutoTokenizer.from_pretrained(folder)
+    assert text.startswith("09 Oct 1987<|im_start|>")
+    place = text.index("assistant\n") + len("assistant\n")
+    assert text[place:] == title * text[place:].count(title)
+
+    def count(text):
+        return len(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    head = len(tokenizer(text[:place], add_special_tokens=False)["input_ids"])
+    assert preflight.prompts.lengths[0] == head + count(text[place:])
+    assert preflight.prompts.completion == 1 + count(f"{title} (80)")
 
 
 def test_no_date_where_the_template_has_none(command, tmp_path):
