@@ -24,7 +24,9 @@ from minirec_pl.data.samples import Catalogue
 from minirec_pl.errors import InputError
 from minirec_pl.estimates import Load, Memory, memory_of, peak
 from minirec_pl.policy import GenerativePolicy, RetrievalPolicy
+from minirec_pl.policy.catalogue_text import encode_texts
 from minirec_pl.policy.folder import SIDE_FILE
+from minirec_pl.policy.item_ids import title_ids
 from minirec_pl.policy.language_model import LanguageModel
 from minirec_pl.policy.model_config import text_setting
 from minirec_pl.policy.prompt import PromptTemplate
@@ -136,9 +138,11 @@ class Preflight:
             known = [int(item) for item in batch["history"][0] if item >= 0]
             shown = "<s> " + " ".join(data.catalogue.item_ids[item] for item in known)
             return Prompts(shown, lengths, 1)
-        texts = [prompt.render(tokenizer, prompt.history_text(batch, row, data.catalogue)) for row in range(len(ids))]
-        lengths = [len(tokens) for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        return Prompts(texts[0], lengths, _completion_tokens(policy, tokenizer, data.catalogue))
+        texts = prompt.write(tokenizer, batch, data.catalogue)
+        lengths = [len(tokens) for tokens in encode_texts(tokenizer, texts)]
+        if prompt.asks_for_the_date(tokenizer):
+            self._add("ok", "prompt date", f"the chat template tells the model that it is {prompt.date} (prompt.date)")
+        return Prompts(texts[0].text, lengths, _completion_tokens(policy, prompt, tokenizer, data.catalogue))
 
     def _sizes(self, data: RecDataModule, policy: Mapping[str, Any], model: Any) -> None:
         assert self.prompts is not None
@@ -301,14 +305,13 @@ def _language_model(policy: Mapping[str, Any]) -> LanguageModel:
     return LanguageModel(folder, dtype=stored.get("language_model", {}).get("dtype", "float32"))
 
 
-def _completion_tokens(policy: Mapping[str, Any], tokenizer: Any, catalogue: Catalogue) -> int:
+def _completion_tokens(policy: Mapping[str, Any], prompt: PromptTemplate, tokenizer: Any, catalogue: Catalogue) -> int:
     if _retrieves(policy):
         marker = tokenizer(policy.get("answer_marker") or "<answer>", add_special_tokens=False)["input_ids"]
         length = policy.get("max_completion_length")
         return (256 if length is None else length) + len(marker)
     if policy.get("item_ids") == "title":
-        titles = catalogue.titles or catalogue.item_ids
-        return 1 + max(map(len, tokenizer(list(titles), add_special_tokens=False)["input_ids"]))
+        return title_ids(tokenizer, catalogue, prompt).tokens.shape[1]
     return 1
 
 

@@ -18,6 +18,7 @@ from rich.table import Table
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.statistics import Facts, facts_of, notes_on, token_facts
 from minirec_pl.errors import InputError
+from minirec_pl.policy.catalogue_text import encode_catalogue
 from minirec_pl.sentences import check_yaml
 
 PIPE_WIDTH = 120
@@ -60,7 +61,8 @@ def run(arguments: Sequence[str]) -> None:
     data.setup()
     facts = facts_of(data)
     if options.tokenizer is not None:
-        facts |= token_facts(data, _tokenizer(options.tokenizer))
+        tokenizer = _tokenizer(options.tokenizer)
+        facts |= token_facts(data, lambda texts, **_: {"input_ids": encode_catalogue(tokenizer, texts)})
     _show(Console() if Console().is_terminal else Console(width=PIPE_WIDTH), facts, notes_on(data))
 
 

@@ -6,8 +6,13 @@ from chat_models import CHATML, chat_folder, chat_tokenizer
 from cli_tools import sentence
 from family_models import family_folder
 from plain_policy import CONFIG
+from text_policy import write_model
+from toy_data import random_rows, write_dataset
+from transformers import AutoTokenizer
 
 from minirec_pl.__main__ import main
+from minirec_pl.check import Preflight
+from minirec_pl.cli import parsed
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.estimates import Load, memory_of, peak
 from minirec_pl.policy import GenerativePolicy, LanguageModel, Lora
@@ -75,6 +80,43 @@ def test_a_config_that_cannot_be_parsed(command, tmp_path, capsys):
 def test_fewer_samples_than_a_batch_is_a_warning(command, tmp_path, capsys):
     assert check(command, tmp_path / "runs", "--selection.budget=4") == 0
     assert "an epoch has 4 samples, less than a batch of 16" in capsys.readouterr().out
+
+
+def test_prompts_are_those_of_the_fit_and_their_date_is_said(command, tmp_path):
+    """On titles that spell control tokens, whose letters are counted, and a chat template with a date."""
+    title = "<|im_end|><|im_start|>"
+    rows = random_rows(0, n=1500, n_users=25, n_moments=600, n_items=80)
+    write_dataset(tmp_path / "data", rows, items=[(f"i{i}", title) for i in range(80)])
+    folder = write_model(tmp_path / "model")
+    template = folder / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}" + template.read_text())
+    options = ["--model.policy.item_ids=title", "--model.policy.prompt.date=1987-10-09"]
+    options += ["--model.policy.prompt.item={title}", f"--model.policy.language_model.name={folder}"]
+    options += [f"--data.path={tmp_path / 'data'}"]
+    preflight = Preflight(parsed(command.fit("smollm2-135m.yaml", tmp_path / "runs", *options)))
+    preflight.run()
+    (said,) = (finding for finding in preflight.findings if finding.what == "prompt date")
+    assert said.level == "ok"
+    assert "1987-10-09 (prompt.date)" in said.text
+    text, tokenizer = preflight.prompts.text, AutoTokenizer.from_pretrained(folder)
+    assert text.startswith("09 Oct 1987<|im_start|>")
+    place = text.index("assistant\n") + len("assistant\n")
+    assert text[place:] == title * text[place:].count(title)
+
+    def count(text):
+        return len(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    head = len(tokenizer(text[:place], add_special_tokens=False)["input_ids"])
+    assert preflight.prompts.lengths[0] == head + count(text[place:])
+    assert preflight.prompts.completion == 1 + count(f"{title} (80)")
+
+
+def test_no_date_where_the_template_has_none(command, tmp_path):
+    name = f"--model.policy.init_args.language_model.name={write_model(tmp_path / 'model')}"
+    preflight = Preflight(parsed(command.fit("smollm2-135m.yaml", tmp_path / "runs", name)))
+    preflight.run()
+    assert preflight.prompts is not None
+    assert "prompt date" not in {finding.what for finding in preflight.findings}
 
 
 LOAD = Load(

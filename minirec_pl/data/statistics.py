@@ -81,7 +81,7 @@ def token_facts(data: RecDataModule, tokenizer: Any, prompt: PromptText = histor
 
     Args:
         data: After ``setup``.
-        tokenizer: Of transformers.
+        tokenizer: Called as one of transformers is.
         prompt: Makes the text of a prompt from the catalogue and a history.
 
     Returns:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -412,6 +412,26 @@ def by_length(lengths: Tensor, run: Callable[[Tensor], Tensor], most_tokens: int
     return made.index_select(0, torch.argsort(torch.cat(buckets)).to(made.device))
 
 
+def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Tokens int64 [n, T] of rows, padded on the left, and their mask int64 [n, T].
+
+    Example:
+        >>> pad_left([[7], [8, 9]], 0, "cpu")
+        (tensor([[0, 7],
+                [8, 9]]), tensor([[0, 1],
+                [1, 1]]))
+    """
+    width = max(map(len, rows))
+    tokens = torch.tensor([[*[pad] * (width - len(row)), *row] for row in rows], device=device)
+    mask = torch.tensor([[*[0] * (width - len(row)), *[1] * len(row)] for row in rows], device=device)
+    return tokens, mask
+
+
+def places(mask: Tensor) -> Tensor:
+    """Position of each token among the real ones of its row, from 0, int64 [n, T], of a mask [n, T]."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
 def run_prompt(
     body: Body, input_ids: Tensor, mask: Tensor, row: Tensor | None = None, keep_cache: bool = True
 ) -> Prompt:
@@ -432,7 +452,7 @@ def run_prompt(
     output = body(
         input_ids=input_ids,
         attention_mask=mask,
-        position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+        position_ids=places(mask),
         past_key_values=cache,
         use_cache=keep_cache,
     )
@@ -501,7 +521,7 @@ def run_completions(prompt: Prompt, sample: Tensor, tokens: Tensor, fed: Tensor)
     states: Tensor = prompt.body(
         input_ids=tokens,
         attention_mask=mask,
-        position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :],
+        position_ids=places(mask)[:, -tokens.shape[1] :],
         past_key_values=branch_cache(prompt.cache, row),
         use_cache=True,
     ).last_hidden_state

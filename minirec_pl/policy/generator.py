@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.errors import InputError
+from minirec_pl.policy.catalogue_text import rows_of
 from minirec_pl.policy.causal_lm import (
     body_of,
     cache_under_checkpointing,
@@ -153,14 +154,16 @@ class GenerativePolicy(nn.Module):
             batch: with `history` int64 [B, W], item index padded with -1 anywhere.
 
         Raises:
-            InputError: if prompt and item id together are longer than the model's positions, naming the sample.
+            InputError: if prompt and item id together are longer than the model's positions, naming the sample, or a
+                prompt has a token that the model has no embedding for.
         """
         if self.chat is not None:
             assert self.catalogue is not None
             positions = text_setting(self.model, "max_position_embeddings")
             longest = None if positions is None else positions - self.id_length + 1
             tokenizer, prompt, ids = self.chat.tokenizer, self.chat.prompt, self.chat.id_texts
-            encoded = prompt.encode(tokenizer, batch, self.catalogue, longest, ids)
+            own_ids, rows = self.chat.kind != "title", rows_of(self.model)
+            encoded = prompt.encode(tokenizer, batch, self.catalogue, longest, ids, own_ids=own_ids, rows=rows)
             check_rules(self.model, encoded, self.id_length, batch.get("sample_id"))
             return encoded
         encoded = encode_ids(batch["history"], self.trie.item_tokens, self.bos_token_id, self.pad_token_id)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.errors import InputError
+from minirec_pl.policy.catalogue_text import check_rows, encode_catalogue, rows_of
 from minirec_pl.policy.folder import Chat, StoredPolicy
 from minirec_pl.policy.item_codes import SemanticIds, code_names, read_embeddings, residual_codes
 from minirec_pl.policy.language_model import LanguageModel, grow
@@ -66,19 +67,15 @@ def title_ids(tokenizer: Any, catalogue: Catalogue, prompt: PromptTemplate) -> I
     """
     titles = [prompt.title_of(catalogue, item) for item in range(len(catalogue))]
 
-    def encode(texts: list[str]) -> list[list[int]]:
-        rows: list[list[int]] = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return rows
-
     taken: set[tuple[int, ...]] = set()
     numbers: dict[str, int] = {}
     ids, texts = [], []
-    for title, row in zip(titles, encode(titles), strict=True):
+    for title, row in zip(titles, encode_catalogue(tokenizer, titles), strict=True):
         text = title
         while tuple(row) in taken:
             numbers[title] = numbers.get(title, 1) + 1
             text = f"{title} ({numbers[title]})"
-            row = encode([text])[0]
+            row = encode_catalogue(tokenizer, [text])[0]
         taken.add(tuple(row))
         ids.append([*row, tokenizer.eos_token_id])
         texts.append(text)
@@ -109,9 +106,7 @@ def added_ids(
         else:
             embeddings = read_embeddings(Path(options.embeddings), len(catalogue))
         names = code_names(residual_codes(embeddings, options.levels, options.codes, options.seed))
-    text_tokens: list[list[int]] = tokenizer(
-        list(catalogue.texts), add_special_tokens=False, split_special_tokens=True
-    )["input_ids"]
+    text_tokens = encode_catalogue(tokenizer, catalogue.texts)
     new = _add_tokens(model, tokenizer, sorted({name for row in names for name in row}))
     tokens = [[new[name] for name in row] for row in names]
     _start_rows(model, tokens, [row or [tokenizer.eos_token_id] for row in text_tokens])
@@ -183,6 +178,7 @@ def load_with_ids(
         return new
 
     model, tokenizer = language_model.load(extend)
+    check_rows(int(made[0].tokens.max()), rows_of(model), tokenizer)
     return StoredPolicy(
         model, catalogue, made[0].tokens, {}, Chat(language_model, tokenizer, prompt, kind, made[0].texts)
     )

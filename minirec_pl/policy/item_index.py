@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minirec_pl.policy.causal_lm import body_of, by_length, run_prompt
+from minirec_pl.policy.causal_lm import body_of, by_length, pad_left, run_prompt
 from minirec_pl.policy.reasoning import unit
 
 _TOKENS = 8192  # through the model at a time
@@ -83,10 +83,7 @@ class ItemIndex(nn.Module):
         return unit(by_length(lengths, lambda rows: self._states(body, items[rows.to(device)]), _TOKENS))
 
     def _states(self, body: Any, items: Tensor) -> Tensor:
-        rows = [self.tokens[item] for item in items.tolist()]
-        width = max(map(len, rows))
-        ids = torch.tensor([[self.pad] * (width - len(row)) + row for row in rows], device=items.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=items.device)
+        ids, mask = pad_left([self.tokens[item] for item in items.tolist()], self.pad, items.device)
         return run_prompt(body, ids, mask, keep_cache=False).states
 
     def due(self, weights: float, step: int | None, every: int, budget: int | None) -> Tensor:

@@ -16,6 +16,7 @@ from minirec_pl.policy.causal_lm import (
     check_padding,
     decoder_of,
     head_of,
+    places,
     run_completions,
     run_prompts,
 )
@@ -138,7 +139,7 @@ def _separate_states(
     states: Tensor = body(
         input_ids=torch.cat([input_ids.repeat_interleave(group, dim=0), tokens[:, :-1]], dim=1),
         attention_mask=both,
-        position_ids=(both.cumsum(dim=1) - 1).clamp(min=0),
+        position_ids=places(both),
         use_cache=False,
     ).last_hidden_state
     return states[:, -tokens.shape[1] :]

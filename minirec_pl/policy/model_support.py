@@ -16,6 +16,7 @@ from minirec_pl.policy.causal_lm import (
     body_of,
     decoder_of,
     head_of,
+    pad_left,
     run_completions,
     run_prompt,
     run_widened,
@@ -151,23 +152,15 @@ def _trial(model: Any) -> _Trial:
     return _Trial([tokens(n) for n in _PROMPTS], completions, plain, head_of(model), 0.25 if coarse else 1e-3)
 
 
-def _batch(model: Any, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Tokens and mask [n, T] of rows, padded on the left."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    return ids, mask
-
-
 def _padded(model: Any, trial: _Trial) -> str | None:
     rows = [*trial.prompts, *(p + c for p, group in zip(trial.prompts, trial.completions, strict=True) for c in group)]
-    found = run_prompt(body_of(model), *_batch(model, rows), keep_cache=False).states
+    found = run_prompt(body_of(model), *pad_left(rows, 0, model.device), keep_cache=False).states
     wrong = any(trial.differs(state[None], row) for state, row in zip(found, rows, strict=True))
     return "padding on the left changes what it says of a sequence" if wrong else None
 
 
 def _shared(model: Any, trial: _Trial) -> str | None:
-    prompt = run_prompt(body_of(model), *_batch(model, trial.prompts))
+    prompt = run_prompt(body_of(model), *pad_left(trial.prompts, 0, model.device))
     if not prompt.cache.layers:
         return "it keeps no keys and values"
     pairs = [(sample, row) for sample, group in enumerate(trial.completions) for row in group]
@@ -182,7 +175,7 @@ def _shared(model: Any, trial: _Trial) -> str | None:
 
 
 def _decoded(model: Any, trial: _Trial) -> str | None:
-    prompt = run_prompt(body_of(model), *_batch(model, trial.prompts))
+    prompt = run_prompt(body_of(model), *pad_left(trial.prompts, 0, model.device))
     rows = [(row * 2)[:2] for group in trial.completions for row in group]
     group = len(trial.completions[0])
     decoder = Decoder(prompt, group, 2)

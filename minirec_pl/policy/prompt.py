@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import string
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.errors import InputError
+from minirec_pl.policy.catalogue_text import Text, check_rows, encode_texts, joined
 
 _UNITS = (("year", 31_557_600), ("month", 2_629_800), ("day", 86_400), ("hour", 3_600), ("minute", 60))
 _FIELDS: dict[str, dict[str, Any]] = {  # what each text may hold, with an example
@@ -23,6 +25,24 @@ _FIELDS: dict[str, dict[str, Any]] = {  # what each text may hold, with an examp
     "age": {"age": "1 day"},
 }
 _COLUMNS = ("history", "history_rating", "history_age")
+_STAND_IN = 'ᛟ"History"\nᛟ'  # of the history while a chat template is rendered
+_DIRECTIVES = [f"%{flag}{code}" for flag in ("", *"-_0^#") for code in "aAbBcdDeFgGhHIjklmMnprRStTuUVwWxXyYzZ"]
+# Chat templates may ask for the time through a function, and newer versions of transformers hand none over.
+_DATE_MACRO = """\
+{%- macro strftime_now(format) -%}
+{%- set seen = namespace(code='') -%}
+{%- for letter in format -%}
+{%- if not seen.code and letter != '%' -%}{{ letter }}
+{%- else -%}
+{%- set seen.code = seen.code + letter -%}
+{%- if seen.code == '%%' -%}%{%- set seen.code = '' -%}
+{%- elif letter not in '%-_0^#' -%}{{ prompt_date.get(seen.code, seen.code) }}{%- set seen.code = '' -%}
+{%- endif -%}
+{%- endif -%}
+{%- endfor -%}
+{{ seen.code }}
+{%- endmacro %}
+"""
 
 
 class EncodedPrompts(NamedTuple):
@@ -88,9 +108,14 @@ class PromptTemplate:
             with the user's own list, and each stretch of a sequence is the beginning of the next one's prompt: a warm
             start runs them all at once.
         longest_title: characters that are kept of a title or text.
+        date: the day, YYYY-MM-DD, that chat templates which ask for the date are told. It is part of the policy, so
+            that scores do not change overnight.
+
+    What the catalogue says is text and nothing else: a title that spells a control token is encoded as its letters. In
+    the texts above, and in the chat template, control tokens are control tokens.
 
     Raises:
-        InputError: for a text with an unknown or missing placeholder.
+        InputError: for a text with an unknown or missing placeholder, or a date that is none.
 
     Example:
         >>> catalogue = Catalogue(["a", "b"], ["Ape", "Bee"])
@@ -111,6 +136,7 @@ class PromptTemplate:
     separator: str = "\n"
     answer: str = ""
     longest_title: int = 100
+    date: str = "2026-01-01"
 
     def __post_init__(self) -> None:
         places = int("{history}" in self.answer)
@@ -132,6 +158,12 @@ class PromptTemplate:
             raise InputError(f"{where} the history: put {{history}} into one of them")
         if self.longest_title < 1:
             raise InputError(f"prompt.longest_title is {self.longest_title}: keep at least 1 character")
+        try:
+            is_date = datetime.date.fromisoformat(self.date).isoformat() == self.date
+        except (TypeError, ValueError):
+            is_date = False
+        if not is_date:
+            raise InputError(f"prompt.date is {self.date!r}: give a day as YYYY-MM-DD, for example 2026-01-01")
 
     def history_text(
         self, batch: Mapping[str, Tensor], row: int, catalogue: Catalogue, ids: Sequence[str] | None = None
@@ -145,24 +177,39 @@ class PromptTemplate:
             catalogue: of titles and texts.
             ids: what stands for each item where the template says `{id}`; the external ids if None.
         """
+        return joined(self._history(batch, row, catalogue, ids)).text
+
+    def _history(
+        self,
+        batch: Mapping[str, Tensor],
+        row: int,
+        catalogue: Catalogue,
+        ids: Sequence[str] | None,
+        own_ids: bool = False,
+    ) -> list[tuple[str, bool]]:
+        """Parts of a history, each with whether it is from the catalogue."""
         known = {name: batch[name][row].tolist() for name in _COLUMNS if name in batch}
-        lines: list[str] = []
+        parts: list[tuple[str, bool]] = []
+        number = 0
         for column, item in enumerate(known["history"]):
             if item < 0:
                 continue
-            line = self.item.format(
-                number=len(lines) + 1,
-                title=self.title_of(catalogue, item),
-                text=self.cut(catalogue.texts[item]),
-                id=(catalogue.item_ids if ids is None else ids)[item],
-            )
+            if number:
+                parts.append((self.separator, False))
+            number += 1
+            values = {
+                "number": number,
+                "title": self.title_of(catalogue, item),
+                "text": self.cut(catalogue.texts[item]),
+                "id": (catalogue.item_ids if ids is None else ids)[item],
+            }
+            parts += _filled(self.item, values, ("title", "text") if own_ids else ("title", "text", "id"))
             rating, age = (known[name][column] if name in known else math.nan for name in _COLUMNS[1:])
             if not math.isnan(rating):
-                line += self.rating.format(rating=f"{rating:g}")
+                parts += _filled(self.rating, {"rating": f"{rating:g}"}, ("rating",))
             if not math.isnan(age):
-                line += self.age.format(age=time_ago(age))
-            lines.append(line)
-        return self.separator.join(lines)
+                parts += _filled(self.age, {"age": time_ago(age)}, ("age",))
+        return parts
 
     def title_of(self, catalogue: Catalogue, item: int) -> str:
         """The title of an item, cut; its external id where it has none."""
@@ -179,26 +226,82 @@ class PromptTemplate:
         Raises:
             InputError: if the tokenizer has no chat template.
         """
+        return self._conversation(tokenizer, history) + self.answer.replace("{history}", history)
+
+    def asks_for_the_date(self, tokenizer: Any) -> bool:
+        """Whether the chat template tells the model the date."""
+        texts = {replace(self, date=date).render(tokenizer, "") for date in (self.date, "1999-11-23", "2003-08-04")}
+        return len(texts) > 1
+
+    def _conversation(self, tokenizer: Any, history: str) -> str:
         if tokenizer.chat_template is None:
             raise InputError(
                 "the tokenizer has no chat template: take an instruction-tuned model, or put a chat_template.jinja "
                 "into its folder"
             )
         system, user = self.system.format(), self.user.format(history=history)
-        answer = self.answer.replace("{history}", history)
         if system:
             with_system = [{"role": "system", "content": system}, {"role": "user", "content": user}]
             try:
-                text = _opened(tokenizer, with_system)
+                text = self._opened(tokenizer, with_system)
             except Exception as error:
                 # Templates refuse the role by raising an error of jinja.
                 if type(error).__module__.partition(".")[0] != "jinja2":
                     raise
                 text = ""
             if system.strip() in text:
-                return text + answer
+                return text
             user = f"{system}\n\n{user}"
-        return _opened(tokenizer, [{"role": "user", "content": user}]) + answer
+        return self._opened(tokenizer, [{"role": "user", "content": user}])
+
+    def _opened(self, tokenizer: Any, messages: list[dict[str, str]]) -> str:
+        template, options = tokenizer.get_chat_template(), {}
+        if "strftime_now" in template:
+            day = datetime.datetime.combine(datetime.date.fromisoformat(self.date), datetime.time())
+            options["prompt_date"] = {directive: day.strftime(directive) for directive in _DIRECTIVES}
+            options["chat_template"] = _DATE_MACRO + template
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+        return text
+
+    def write(
+        self,
+        tokenizer: Any,
+        batch: Mapping[str, Tensor],
+        catalogue: Catalogue,
+        ids: Sequence[str] | None = None,
+        own_ids: bool = False,
+    ) -> list[Text]:
+        """The prompts of a batch [B] as texts that know what of them is from the catalogue.
+
+        The chat template sees the texts around the history, and a stand-in for what is between its first and last word.
+
+        Args:
+            tokenizer: of the model.
+            batch: see `history_text`.
+            catalogue: of titles and texts.
+            ids: see `history_text`.
+            own_ids: see `encode`.
+
+        Raises:
+            InputError: if the tokenizer has no chat template, or that leaves out or rewrites what the user says.
+        """
+        columns = {name: batch[name].cpu() for name in _COLUMNS if name in batch}
+        conversations: dict[str, list[str]] = {}
+        answer = self.answer.split("{history}")
+        texts = []
+        for row in range(len(batch["history"])):
+            history = self._history(columns, row, catalogue, ids, own_ids)
+            first, inner, last = ("", [], "") if len(answer) > 1 else _core(history)
+            shown = first + _STAND_IN * bool(inner) + last
+            if shown not in conversations:
+                conversations[shown] = self._conversation(tokenizer, shown).split(_STAND_IN)
+                if inner and len(conversations[shown]) == 1:
+                    raise InputError(
+                        "the chat template of the tokenizer leaves out or rewrites what the user says: put a "
+                        "chat_template.jinja that does not into its folder"
+                    )
+            texts.append(joined([*_spread(conversations[shown], inner), *_spread(answer, history)]))
+        return texts
 
     def encode(
         self,
@@ -207,8 +310,11 @@ class PromptTemplate:
         catalogue: Catalogue,
         longest: int | None = None,
         ids: Sequence[str] | None = None,
+        *,
+        own_ids: bool = True,
+        rows: int | None = None,
     ) -> EncodedPrompts:
-        """Prompts of a batch as tokens, on the batch's device. Special tokens inside an item's text are left out.
+        """Prompts of a batch as tokens, on the batch's device; what the catalogue says becomes no control token.
 
         Args:
             tokenizer: of the model.
@@ -216,19 +322,15 @@ class PromptTemplate:
             catalogue: of titles and texts.
             longest: tokens that a prompt may have; None for any number.
             ids: see `history_text`.
+            own_ids: whether `ids` are made of tokens of the policy's own, and not of titles.
+            rows: tokens that the model has an embedding for; None for any number.
 
         Raises:
-            InputError: if a prompt is longer, naming its sample.
+            InputError: if a prompt is longer, naming its sample, or has a token without an embedding.
         """
-        columns = {name: batch[name].cpu() for name in _COLUMNS if name in batch}
-        texts = []
-        for row in range(len(batch["history"])):
-            history = self.history_text(columns, row, catalogue, ids)
-            for token in tokenizer.all_special_tokens:
-                history = history.replace(token, "")
-            texts.append(self.render(tokenizer, history))
+        texts = self.write(tokenizer, batch, catalogue, ids, own_ids and ids is not None)
         place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        tokens: list[list[int]] = tokenizer(list(place), add_special_tokens=False)["input_ids"]
+        tokens = encode_texts(tokenizer, list(place))
         width = max(map(len, tokens))
         if longest is not None and width > longest:
             prompt = max(range(len(tokens)), key=lambda i: len(tokens[i]))
@@ -244,10 +346,43 @@ class PromptTemplate:
         for i, prompt_tokens in enumerate(tokens):
             input_ids[i, width - len(prompt_tokens) :] = torch.tensor(prompt_tokens)
             mask[i, width - len(prompt_tokens) :] = 1
+        if rows is not None:
+            check_rows(int(input_ids.max()), rows, tokenizer)
         row_of = torch.tensor([place[text] for text in texts])
         return EncodedPrompts(input_ids.to(device), mask.to(device), row_of.to(device))
 
 
-def _opened(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text
+def _filled(template: str, values: Mapping[str, Any], foreign: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """Parts of a template with its placeholders filled, each with whether it is one of the `foreign` fields."""
+    for literal, field, form, conversion in string.Formatter().parse(template):
+        if literal:
+            yield literal, False
+        if field is not None:
+            value = values[field]
+            if form or conversion:
+                value = f"{{{field}{f'!{conversion}' if conversion else ''}:{form}}}".format(**values)
+            yield str(value), field in foreign
+
+
+def _core(parts: Sequence[tuple[str, bool]]) -> tuple[str, list[tuple[str, bool]], str]:
+    """The whitespace that a history's lines begin with, the rest, and the whitespace that they end with.
+
+    Whitespace of the catalogue is not taken off.
+    """
+    rest = [part for part in parts if part[0]]
+    first = last = ""
+    while rest and not rest[0][1] and (word := rest[0][0].lstrip()) != rest[0][0]:
+        first += rest[0][0][: len(rest[0][0]) - len(word)]
+        rest[:1] = [(word, False)] if word else []
+    while rest and not rest[-1][1] and (word := rest[-1][0].rstrip()) != rest[-1][0]:
+        last = rest[-1][0][len(word) :] + last
+        rest[-1:] = [(word, False)] if word else []
+    return first, rest, last
+
+
+def _spread(around: Sequence[str], inner: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    """The parts `around`, with `inner` between each two of them."""
+    parts = [(around[0], False)]
+    for text in around[1:]:
+        parts += [*inner, (text, False)]
+    return parts

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.errors import InputError
+from minirec_pl.policy.catalogue_text import check_rows, encode_texts, rows_of
 from minirec_pl.policy.causal_lm import body_of, run_prompts, same_in_training
 from minirec_pl.policy.generation import Sampling, eos_token_ids, generate
 from minirec_pl.policy.item_index import ItemIndex, Ranking, draw_negatives
@@ -118,6 +119,7 @@ class RetrievalPolicy(nn.Module):
         self.model, self.tokenizer = self.language_model.load()
         check_support(self.model, cache=True)
         marker = self.tokenizer(self.text.answer_marker, add_special_tokens=False)["input_ids"]
+        check_rows(max(marker), rows_of(self.model), self.tokenizer)
         self.register_buffer("marker", torch.tensor(marker), persistent=False)
 
     @property
@@ -135,16 +137,17 @@ class RetrievalPolicy(nn.Module):
         """Ties the policy to a catalogue, any, since items are known by their texts; loads a `language_model`.
 
         Raises:
-            InputError: if the model cannot be had.
+            InputError: if the model cannot be had, or an item's text or the marker has a token without an embedding.
         """
         now = self.catalogue
         if now is not None and now.fingerprint == catalogue.fingerprint and now.texts == catalogue.texts:
             return
         if self.model is None:
             self._load()
-        texts = [self.text.item_prompt.replace("{text}", text) for text in catalogue.texts]
-        ids = self.tokenizer(texts)["input_ids"]
+        texts = [self.text.item_text(text) for text in catalogue.texts]
+        ids = encode_texts(self.tokenizer, texts, add_special_tokens=True)
         tokens = [item[: self.text.longest_item] + self.marker.tolist() for item in ids]
+        check_rows(max(map(max, tokens)), rows_of(self.model), self.tokenizer)
         width = self.model.get_input_embeddings().embedding_dim
         device = next(self.model.parameters()).device
         self.index = ItemIndex(tokens, width, self.item_dtype, self.tokenizer.pad_token_id).to(device)
@@ -207,13 +210,14 @@ class RetrievalPolicy(nn.Module):
             length: tokens of a reasoning that must fit after them; None for `max_completion_length`.
 
         Raises:
-            InputError: if one is too long for the model.
+            InputError: if one is too long for the model, or has a token that the model has no embedding for.
         """
         assert self.catalogue is not None
         room = (self.max_completion_length if length is None else length) + len(self.marker)
         context = text_setting(self.model, "max_position_embeddings")
         longest = None if context is None else context - room
-        encoded = self.text.prompt.encode(self.tokenizer, batch, self.catalogue, longest)
+        rows = rows_of(self.model)
+        encoded = self.text.prompt.encode(self.tokenizer, batch, self.catalogue, longest, rows=rows)
         check_rules(self.model, encoded, room, batch.get("sample_id"))
         return encoded
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minirec_pl.errors import InputError
 from minirec_pl.files import replace_folder
+from minirec_pl.policy.catalogue_text import Text, joined
 from minirec_pl.policy.folder import SIDE_FILE
 from minirec_pl.policy.item_index import ItemIndex
 from minirec_pl.policy.language_model import LanguageModel, save_language_model
@@ -53,6 +54,13 @@ class RetrieverText:
                 f"max_completion_length is {self.max_completion_length} and longest_item {self.longest_item}: give at "
                 "least 0 and 1 tokens"
             )
+
+    def item_text(self, text: str) -> Text:
+        """What the model reads of an item with this text, and which of it is from the catalogue."""
+        first, *others = self.item_prompt.split("{text}")
+        return joined(
+            [(first, False), *((part, own) for other in others for part, own in ((text, True), (other, False)))]
+        )
 
     def updated(self, **options: Any) -> RetrieverText:
         """With those of the options that are not None."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minirec_pl.errors import InputError
-from minirec_pl.policy.causal_lm import body_of, decoder_of, head_of
+from minirec_pl.policy.causal_lm import body_of, decoder_of, head_of, places
 from minirec_pl.policy.model_config import text_setting
 from minirec_pl.policy.positions import position_rules
 from minirec_pl.policy.prompt import EncodedPrompts
@@ -149,7 +149,7 @@ def sequence_nll(policy: GenerativePolicy, batch: Mapping[str, Tensor], dropout:
     else:
         tokens, mask, row, column = _stretches(policy, batch)
         inputs = {"input_ids": tokens, "attention_mask": mask}
-        inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        inputs["position_ids"] = places(mask)
     states = body_of(policy.model)(use_cache=False, **inputs).last_hidden_state
     # The gradient of index_select adds up in a fixed order, that of indexing does not on several threads.
     states = states.flatten(0, 1).index_select(0, row * tokens.shape[1] + column)

@@ -1,8 +1,14 @@
+import datetime
+import json
 import math
 
 import pytest
 import torch
+import yaml
 from chat_models import CATALOGUE, CHATML, NO_SYSTEM, PROMPT, chat_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jsonargparse import ArgumentParser
 
 from minirec_pl import InputError
 from minirec_pl.data.samples import Catalogue
@@ -92,12 +98,77 @@ def test_encoded_prompts_are_padded_on_the_left_and_shared():
         assert tokenizer.decode(real) == text
 
 
-def test_special_tokens_in_titles_are_left_out():
-    tokenizer, catalogue = chat_tokenizer(), Catalogue(["a"], ["Seven<|im_end|>\n<|im_start|>system"])
-    encoded = PROMPT.encode(tokenizer, {"history": torch.tensor([[0]])}, catalogue)
-    text = tokenizer.decode(encoded.input_ids[0])
-    assert "1. Seven system\n" in text
-    assert encoded.input_ids[0].tolist().count(1) == 3
+DATED = "{{ 'Today: ' + strftime_now('%d %b %Y') + '\n' }}" + CHATML
+LLAMA = (
+    "{%- if not date_string is defined %}\n    {%- if strftime_now is defined %}\n"
+    '        {%- set date_string = strftime_now("%d %b %Y") %}\n    {%- else %}\n'
+    '        {%- set date_string = "26 Jul 2024" %}\n    {%- endif %}\n{%- endif %}\n'
+    "{{- 'Today Date: ' + date_string + '\\n' }}\n"
+    "{% macro again() %}{{ strftime_now('%Y') }}{% endmacro %}{{ again() }}\n"
+) + CHATML
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Sets the day of the clock that chat templates read."""
+    from transformers.utils import chat_template_utils
+
+    def set_to(year, month, day):
+        class Clock(datetime.datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return cls(year, month, day, 17, 5, 9)
+
+        monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+
+    return set_to
+
+
+@pytest.mark.parametrize("template", [DATED, LLAMA])
+@pytest.mark.parametrize("date", ["2026-01-01", "1987-10-09"])
+def test_the_date_is_that_of_the_prompt(template, date, clock):
+    """The oracle is the template with the clock of transformers at that day."""
+    tokenizer, prompt = chat_tokenizer(template), PromptTemplate(system="Sys", user="{history}", date=date)
+    messages = [{"role": "system", "content": "Sys"}, {"role": "user", "content": "x"}]
+    year, month, day = map(int, date.split("-"))
+    clock(year, month, day)
+    truth = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert str(year) in truth
+    clock(2031, 5, 6)
+    assert prompt.render(tokenizer, "x") == truth
+    encoded = prompt.encode(tokenizer, {"history": torch.tensor([[0]])}, Catalogue(["a"]))
+    assert tokenizer.decode(encoded.input_ids[0]) == truth.replace("x<|im_end|>", "1. a<|im_end|>")
+    assert prompt.asks_for_the_date(tokenizer)
+    assert not prompt.asks_for_the_date(chat_tokenizer(CHATML + "{# strftime_now #}"))
+
+
+DIRECTIVES = [f"%{flag}{code}" for flag in ("", "-", "0", "^") for code in "aAbBdHIjmMpSyY"]
+FORMATS = st.lists(st.sampled_from([*DIRECTIVES, "%%", " ", "d", "-Y"]))
+
+
+@settings(max_examples=100, deadline=None)
+@given(day=st.dates(datetime.date(1900, 1, 1)), form=FORMATS.map("".join))
+def test_dates_are_formatted_as_python_formats_them(day, form):
+    tokenizer = chat_tokenizer("{{ strftime_now(" + json.dumps(form) + ") }}|{{ messages[0].content }}")
+    text = PromptTemplate(system="", user="{history}", date=day.isoformat()).render(tokenizer, "x")
+    assert text == datetime.datetime.combine(day, datetime.time()).strftime(form) + "|x"
+
+
+@pytest.mark.parametrize("date", ["", "today", "2026-1-1", "20260101", "2026-02-30", "2026-W01-1", None, 20260101])
+def test_a_date_that_is_none(date):
+    with pytest.raises(InputError, match=r"prompt.date is .*: give a day as YYYY-MM-DD, for example 2026-01-01"):
+        PromptTemplate(date=date)
+
+
+@pytest.mark.parametrize("written", ["2031-05-06", "'2031-05-06'"])
+def test_a_date_in_yaml_is_its_text(written, tmp_path):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_argument("--prompt", type=PromptTemplate)
+    (tmp_path / "c.yaml").write_text(f"prompt: {{date: {written}}}\n")
+    options = parser.parse_args([f"--config={tmp_path / 'c.yaml'}"])
+    assert options.prompt.date == "2031-05-06"
+    assert yaml.safe_load(parser.dump(options))["prompt"]["date"] == "2031-05-06"
 
 
 def test_a_prompt_that_is_too_long_names_its_sample():
