@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minirec_pl.errors import InputError
 from minirec_pl.policy.causal_lm import body_of
 from minirec_pl.policy.rollout import evaluation_mode
 
@@ -25,7 +26,12 @@ def text_states(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
 
     Returns:
         float32 [n, D].
+
+    Raises:
+        InputError: if there is no text.
     """
+    if not texts:
+        raise InputError("there is no text to encode: give at least one")
     tokens: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
     ids = [row[:_LONGEST] or [tokenizer.eos_token_id] for row in tokens]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
