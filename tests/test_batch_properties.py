@@ -2,6 +2,7 @@
 
 import functools
 
+import pytest
 import torch
 from batch_cases import Case, Entry, close, drawn, in_float64, laws, limits, pad_columns, widened
 from hypothesis import strategies as st
@@ -9,6 +10,7 @@ from plain_policy import padded
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minirec_pl.grpo import eos_mask
+from minirec_pl.policy import causal_lm
 from minirec_pl.policy.causal_lm import Head, body_of, run_completions, run_prompts
 from minirec_pl.policy.generation import Sampling, generate
 from minirec_pl.policy.logps import completion_logps, completion_states, head_logps, token_logps
@@ -153,6 +155,19 @@ def logps_of_the_head(case):
     return Entry(run, {"states": 2 * case.normal(case.n, 3), "target": target, "slope": slope})
 
 
+def logits(case):
+    """Of a head that is long for its few rows."""
+    head = Head(case.normal(VOCABULARY, 3), case.pick(None, case.normal(VOCABULARY)), case.pick(None, 2.0))
+
+    def run(batch):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(causal_lm, "_LONG_HEAD", case.pick(1, 2**14))
+            patch.setattr(causal_lm, "_FEW_ROWS", case.pick(0, 4, 96))
+            return {"logits": head.logits(batch["states"])}
+
+    return Entry(run, {"states": case.normal(case.n, *case.pick((), (2,)), 3)})
+
+
 def free_generation(case):
     model, group, length = any_model(case), case.count(1, 4), case.pick(1, 4, 7)
     strategy = case.pick("sample", "sample", "greedy", "beam")
@@ -190,9 +205,17 @@ test_a_completion_depends_on_its_own_prompt_alone, test_no_prompts_at_all = laws
         "completion_logps": logps_of_completions,
         "token_logps": logps_of_tokens,
         "head_logps": logps_of_the_head,
+        "Head.logits": logits,
         "generate": free_generation,
         "eos_mask": masks_of_ends,
-    }
+    },
+    broken_on_empty=(
+        "run_prompts and run_completions",
+        "completion_states",
+        "completion_logps",
+        "generate",
+        "Head.logits",
+    ),
 )
 
 
