@@ -25,7 +25,7 @@ MOST_ROWS = 9
 SHAPES = ("equal", "nearly", "wild", "shortest", "longest", "extremes", "mixed")
 LIMITS = {
     "policy.causal_lm": {"_MAX_PADDING": (0.0, 0.6, 1.0, 0.2)},
-    "policy.logps": {"_TILE_TOKENS": (5, 40, 1024), "_TILE_ENTRIES": (300, 2**20)},
+    "policy.logps": {"_TILE_TOKENS": (5, 40, 1024), "_TILE_ENTRIES": (1_500, 2**20)},
     "policy.rollout": {"_LONG_ROW": (1, 4096), "_BLOCK": (2, 7, 256)},
     "policy.item_index": {"_TOKENS": (1, 20, 8192), "_SCORES": (1, 30, 2**24), "_VALUES": (1, 70, 2**24)},
     "policy.text_states": {"_TOKENS": (1, 30, 4096)},

@@ -16,6 +16,8 @@ from minirec_pl.policy.generation import Sampling, generate
 from minirec_pl.policy.logps import completion_logps, completion_states, head_logps, token_logps
 from minirec_pl.policy.trie import TokenTrie
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable", "ignore:None of the inputs")
+
 PAD, EOS, VOCABULARY, LONGEST = 0, (2, 5), 24, 60
 SIZES = {
     "gpt2": {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 128}
