@@ -25,7 +25,7 @@ def take_rows(batch: Batch, rows: Tensor) -> dict[str, Tensor]:
 def scoring_numbers(words: Sequence[int], sample_ids: Tensor, size: tuple[int, int]) -> Tensor:
     """Uniform numbers float64 [B, *size] whose rows depend on the words and their own sample_id alone."""
     rows = [np.random.default_rng([*words, sample_id]).random(size) for sample_id in sample_ids.tolist()]
-    return torch.from_numpy(np.stack(rows)).to(sample_ids.device)
+    return torch.from_numpy(np.array(rows, dtype=np.float64).reshape(len(rows), *size)).to(sample_ids.device)
 
 
 @dataclass

@@ -31,7 +31,12 @@ def per_sample_gradients(
 
     Returns:
         Name to [B, *shape], detached.
+
+    Raises:
+        InputError: if there is no sample.
     """
+    if not all(len(row) for row in rows):
+        raise InputError("there is no sample to take gradients of: give at least one")
     with torch.inference_mode(False), torch.enable_grad():
         leaves = {name: parameter.detach() for name, parameter in parameters.items()}
         rows = tuple(row.clone() for row in rows)

@@ -78,6 +78,8 @@ class ItemIndex(nn.Module):
         Returns:
             [n, D], unit vectors in float32 or the wider dtype of the model.
         """
+        if not len(items):
+            return unit(self.vectors[:0].to(next(model.parameters()).dtype))
         body, device = body or body_of(model), self.vectors.device
         lengths = self.lengths[items.cpu()]
         return unit(by_length(lengths, lambda rows: self._states(body, items[rows.to(device)]), _TOKENS))
@@ -147,9 +149,9 @@ class ItemIndex(nn.Module):
         return made.div_(temperature)
 
     def blocks(self, rows: int) -> Iterator[slice]:
-        """Neighbouring rows, few enough that their scores of the whole catalogue stay below 64 MiB."""
+        """Neighbouring rows, at least one slice, few enough that their scores of all items stay below 64 MiB."""
         size = max(1, _SCORES // len(self))
-        for start in range(0, rows, size):
+        for start in range(0, max(1, rows), size):
             yield slice(start, min(rows, start + size))
 
     def log_softmax(self, states: Tensor, seen: Tensor, temperature: float) -> Tensor:

@@ -115,11 +115,13 @@ def stretches(prompts: EncodedPrompts, switch: int | None = None) -> Stretches:
 
 def sequence_tokens(policy: GenerativePolicy, batch: Mapping[str, Tensor]) -> int:
     """See `GenerativePolicy.sequence_tokens`."""
+    if not len(batch["target"]) and (policy.id_length > 1 or policy.chat is not None):
+        return 0
     if policy.id_length > 1:
         return policy.prompt_tokens(pairs_as_prompts(batch)) + policy.fed_tokens(batch["target"])
     if policy.chat is None:
         return int((batch["sequence"] >= 0).sum()) + len(batch["sequence"])
-    return int(_stretches(policy, batch).mask.sum()) if len(batch["target"]) else 0
+    return int(_stretches(policy, batch).mask.sum())
 
 
 def _stretches(policy: GenerativePolicy, batch: Mapping[str, Tensor]) -> Stretches:
@@ -129,10 +131,12 @@ def _stretches(policy: GenerativePolicy, batch: Mapping[str, Tensor]) -> Stretch
 def sequence_nll(policy: GenerativePolicy, batch: Mapping[str, Tensor], dropout: float) -> Tensor:
     """See `GenerativePolicy.sequence_nll`."""
     sequence, row, position, target = (batch[key] for key in ("sequence", "row", "position", "target"))
+    first_tokens, head = policy.trie.item_tokens[:, 0], head_of(policy.model)
+    if not len(target) and (policy.id_length > 1 or policy.chat is not None):
+        return head.weight.sum() * 0.0
     if policy.id_length > 1:
         logps, _, _ = policy.completion_logps(pairs_as_prompts(batch), target[:, None])
-        return -logps.sum() / max(1, len(target))
-    first_tokens, head = policy.trie.item_tokens[:, 0], head_of(policy.model)
+        return -logps.sum() / len(target)
     inputs: dict[str, Tensor]
     if policy.chat is None:
         tokens = torch.where(sequence >= 0, first_tokens[sequence.clamp(min=0)], policy.pad_token_id)
@@ -144,8 +148,6 @@ def sequence_nll(policy: GenerativePolicy, batch: Mapping[str, Tensor], dropout:
         embeddings = policy.model.get_input_embeddings()(tokens).to(head.weight.dtype)
         inputs = {"inputs_embeds": nn.functional.dropout(embeddings, dropout, policy.training)}
         column = position + 1
-    elif not len(target):
-        return head.weight.sum() * 0.0
     else:
         tokens, mask, row, column = _stretches(policy, batch)
         inputs = {"input_ids": tokens, "attention_mask": mask}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minirec_pl.errors import InputError
 from minirec_pl.policy.catalogue_text import encode_catalogue
 from minirec_pl.policy.causal_lm import body_of, by_length, pad_left, places
 from minirec_pl.policy.rollout import evaluation_mode
@@ -26,7 +27,12 @@ def text_states(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
 
     Returns:
         float32 [n, D].
+
+    Raises:
+        InputError: if there is no text.
     """
+    if not texts:
+        raise InputError("there is no text to encode: give at least one")
     ids = [row[:_LONGEST] or [tokenizer.eos_token_id] for row in encode_catalogue(tokenizer, texts)]
     device = model.get_input_embeddings().weight.device
     with evaluation_mode(model):
