@@ -148,7 +148,7 @@ FAMILIES: dict[str, Family] = {
     "llama_linear": Family("llama", _rope(rope_type="linear", factor=3.0), variant=True),
     "llama_dynamic": Family("llama", _rope(rope_type="dynamic", factor=3.0), variant=True),
     "llama_dynamic_switch": Family(
-        "llama", {**_rope(rope_type="dynamic", factor=3.0), "max_position_embeddings": 48},
+        "llama", {**_rope(rope_type="dynamic", factor=3.0), "max_position_embeddings": 20},
         variant=True,
     ),
     "llama_yarn": Family("llama", {**_yarn(), "attention_bias": True, "mlp_bias": True}, variant=True),
