@@ -129,9 +129,11 @@ def _yarn(**values: Any) -> dict[str, Any]:
     return _rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, **values)
 
 
-def _longrope(width: int) -> dict[str, Any]:
-    factors = {"short_factor": [1.0 + 0.1 * i for i in range(width)], "long_factor": [8.0] * width}
-    return {"original_max_position_embeddings": 16, **_rope(rope_type="longrope", factor=16.0, **factors)}
+def _longrope(switch: int, **values: Any) -> dict[str, Any]:
+    """Other frequencies for sequences of more than `switch` tokens, for heads of 8."""
+    factors = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [8.0] * 4, "factor": 256 / switch}
+    scaling = _rope(rope_type="longrope", original_max_position_embeddings=switch, **factors, **values)
+    return {"original_max_position_embeddings": switch, **scaling}
 
 
 FAMILIES: dict[str, Family] = {
@@ -234,7 +236,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi": Family("phi", {"partial_rotary_factor": 0.5, "qk_layernorm": True}),
     "phi3": Family("phi3", {"sliding_window": WINDOW, "partial_rotary_factor": 0.5}),
-    "phi3_longrope": Family("phi3", _longrope(4)),
+    "phi3_longrope": Family("phi3", _longrope(24)),  # rows of a batch on both sides of the switch
+    "phi3_longrope_crossed": Family("phi3", _longrope(16), variant=True),  # completions that cross it
     "modernbert-decoder": Family("modernbert-decoder", LOCAL_GLOBAL, tied=True),
     "lfm3": Family(
         "lfm3",
@@ -252,16 +255,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family("qwen3_moe", {**EXPERTS, "head_dim": 8}),
     "phimoe": Family("phimoe", {**EXPERTS, "lm_head_bias": True, "attention_bias": True}),
     "phimoe_longrope": Family(
-        "phimoe",
-        {
-            **EXPERTS,
-            "original_max_position_embeddings": 16,
-            **_rope(
-                rope_type="longrope", factor=16.0, short_factor=[1.0] * 4, long_factor=[8.0] * 4, short_mscale=1.1,
-                long_mscale=1.3, original_max_position_embeddings=16,
-            ),
-        },
-        variant=True,
+        "phimoe", {**EXPERTS, **_longrope(24, short_mscale=1.1, long_mscale=1.3)}, variant=True
     ),
     "granitemoe": Family("granitemoe", {**EXPERTS, **GRANITE}),
     "granitemoeshared": Family("granitemoeshared", {**EXPERTS, **GRANITE, "shared_intermediate_size": 16}, tied=True),
