@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import json
 import os
 import sys
@@ -29,10 +30,32 @@ from torch import Tensor, nn
 
 from minirec_pl import InputError
 from minirec_pl.data.samples import Catalogue
-from minirec_pl.policy import GenerativePolicy, LanguageModel, Lora, PromptTemplate, RetrievalPolicy, Sampling
-from minirec_pl.policy import completion_logps as raw_completion_logps
-from minirec_pl.policy import generate as raw_generate
-from minirec_pl.policy.item_codes import SemanticIds
+from minirec_pl.policy.language_model import LanguageModel, Lora
+
+
+class Missing(Exception):
+    """An older version of the package lacks a name."""
+
+
+def _from_package(module: str, name: str) -> Any:
+    """A name of minirec_pl; where an older version lacks it, its use is the outcome `missing`."""
+    try:
+        return getattr(importlib.import_module(f"minirec_pl.{module}"), name)
+    except (ImportError, AttributeError):
+
+        def missing(*arguments: Any, **options: Any) -> Any:
+            raise Missing(f"minirec_pl.{module} has no {name}")
+
+        return missing
+
+
+GenerativePolicy = _from_package("policy", "GenerativePolicy")
+PromptTemplate = _from_package("policy", "PromptTemplate")
+RetrievalPolicy = _from_package("policy", "RetrievalPolicy")
+Sampling = _from_package("policy", "Sampling")
+SemanticIds = _from_package("policy.item_codes", "SemanticIds")
+raw_completion_logps = _from_package("policy", "completion_logps")
+raw_generate = _from_package("policy", "generate")
 
 TOLERANCE = 1e-5
 FLOAT32_TOLERANCE = 2e-4
@@ -54,9 +77,10 @@ class Row:
     Attributes:
         family: in `FAMILIES`.
         check: what was called, on which policy.
-        outcome: one of `OUTCOMES`; `consistent`, `inconsistent` or `none` for checks of transformers alone.
+        outcome: one of `OUTCOMES`; `missing` where the package is too old; `adapted` or `not adapted` by the layers
+            that `Lora()` names; `consistent`, `inconsistent` or `none` for checks of transformers alone.
         gap: largest difference from the truth, in nats or as the values are.
-        sentence: where the gap is, or what the refusal or the exception says.
+        sentence: where the gap is, what is adapted, or what the refusal or the exception says.
     """
 
     family: str
@@ -200,6 +224,8 @@ class Matrix:
                     worst, where = gap, label
         except InputError as error:
             self.add(check, "refused", 0.0, " ".join(str(error).split()))
+        except Missing as error:
+            self.add(check, "missing", 0.0, str(error))
         except Exception as error:
             self.add(check, "crashed", 0.0, _what_crashed(error))
         else:
@@ -218,6 +244,9 @@ class Matrix:
         except InputError as error:
             for check in checks:
                 self.add(check, "refused", 0.0, " ".join(str(error).split()))
+        except Missing as error:
+            for check in checks:
+                self.add(check, "missing", 0.0, str(error))
         except Exception as error:
             for check in checks:
                 self.add(check, "crashed", 0.0, _what_crashed(error))
@@ -274,7 +303,7 @@ def history_batch() -> dict[str, Tensor]:
     }
 
 
-def prompt_template() -> PromptTemplate:
+def prompt_template() -> Any:
     return PromptTemplate(system="", user="Pick: {history}", item="{title}", separator=",", age="")
 
 
@@ -363,7 +392,7 @@ def check_raw(matrix: Matrix, label: str, model: Any, truth: Truth, names: Seque
 
         return pairs
 
-    def given(lengths: Sequence[Sequence[int]], temperature: float) -> Callable[[], Iterator[Pair]]:
+    def given(lengths: Sequence[Sequence[int]], temperature: float, *, gradients: bool) -> Callable[[], Iterator[Pair]]:
         def pairs() -> Iterator[Pair]:
             tokens, counted = random_completions(lengths)
             got = raw_completion_logps(model, ids, mask, tokens, counted, temperature)
@@ -375,7 +404,8 @@ def check_raw(matrix: Matrix, label: str, model: Any, truth: Truth, names: Seque
                     total = total + (weights[b, g, :length] * logps).sum()
                     yield f"logps, {len(prompt)} + {length}", got.logps[b, g, :length], logps
                     yield f"entropy, {len(prompt)} + {length}", got.entropy[b, g, :length], entropy
-            yield from gradient_pairs(model, (got.logps * weights).sum(), truth, total)
+            if gradients:
+                yield from gradient_pairs(model, (got.logps * weights).sum(), truth, total)
 
         return pairs
 
@@ -383,8 +413,8 @@ def check_raw(matrix: Matrix, label: str, model: Any, truth: Truth, names: Seque
         "generate in float32": (sampled(1.0), FLOAT32_TOLERANCE),
         "generate": (sampled(1.0), TOLERANCE),
         "generate, temperature 0.7": (sampled(0.7), TOLERANCE),
-        "completion_logps, similar lengths": (given(SIMILAR, 1.0), TOLERANCE),
-        "completion_logps, unequal lengths": (given(UNEQUAL, 0.7), TOLERANCE),
+        "completion_logps, similar lengths": (given(SIMILAR, 1.0, gradients=False), TOLERANCE),
+        "completion_logps, unequal lengths": (given(UNEQUAL, 0.7, gradients=True), TOLERANCE),
     }
     for name in names:
         if name != "generate in float32":
@@ -554,6 +584,7 @@ def family_rows(name: str) -> list[Row]:
         warnings.simplefilter("ignore")
         folder = write_family(name, Path(place) / "usual")
         _check_shared(matrix, "whole model", folder, None)
+        _check_default_adapters(matrix, folder)
         if not family.variant:
             lora = Lora(r=2, alpha=4, dropout=0.0, target_modules=lora_targets(name))
             _check_shared(matrix, "adapters", folder, lora)
@@ -567,6 +598,24 @@ def family_rows(name: str) -> list[Row]:
             _check_new_tokens(matrix, f"{how} item_ids token with adapters", other, "token", lora, some)
     _LOADED.clear()
     return matrix.rows
+
+
+def _check_default_adapters(matrix: Matrix, folder: Path) -> None:
+    """Which layers get the adapters of `Lora()`."""
+    try:
+        model, _ = LanguageModel(str(folder), "float32", Lora()).load()
+    except InputError as error:
+        matrix.add(DEFAULT_ADAPTERS, "not adapted", 0.0, " ".join(str(error).split()))
+    except Exception as error:
+        matrix.add(DEFAULT_ADAPTERS, "crashed", 0.0, _what_crashed(error))
+    else:
+        names = [
+            name.split(".lora_A")[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters() if "lora_A" in name
+        ]
+        matrix.add(DEFAULT_ADAPTERS, "adapted", 0.0, ", ".join(dict.fromkeys(names)))
+
+
+DEFAULT_ADAPTERS = "Lora() by default"
 
 
 def _check_shared(matrix: Matrix, label: str, folder: Path, lora: Any, raw: Sequence[str] = RAW) -> None:
@@ -727,8 +776,8 @@ def details(rows: Sequence[Row]) -> str:
     """What is not right, equal sentences of a family together."""
     together: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        if row.outcome not in ("right", "consistent"):
-            label = row.sentence if row.outcome in ("refused", "crashed", "none") else ""
+        if row.outcome not in ("right", "consistent", "adapted"):
+            label = "" if row.outcome in ("wrong", "inconsistent") else row.sentence
             together.setdefault((row.family, row.outcome, label), []).append(row)
     lines = []
     for (family, outcome, label), some in together.items():
@@ -760,7 +809,8 @@ def markdown(rows: Sequence[Row]) -> str:
     ]
     for family in families:
         own = [row for row in rows if row.family == family and row.outcome in OUTCOMES]
-        cells = (family, f"`{FAMILIES[family].kind}`", _settings(family), _outcome(own), _default_layers(family))
+        layers = [row.sentence for row in rows if row.family == family and row.outcome == "adapted"]
+        cells = (family, f"`{FAMILIES[family].kind}`", _settings(family), _outcome(own), "".join(layers))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -818,10 +868,6 @@ def _outcome(rows: Sequence[Row]) -> str:
             where = "" if len(checks) == len(rows) else f" ({len(checks)} calls, such as {checks[0]})"
             parts.append(f"{outcome}{where}{': ' if sentence else ''}{sentence}")
     return "; ".join(parts).replace("|", "\\|")
-
-
-def _default_layers(family: str) -> str:
-    return ", ".join(target for target in PROJECTIONS if target in linear_layers(family))
 
 
 def listed_families(page: str) -> list[str]:
