@@ -103,6 +103,7 @@ class Family:
         text: options of the text part, for a model with several modalities.
         composite: class that stores it, where that is another one than loads it.
         tied: whether head and embedding share their weight.
+        both: whether the family lets its config choose that.
         variant: whether it is another family with other options, so that only the whole model is checked.
         refused: why the library refuses it; empty for a family that runs.
         refused_in: parts of the names of the only checks that are refused; empty for all.
@@ -113,6 +114,7 @@ class Family:
     text: dict[str, Any] | None = None
     composite: str = ""
     tied: bool = False
+    both: bool = True
     variant: bool = False
     refused: str = ""
     refused_in: tuple[str, ...] = ()
@@ -270,6 +272,7 @@ FAMILIES: dict[str, Family] = {
                 "kv_n_heads": 2, "clip_qkv": 0.8, "rope_theta": 10000.0},
             "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
         },
+        both=False,
     ),
     "deepseek_v2": Family(
         "deepseek_v2", {**EXPERTS, **LATENT, **DENSE_SPARSE, "n_shared_experts": 1, "routed_scaling_factor": 1.3}

@@ -591,6 +591,7 @@ def family_rows(name: str) -> list[Row]:
             _check_new_tokens(matrix, "item_ids token", folder, "token", None)
             _check_new_tokens(matrix, "item_ids token with adapters", folder, "token", lora)
             _check_new_tokens(matrix, "item_ids semantic with adapters", folder, "semantic", lora)
+        if family.both and not family.variant:
             how = "untied" if family.tied else "tied"
             other = write_family(name, Path(place) / "other", tied=not family.tied)
             _check_shared(matrix, f"{how} whole model", other, None, (RAW[1], RAW[4]))
