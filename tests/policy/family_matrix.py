@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import transformers
-from families import EOS, FAMILIES, PAD, is_available, make_model, write_family
+from families import EOS, FAMILIES, PAD, is_available, make_config, make_model, vocabulary, write_family
 from torch import Tensor, nn
 
 from minirec_pl import InputError
@@ -358,7 +358,6 @@ def linear_layers(name: str) -> set[str]:
 
 
 def make_model_on_meta(name: str) -> Any:
-    from families import make_config
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_config(make_config(name))
@@ -654,7 +653,8 @@ def _check_shared(matrix: Matrix, label: str, folder: Path, lora: Any, raw: Sequ
 def _check_new_tokens(
     matrix: Matrix, label: str, folder: Path, kind: Any, lora: Any, names: Sequence[str] = GENERATIVE
 ) -> None:
-    with matrix.made([f"{label}: {name}" for name in names]):
+    every = [*([TRAINED_ROWS] if lora is not None else []), *names]
+    with matrix.made([f"{label}: {name}" for name in every]):
         policy = GenerativePolicy(
             language_model=LanguageModel(str(folder), "float32", lora),
             item_ids=kind,
@@ -662,9 +662,34 @@ def _check_new_tokens(
             prompt=prompt_template(),
         )
         policy.bind(catalogue())
+        if lora is not None:
+            matrix.check(f"{label}: {TRAINED_ROWS}", lambda: _trained_rows(policy))
         move_adapters(policy.model)
         in_float64(policy.model)
         check_generative(matrix, label, policy, Truth(policy.model), names)
+
+
+TRAINED_ROWS = "rows of new tokens"
+
+
+def _trained_rows(policy: Any) -> Iterator[Pair]:
+    """Whether training moves the rows of the new tokens, in the embedding and in a head of its own."""
+    causal = policy.model.get_base_model()
+    ends = {"embedding": causal.get_input_embeddings(), "head": causal.get_output_embeddings()}
+    before = {name: end.weight.clone() for name, end in ends.items()}
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if parameter.requires_grad and "trainable_tokens" in name:
+                parameter.add_(1.0)
+    for name, end in ends.items():
+        moved = (end.weight - before[name]).abs().amin(dim=1)
+        old = vocabulary()
+        yield f"new rows of the {name} that are trained", moved[old:], torch.ones(len(moved) - old)
+        yield f"old rows of the {name} that are trained", moved[:old], torch.zeros(old)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if parameter.requires_grad and "trainable_tokens" in name:
+                parameter.sub_(1.0)
 
 
 # What transformers itself makes of padding and caches.
