@@ -2,7 +2,8 @@
 
 Run it to see what is right, refused, wrong and crashed:
 
-    python tests/policy/family_matrix.py --json out.json --markdown docs/models.md [--families llama gemma2]
+    python tests/policy/family_matrix.py --json out.json [--families llama gemma2] [--transformers] [--details]
+    python tests/policy/family_matrix.py --rows out.json --markdown docs/models.md
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 import warnings
@@ -818,25 +820,31 @@ def markdown(rows: Sequence[Row]) -> str:
     """The page docs/models.md."""
     families = list(dict.fromkeys(row.family for row in rows))
     kinds = {FAMILIES[family].kind for family in families}
+    what = (
+        f"Each of these {len(families)} families and variants ({len(kinds)} model types of transformers) is built small "
+        "with weights far from zero. Sampling, log-probabilities, gradients and item scores are compared with a plain "
+        f"forward of transformers in float64, one sequence at a time. *Runs* means equal to {TOLERANCE:.5f} in every "
+        "call. *Refused* means an error of one sentence, which is quoted. The script `tests/policy/family_matrix.py` "
+        "makes this page."
+    )
+    layers = (
+        "The last column has the layers of a model that `language_model.lora` adapts by default. Where it is empty, "
+        "set `target_modules`."
+    )
     lines = [
         "# Models",
         "",
-        f"Each of these {len(families)} families and variants ({len(kinds)} model types of transformers) is built "
-        "small with weights far from zero. Sampling, log-probabilities, gradients and item scores are compared with "
-        "a plain forward of transformers in float64, one sequence at a time. *Runs* means equal to "
-        f"{TOLERANCE:g} in every call; *refused* means an error of one sentence, which is quoted. The script "
-        "`tests/policy/family_matrix.py` makes this page.",
+        textwrap.fill(what, 120),
         "",
-        "The last column has the layers of a model that `language_model.lora` adapts by default. Where it is empty, "
-        "set `target_modules`.",
+        textwrap.fill(layers, 120),
         "",
         "| family | model type | settings checked | outcome | default LoRA layers |",
         "| --- | --- | --- | --- | --- |",
     ]
     for family in families:
         own = [row for row in rows if row.family == family and row.outcome in OUTCOMES]
-        layers = [row.sentence for row in rows if row.family == family and row.outcome == "adapted"]
-        cells = (family, f"`{FAMILIES[family].kind}`", _settings(family), _outcome(own), "".join(layers))
+        adapted = [row.sentence for row in rows if row.family == family and row.outcome == "adapted"]
+        cells = (family, f"`{FAMILIES[family].kind}`", _settings(family), _outcome(own), "".join(adapted))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -905,6 +913,7 @@ def listed_families(page: str) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--families", nargs="*", default=[name for name in FAMILIES if is_available(name)])
+    parser.add_argument("--rows", type=Path, help="read the cells that an earlier --json wrote instead of making them")
     parser.add_argument("--json", type=Path, help="where to write the cells")
     parser.add_argument("--markdown", type=Path, help="where to write the page of the documentation")
     parser.add_argument("--transformers", action="store_true", help="check transformers' own padding and caches, too")
@@ -914,7 +923,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     rows: list[Row] = []
-    for name in options.families:
+    if options.rows:
+        rows = [Row(**cell) for cell in json.loads(options.rows.read_text(encoding="utf-8"))]
+    for name in [] if options.rows else options.families:
         start = time.perf_counter()
         rows += family_rows(name)
         if options.transformers:

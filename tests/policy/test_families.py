@@ -93,6 +93,9 @@ def test_the_script_writes_cells_as_json(tmp_path, capsys, monkeypatch):
     assert main(["--families", "llama", "--json", str(tmp_path / "out.json")]) == 0
     assert json.loads((tmp_path / "out.json").read_text())[0]["outcome"] in OUTCOMES
     assert "1 families: 1 right in every cell" in capsys.readouterr().out
+    page = tmp_path / "models.md"
+    assert main(["--rows", str(tmp_path / "out.json"), "--markdown", str(page)]) == 0
+    assert listed_families(page.read_text()) == ["llama"]
 
 
 @pytest.mark.skipif(not MODELS_PAGE.is_file(), reason="docs/models.md is made by tests/policy/family_matrix.py")
