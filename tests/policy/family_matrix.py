@@ -821,9 +821,9 @@ def markdown(rows: Sequence[Row]) -> str:
     families = list(dict.fromkeys(row.family for row in rows))
     kinds = {FAMILIES[family].kind for family in families}
     what = (
-        f"Each of these {len(families)} families and variants ({len(kinds)} model types of transformers) is built small "
-        "with weights far from zero. Sampling, log-probabilities, gradients and item scores are compared with a plain "
-        f"forward of transformers in float64, one sequence at a time. *Runs* means equal to {TOLERANCE:.5f} in every "
+        f"Each of these {len(families)} families and variants ({len(kinds)} model types of transformers) is built "
+        "small with weights far from zero. Sampling, log-probabilities, gradients and item scores are compared with "
+        f"a plain forward of transformers in float64, one sequence at a time. *Runs* means equal to {TOLERANCE:.5f} in every "
         "call. *Refused* means an error of one sentence, which is quoted. The script `tests/policy/family_matrix.py` "
         "makes this page."
     )
