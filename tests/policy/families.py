@@ -83,6 +83,17 @@ LOCAL_LOCAL_GLOBAL = {
     "sliding_window": WINDOW,
 }
 DENSE_SPARSE = {"mlp_layer_types": ["dense", "sparse"], "first_k_dense_replace": 1}
+LLAMA4 = {
+    **EXPERTS,
+    "num_experts_per_tok": 1,
+    "intermediate_size": 16,
+    "intermediate_size_mlp": 32,
+    "head_dim": 8,
+    "layer_types": ["chunked_attention", "full_attention"],
+    "no_rope_layers": [1, 0],
+    "attention_chunk_size": 8,
+    "moe_layers": [1],
+}
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -153,8 +164,7 @@ FAMILIES: dict[str, Family] = {
     "llama_dynamic": Family("llama", _rope(rope_type="dynamic", factor=3.0), variant=True),
     "llama_dynamic_switch": Family(
         "llama", {**_rope(rope_type="dynamic", factor=3.0), "max_position_embeddings": 20},
-        variant=True,
-    ),
+        variant=True, refused="its frequencies change beyond its positions", refused_in=("generate", "completion_logps", "reason", "read", "item_logps", "target_logps", "item_ids title")),
     "llama_yarn": Family("llama", {**_yarn(), "attention_bias": True, "mlp_bias": True}, variant=True),
     "mistral": Family("mistral", {"sliding_window": WINDOW}),
     "ministral": Family("ministral", {**LOCAL_GLOBAL, "head_dim": 8}),
@@ -239,8 +249,8 @@ FAMILIES: dict[str, Family] = {
     "phi": Family("phi", {"partial_rotary_factor": 0.5, "qk_layernorm": True}),
     "phi3": Family("phi3", {"sliding_window": WINDOW, "partial_rotary_factor": 0.5}),
     "phi3_longrope": Family("phi3", _longrope(24)),  # rows of a batch on both sides of the switch
-    "phi3_longrope_crossed": Family("phi3", _longrope(16), variant=True),  # completions that cross it
-    "modernbert-decoder": Family("modernbert-decoder", LOCAL_GLOBAL, tied=True),
+    "phi3_longrope_crossed": Family("phi3", _longrope(16), variant=True, refused="its frequencies change within a completion", refused_in=("generate", "completion_logps", "reason", "read", "item_logps", "target_logps", "beams")),  # completions that cross it
+    "modernbert-decoder": Family("modernbert-decoder", LOCAL_GLOBAL, tied=True, refused="its head is more than a linear layer"),
     "lfm3": Family(
         "lfm3",
         {
@@ -286,8 +296,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "deepseek_v32": Family(
         "deepseek_v32",
-        {**EXPERTS, **INDEXED, **DENSE_SPARSE, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
-    ),
+        {**EXPERTS, **INDEXED, **DENSE_SPARSE, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}, refused="its own cache is wrong"),
     "glm4_moe": Family("glm4_moe", {**EXPERTS, "head_dim": 8, "first_k_dense_replace": 1, "use_qk_norm": True}),
     "glm4_moe_lite": Family("glm4_moe_lite", {**EXPERTS, **LATENT, **DENSE_SPARSE}),
     "dots1": Family(
@@ -315,13 +324,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "aria_text": Family("aria_text", {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}),
     "gpt_oss": Family("gpt_oss", {**EXPERTS, **LOCAL_GLOBAL, "head_dim": 8}),
-    "llama4_text": Family(
+    "llama4_text": Family("llama4_text", LLAMA4),
+    "llama4_text_temperature": Family(
         "llama4_text",
-        {
-            **EXPERTS, "num_experts_per_tok": 1, "intermediate_size": 16, "intermediate_size_mlp": 32, "head_dim": 8,
-            "layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0],
-            "attention_chunk_size": 8, "moe_layers": [1], "floor_scale": 4,
-        },
+        {**LLAMA4, "floor_scale": 4},
+        variant=True,
+        refused="its attention temperature counts padding as positions",
     ),
     "longcat_flash": Family(
         "longcat_flash",
@@ -334,13 +342,12 @@ FAMILIES: dict[str, Family] = {
     "mamba": Family("mamba", {"state_size": 4, "time_step_rank": 2}, tied=True),
     "falcon_mamba": Family("falcon_mamba", {"state_size": 4, "time_step_rank": 2}, tied=True),
     "mamba2": Family("mamba2", {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 8}),
-    "rwkv": Family("rwkv", {"attention_hidden_size": 32, "context_length": 256}),
-    "xlstm": Family("xlstm", {"num_heads": 4, "embedding_dim": 32, "num_blocks": 2, "chunk_size": 8}),
+    "rwkv": Family("rwkv", {"attention_hidden_size": 32, "context_length": 256}, refused="its layers ignore the mask of padding"),
+    "xlstm": Family("xlstm", {"num_heads": 4, "embedding_dim": 32, "num_blocks": 2, "chunk_size": 8}, refused="its layers ignore the mask of padding"),
     "recurrent_gemma": Family(
         "recurrent_gemma",
         {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 8, "logits_soft_cap": 1.5, "head_dim": 8},
-        tied=True,
-    ),
+        tied=True, refused="its layers ignore the mask of padding and keep their own state"),
     "jamba": Family(
         "jamba",
         {
@@ -371,8 +378,7 @@ FAMILIES: dict[str, Family] = {
             "ssm_state_size": 8, "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "chunk_size": 8,
             "use_mamba_kernels": False, "n_routed_experts": 4, "moe_intermediate_size": 16,
             "moe_shared_expert_intermediate_size": 16,
-        },
-    ),
+        }, refused="its recurrent step leaves out a limit of its scan", refused_in=("generate", "reason", "item_logps", "beams")),
     "zamba": Family(
         "zamba",
         {
@@ -391,8 +397,7 @@ FAMILIES: dict[str, Family] = {
             "adapter_rank": 4, "use_mamba_kernels": False, "use_mem_rope": True, "attention_hidden_size": 64,
             "attention_head_dim": 16,
         },
-        tied=True,
-    ),
+        tied=True, refused="its recurrent step leaves out a limit of its scan", refused_in=("generate", "reason", "item_logps", "beams")),
     "lfm2": Family(
         "lfm2",
         {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_L_cache": 3},
@@ -406,8 +411,7 @@ FAMILIES: dict[str, Family] = {
         {
             **EXPERTS, "layer_types": ["linear_attention", "full_attention"], "block_size": 8, "head_dim": 8,
             "full_attn_alpha_factor": 0.8, "linear_attn_beta_factor": 1.2, "mlp_alpha_factor": 0.9,
-        },
-    ),
+        }, refused="its own cache is wrong with padding"),
     "qwen3_next": Family("qwen3_next", {**EXPERTS, **DELTA, "layer_types": ["linear_attention", "full_attention"]}),
     "qwen3_5_text": Family("qwen3_5_text", {**DELTA, "layer_types": ["linear_attention", "full_attention"]}),
     "qwen3_5_moe_text": Family(
@@ -432,7 +436,7 @@ FAMILIES: dict[str, Family] = {
     # Older decoders.
     "gpt2": Family("gpt2", {"n_inner": 48}, tied=True),
     "gpt2_untied": Family("gpt2", {"n_inner": 48, "scale_attn_by_inverse_layer_idx": True}, variant=True),
-    "openai-gpt": Family("openai-gpt", {}, tied=True),
+    "openai-gpt": Family("openai-gpt", {}, tied=True, refused="it has no cache", refused_in=("generate", "reason", "item_logps", "item_ids")),
     "gpt_neo": Family(
         "gpt_neo",
         {
@@ -464,13 +468,12 @@ FAMILIES: dict[str, Family] = {
     "xglm": Family("xglm", {"ffn_dim": 48, "d_model": 32, "attention_heads": 4, "num_layers": 2}, tied=True),
     "biogpt": Family("biogpt", {}, tied=True),
     "ctrl": Family("ctrl", {"dff": 48}, tied=True),
-    "bert": Family("bert", {"is_decoder": True}, tied=True),
+    "bert": Family("bert", {"is_decoder": True}, tied=True, refused="its head is more than a linear layer"),
     "bert-generation": Family("bert-generation", {"is_decoder": True}, tied=True),
-    "roberta": Family("roberta", {"is_decoder": True}, tied=True),
-    "electra": Family("electra", {"is_decoder": True, "embedding_size": 16}, tied=True),
+    "roberta": Family("roberta", {"is_decoder": True}, tied=True, refused="its head is more than a linear layer"),
+    "electra": Family("electra", {"is_decoder": True, "embedding_size": 16}, tied=True, refused="its head is more than a linear layer"),
     "rembert": Family(
-        "rembert", {"is_decoder": True, "input_embedding_size": 16, "output_embedding_size": 24}
-    ),
+        "rembert", {"is_decoder": True, "input_embedding_size": 16, "output_embedding_size": 24}, refused="its head is more than a linear layer"),
     # Several modalities in one config.
     "gemma3": Family(
         "gemma3",
@@ -491,11 +494,7 @@ FAMILIES: dict[str, Family] = {
     "llama4": Family(
         "llama4",
         {"vision_config": {**VISION, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}},
-        text={
-            **EXPERTS, "num_experts_per_tok": 1, "intermediate_size": 16, "intermediate_size_mlp": 32, "head_dim": 8,
-            "layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0],
-            "attention_chunk_size": 8, "moe_layers": [1], "floor_scale": 4,
-        },
+        text=LLAMA4,
         composite="Llama4ForConditionalGeneration",
     ),
     "mllama": Family(

@@ -823,9 +823,9 @@ def markdown(rows: Sequence[Row]) -> str:
     what = (
         f"Each of these {len(families)} families and variants ({len(kinds)} model types of transformers) is built "
         "small with weights far from zero. Sampling, log-probabilities, gradients and item scores are compared with "
-        f"a plain forward of transformers in float64, one sequence at a time. *Runs* means equal to {TOLERANCE:.5f} in every "
-        "call. *Refused* means an error of one sentence, which is quoted. The script `tests/policy/family_matrix.py` "
-        "makes this page."
+        "a plain forward of transformers in float64, one sequence at a time. *Runs* means equal to "
+        f"{TOLERANCE:.5f} in every call. *Refused* means an error of one sentence, which is quoted. The script "
+        "`tests/policy/family_matrix.py` makes this page."
     )
     layers = (
         "The last column has the layers of a model that `language_model.lora` adapts by default. Where it is empty, "
