@@ -116,8 +116,6 @@ class Family:
         tied: whether head and embedding share their weight.
         both: whether the family lets its config choose that.
         variant: whether it is another family with other options, so that only the whole model is checked.
-        refused: why the library refuses it; empty for a family that runs.
-        refused_in: parts of the names of the only checks that are refused; empty for all.
     """
 
     kind: str
@@ -127,8 +125,6 @@ class Family:
     tied: bool = False
     both: bool = True
     variant: bool = False
-    refused: str = ""
-    refused_in: tuple[str, ...] = ()
 
 
 def _rope(**values: Any) -> dict[str, Any]:
@@ -164,7 +160,8 @@ FAMILIES: dict[str, Family] = {
     "llama_dynamic": Family("llama", _rope(rope_type="dynamic", factor=3.0), variant=True),
     "llama_dynamic_switch": Family(
         "llama", {**_rope(rope_type="dynamic", factor=3.0), "max_position_embeddings": 20},
-        variant=True, refused="its frequencies change beyond its positions", refused_in=("generate", "completion_logps", "reason", "read", "item_logps", "target_logps", "item_ids title")),
+        variant=True,
+    ),
     "llama_yarn": Family("llama", {**_yarn(), "attention_bias": True, "mlp_bias": True}, variant=True),
     "mistral": Family("mistral", {"sliding_window": WINDOW}),
     "ministral": Family("ministral", {**LOCAL_GLOBAL, "head_dim": 8}),
@@ -249,8 +246,8 @@ FAMILIES: dict[str, Family] = {
     "phi": Family("phi", {"partial_rotary_factor": 0.5, "qk_layernorm": True}),
     "phi3": Family("phi3", {"sliding_window": WINDOW, "partial_rotary_factor": 0.5}),
     "phi3_longrope": Family("phi3", _longrope(24)),  # rows of a batch on both sides of the switch
-    "phi3_longrope_crossed": Family("phi3", _longrope(16), variant=True, refused="its frequencies change within a completion", refused_in=("generate", "completion_logps", "reason", "read", "item_logps", "target_logps", "beams")),  # completions that cross it
-    "modernbert-decoder": Family("modernbert-decoder", LOCAL_GLOBAL, tied=True, refused="its head is more than a linear layer"),
+    "phi3_longrope_crossed": Family("phi3", _longrope(16), variant=True),  # completions that cross it
+    "modernbert-decoder": Family("modernbert-decoder", LOCAL_GLOBAL, tied=True),
     "lfm3": Family(
         "lfm3",
         {
@@ -296,7 +293,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "deepseek_v32": Family(
         "deepseek_v32",
-        {**EXPERTS, **INDEXED, **DENSE_SPARSE, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}, refused="its own cache is wrong"),
+        {**EXPERTS, **INDEXED, **DENSE_SPARSE, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}),
     "glm4_moe": Family("glm4_moe", {**EXPERTS, "head_dim": 8, "first_k_dense_replace": 1, "use_qk_norm": True}),
     "glm4_moe_lite": Family("glm4_moe_lite", {**EXPERTS, **LATENT, **DENSE_SPARSE}),
     "dots1": Family(
@@ -329,7 +326,6 @@ FAMILIES: dict[str, Family] = {
         "llama4_text",
         {**LLAMA4, "floor_scale": 4},
         variant=True,
-        refused="its attention temperature counts padding as positions",
     ),
     "longcat_flash": Family(
         "longcat_flash",
@@ -342,12 +338,12 @@ FAMILIES: dict[str, Family] = {
     "mamba": Family("mamba", {"state_size": 4, "time_step_rank": 2}, tied=True),
     "falcon_mamba": Family("falcon_mamba", {"state_size": 4, "time_step_rank": 2}, tied=True),
     "mamba2": Family("mamba2", {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 8}),
-    "rwkv": Family("rwkv", {"attention_hidden_size": 32, "context_length": 256}, refused="its layers ignore the mask of padding"),
-    "xlstm": Family("xlstm", {"num_heads": 4, "embedding_dim": 32, "num_blocks": 2, "chunk_size": 8}, refused="its layers ignore the mask of padding"),
+    "rwkv": Family("rwkv", {"attention_hidden_size": 32, "context_length": 256}),
+    "xlstm": Family("xlstm", {"num_heads": 4, "embedding_dim": 32, "num_blocks": 2, "chunk_size": 8}),
     "recurrent_gemma": Family(
         "recurrent_gemma",
         {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 8, "logits_soft_cap": 1.5, "head_dim": 8},
-        tied=True, refused="its layers ignore the mask of padding and keep their own state"),
+        tied=True),
     "jamba": Family(
         "jamba",
         {
@@ -378,7 +374,7 @@ FAMILIES: dict[str, Family] = {
             "ssm_state_size": 8, "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "chunk_size": 8,
             "use_mamba_kernels": False, "n_routed_experts": 4, "moe_intermediate_size": 16,
             "moe_shared_expert_intermediate_size": 16,
-        }, refused="its recurrent step leaves out a limit of its scan", refused_in=("generate", "reason", "item_logps", "beams")),
+        }),
     "zamba": Family(
         "zamba",
         {
@@ -397,7 +393,7 @@ FAMILIES: dict[str, Family] = {
             "adapter_rank": 4, "use_mamba_kernels": False, "use_mem_rope": True, "attention_hidden_size": 64,
             "attention_head_dim": 16,
         },
-        tied=True, refused="its recurrent step leaves out a limit of its scan", refused_in=("generate", "reason", "item_logps", "beams")),
+        tied=True),
     "lfm2": Family(
         "lfm2",
         {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_L_cache": 3},
@@ -411,7 +407,7 @@ FAMILIES: dict[str, Family] = {
         {
             **EXPERTS, "layer_types": ["linear_attention", "full_attention"], "block_size": 8, "head_dim": 8,
             "full_attn_alpha_factor": 0.8, "linear_attn_beta_factor": 1.2, "mlp_alpha_factor": 0.9,
-        }, refused="its own cache is wrong with padding"),
+        }),
     "qwen3_next": Family("qwen3_next", {**EXPERTS, **DELTA, "layer_types": ["linear_attention", "full_attention"]}),
     "qwen3_5_text": Family("qwen3_5_text", {**DELTA, "layer_types": ["linear_attention", "full_attention"]}),
     "qwen3_5_moe_text": Family(
@@ -436,7 +432,7 @@ FAMILIES: dict[str, Family] = {
     # Older decoders.
     "gpt2": Family("gpt2", {"n_inner": 48}, tied=True),
     "gpt2_untied": Family("gpt2", {"n_inner": 48, "scale_attn_by_inverse_layer_idx": True}, variant=True),
-    "openai-gpt": Family("openai-gpt", {}, tied=True, refused="it has no cache", refused_in=("generate", "reason", "item_logps", "item_ids")),
+    "openai-gpt": Family("openai-gpt", {}, tied=True),
     "gpt_neo": Family(
         "gpt_neo",
         {
@@ -468,12 +464,11 @@ FAMILIES: dict[str, Family] = {
     "xglm": Family("xglm", {"ffn_dim": 48, "d_model": 32, "attention_heads": 4, "num_layers": 2}, tied=True),
     "biogpt": Family("biogpt", {}, tied=True),
     "ctrl": Family("ctrl", {"dff": 48}, tied=True),
-    "bert": Family("bert", {"is_decoder": True}, tied=True, refused="its head is more than a linear layer"),
+    "bert": Family("bert", {"is_decoder": True}, tied=True),
     "bert-generation": Family("bert-generation", {"is_decoder": True}, tied=True),
-    "roberta": Family("roberta", {"is_decoder": True}, tied=True, refused="its head is more than a linear layer"),
-    "electra": Family("electra", {"is_decoder": True, "embedding_size": 16}, tied=True, refused="its head is more than a linear layer"),
-    "rembert": Family(
-        "rembert", {"is_decoder": True, "input_embedding_size": 16, "output_embedding_size": 24}, refused="its head is more than a linear layer"),
+    "roberta": Family("roberta", {"is_decoder": True}, tied=True),
+    "electra": Family("electra", {"is_decoder": True, "embedding_size": 16}, tied=True),
+    "rembert": Family("rembert", {"is_decoder": True, "input_embedding_size": 16, "output_embedding_size": 24}),
     # Several modalities in one config.
     "gemma3": Family(
         "gemma3",
@@ -521,6 +516,45 @@ FAMILIES: dict[str, Family] = {
         composite="Qwen3_5ForConditionalGeneration",
     ),
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What the library refuses, since transformers itself has no consistent answer, or the model is built otherwise.
+
+    Attributes:
+        reason: short.
+        checks: parts of the names of the checks that are refused; every one if empty.
+    """
+
+    reason: str
+    checks: tuple[str, ...] = ()
+
+
+_STEPS = ("generate", "reason", "item_logps", "beams")
+REFUSED: dict[str, Refusal] = {
+    "llama_dynamic_switch": Refusal(
+        "frequencies of every row depend on the longest one beyond the model's positions",
+        ("generate", "completion_logps", "retrieval: re", "_logps", "item_ids title"),
+    ),
+    "phi3_longrope_crossed": Refusal(
+        "frequencies change within a completion", ("generate", "_logps", "retrieval: re", "beams")
+    ),
+    "modernbert-decoder": Refusal("the head has more than one layer"),
+    "bert": Refusal("the head has more than one layer"),
+    "roberta": Refusal("the head has more than one layer"),
+    "electra": Refusal("the head has more than one layer"),
+    "rembert": Refusal("the head has more than one layer"),
+    "rwkv": Refusal("the layers ignore the mask of padding"),
+    "xlstm": Refusal("the layers ignore the mask of padding"),
+    "recurrent_gemma": Refusal("the layers ignore the mask of padding, and keep their state outside of any cache"),
+    "llama4_text_temperature": Refusal("the temperature of attention counts padding as positions"),
+    "deepseek_v32": Refusal("a cache gives other results than none"),
+    "minimax": Refusal("a cache gives other results than none where there is padding"),
+    "zamba2": Refusal("a step with the cache leaves out a limit that the scan has", _STEPS),
+    "nemotron_h": Refusal("a step with the cache leaves out a limit that the scan has", _STEPS),
+    "openai-gpt": Refusal("there is no cache", ("generate", "reason", "item_logps", "item_ids")),
+}
 
 
 def is_available(name: str) -> bool:
