@@ -32,7 +32,11 @@ from torch import Tensor, nn
 
 from minirec_pl import InputError
 from minirec_pl.data.samples import Catalogue
-from minirec_pl.policy.language_model import LanguageModel, Lora
+
+try:
+    from minirec_pl.policy.language_model import LanguageModel, Lora
+except ImportError as error:
+    raise SystemExit(f"this version of minirec_pl has no language models ({error})") from error
 
 
 class Missing(Exception):
@@ -317,7 +321,15 @@ def history_batch() -> dict[str, Tensor]:
 
 
 def prompt_template() -> Any:
-    return PromptTemplate(system="", user="Pick: {history}", item="{title}", separator=",", age="")
+    """Prompts of a few tokens.
+
+    Raises:
+        Missing: where prompts of an older version cannot be as short.
+    """
+    try:
+        return PromptTemplate(system="", user="Pick: {history}", item="{title}", separator=",", age="")
+    except TypeError as error:
+        raise Missing(f"minirec_pl.policy.PromptTemplate has no such option ({error})") from error
 
 
 def prompt_tokens(tokenizer: Any, history: Sequence[int]) -> list[int]:
