@@ -132,7 +132,7 @@ def sequence_nll(policy: GenerativePolicy, batch: Mapping[str, Tensor], dropout:
     """See `GenerativePolicy.sequence_nll`."""
     sequence, row, position, target = (batch[key] for key in ("sequence", "row", "position", "target"))
     first_tokens, head = policy.trie.item_tokens[:, 0], head_of(policy.model)
-    if not len(target) and (policy.id_length > 1 or policy.chat is not None):
+    if not len(target):
         return head.weight.sum() * 0.0
     if policy.id_length > 1:
         logps, _, _ = policy.completion_logps(pairs_as_prompts(batch), target[:, None])
