@@ -169,6 +169,7 @@ def load_with_ids(
     made: list[ItemIds] = []
 
     def extend(model: Any, tokenizer: Any) -> list[int]:
+        check_support(model, cache=kind != "token")
         prompt.render(tokenizer, "")
         if kind == "title":
             made.append(title_ids(tokenizer, catalogue, prompt))

@@ -257,12 +257,21 @@ def grow(model: Any, tokenizer: Any) -> None:
 
     Rows that the model has beyond its vocabulary are used first. The others begin as copies of the first rows, so that
     a model under stored adapters is the same whenever it is loaded.
+
+    Raises:
+        InputError: if embedding and head have different numbers of rows.
     """
     _add_rows(model, max(tokenizer.get_vocab().values()) + 1)
 
 
 def _add_rows(model: Any, rows: int) -> None:
     known = model.get_input_embeddings().num_embeddings
+    in_head = len(model.get_output_embeddings().weight)
+    if rows > min(known, in_head) and known != in_head:
+        raise InputError(
+            f"{type(model).__name__} has {known} rows in its embedding and {in_head} in its head, so that new tokens "
+            "cannot have a row in both: set item_ids to title"
+        )
     if rows > known:
         model.resize_token_embeddings(rows, mean_resizing=False)
         with torch.no_grad():

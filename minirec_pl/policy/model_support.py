@@ -161,8 +161,8 @@ def _padded(model: Any, trial: _Trial) -> str | None:
 
 def _shared(model: Any, trial: _Trial) -> str | None:
     prompt = run_prompt(body_of(model), *pad_left(trial.prompts, 0, model.device))
-    if not prompt.cache.layers:
-        return "it keeps no keys and values"
+    if not prompt.cache.layers or any(layer.keys is None for layer in prompt.cache.layers):
+        return "not all of its layers keep keys and values"
     pairs = [(sample, row) for sample, group in enumerate(trial.completions) for row in group]
     width = max(len(row) for _, row in pairs)
     tokens = torch.tensor([row + [0] * (width - len(row)) for _, row in pairs], device=model.device)

@@ -20,8 +20,8 @@ class PositionRules(NamedTuple):
         switch: longest sequence of the first of two regimes, which have other positions (LongRoPE, arXiv 2402.13753);
             None where there is one regime. A prompt and its completion must be in the same one, since keys cached in
             one regime mean nothing in the other.
-        limit: longest sequence whose positions do not depend on the batch or on what was run before (dynamic NTK
-            scaling, attention scales by place in the batch); None for any.
+        limit: longest sequence that does not depend on the batch or on what was run before (dynamic NTK scaling,
+            attention scaled by the place in the batch, sparse attention whose indexer sees padding); None for any.
         rotaries: modules that choose the regime by the longest row of their input.
     """
 
@@ -50,8 +50,8 @@ class PositionRules(NamedTuple):
         if self.limit is not None and int(prompt.max() + (whole - prompt).max()) > self.limit:
             row = int(whole.argmax())
             raise InputError(
-                f"{name(row)} has {int(whole[row])} tokens with its completion, and beyond {self.limit} the model's "
-                f"positions depend on the rest of the batch: {remedy}"
+                f"{name(row)} has {int(whole[row])} tokens with its completion, and beyond {self.limit} what the model "
+                f"says of a row depends on the rest of the batch: {remedy}"
             )
         if self.switch is not None:
             crossing = ((prompt <= self.switch) & (whole > self.switch)).nonzero()
@@ -118,6 +118,8 @@ def _limits(module: nn.Module) -> list[int]:
     found = [int(module.original_max_seq_len) for kind, _ in _rope_kinds(module) if "dynamic" in kind]  # type: ignore[arg-type]
     if getattr(module, "attn_temperature_tuning", False) and hasattr(module, "floor_scale"):
         found.append(int(module.floor_scale) - 1)  # type: ignore[arg-type]
+    if isinstance(getattr(module, "index_topk", None), int):  # picks keys, padding among them, beyond so many
+        found.append(int(module.index_topk))  # type: ignore[arg-type]
     return found
 
 

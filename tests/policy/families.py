@@ -524,14 +524,15 @@ class Refusal:
 
     Attributes:
         reason: short.
-        checks: parts of the names of the checks that are refused; every one if empty.
+        checks: regular expressions of the checks that are refused; every one if empty.
     """
 
     reason: str
     checks: tuple[str, ...] = ()
 
 
-_STEPS = ("generate", "reason", "item_logps", "beams")
+_SHARED = (r"(model|^adapters): generate", "retrieval: ", "item_ids title", "semantic")
+_RECURRENT = Refusal("completions cannot share the state of recurrent layers", _SHARED)
 REFUSED: dict[str, Refusal] = {
     "llama_dynamic_switch": Refusal(
         "frequencies of every row depend on the longest one beyond the model's positions",
@@ -549,11 +550,19 @@ REFUSED: dict[str, Refusal] = {
     "xlstm": Refusal("the layers ignore the mask of padding"),
     "recurrent_gemma": Refusal("the layers ignore the mask of padding, and keep their state outside of any cache"),
     "llama4_text_temperature": Refusal("the temperature of attention counts padding as positions"),
-    "deepseek_v32": Refusal("a cache gives other results than none"),
-    "minimax": Refusal("a cache gives other results than none where there is padding"),
-    "zamba2": Refusal("a step with the cache leaves out a limit that the scan has", _STEPS),
-    "nemotron_h": Refusal("a step with the cache leaves out a limit that the scan has", _STEPS),
+    "deepseek_v32": Refusal("a cache gives other results than none, and its indexer sees padding"),
     "openai-gpt": Refusal("there is no cache", ("generate", "reason", "item_logps", "item_ids")),
+    "mllama": Refusal(
+        "layers of cross attention keep no keys of text, and the head has fewer rows than the embedding",
+        (*_SHARED, "item_ids token"),
+    ),
+    **dict.fromkeys(
+        (
+            "mamba falcon_mamba mamba2 jamba bamba falcon_h1 granitemoehybrid nemotron_h zamba zamba2 lfm2 lfm2_moe lfm3 "
+            "minimax qwen3_next qwen3_5_text qwen3_5_moe_text qwen3_5 olmo_hybrid kimi_linear bailing_hybrid"
+        ).split(),
+        _RECURRENT,
+    ),
 }
 
 

@@ -1,6 +1,7 @@
 """Every family of causal language models: right to 1e-5 in float64, or refused in one sentence."""
 
 import json
+import re
 from pathlib import Path
 
 import family_matrix
@@ -43,7 +44,9 @@ def check(name, rows):
     assert not faults, details(faults)
     refused = {row.check for row in rows if row.outcome == "refused"}
     parts = (REFUSED[name].checks or ("",)) if name in REFUSED else ()
-    expected = {row.check for row in rows if row.outcome in OUTCOMES and any(part in row.check for part in parts)}
+    expected = {
+        row.check for row in rows if row.outcome in OUTCOMES and any(re.search(part, row.check) for part in parts)
+    }
     assert refused == expected, details([row for row in rows if row.outcome == "refused"])
     assert all("Traceback" not in row.sentence for row in rows)
 
