@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 from batch_cases import Case, Entry, close, drawn, laws, limits, pad_columns, rows, take
 from batch_policies import N_ITEMS, generative, pad_samples, retriever, samples

@@ -16,6 +16,7 @@ from minirec_pl.policy.folder import Chat, StoredPolicy
 from minirec_pl.policy.item_codes import SemanticIds, code_names, read_embeddings, residual_codes
 from minirec_pl.policy.language_model import LanguageModel, grow
 from minirec_pl.policy.model_config import text_config
+from minirec_pl.policy.model_support import check_support
 from minirec_pl.policy.prompt import PromptTemplate
 from minirec_pl.policy.text_states import text_states
 from minirec_pl.policy.tiny import item_token

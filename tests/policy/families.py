@@ -556,13 +556,27 @@ REFUSED: dict[str, Refusal] = {
         "layers of cross attention keep no keys of text, and the head has fewer rows than the embedding",
         (*_SHARED, "item_ids token"),
     ),
-    **dict.fromkeys(
-        (
-            "mamba falcon_mamba mamba2 jamba bamba falcon_h1 granitemoehybrid nemotron_h zamba zamba2 lfm2 lfm2_moe lfm3 "
-            "minimax qwen3_next qwen3_5_text qwen3_5_moe_text qwen3_5 olmo_hybrid kimi_linear bailing_hybrid"
-        ).split(),
-        _RECURRENT,
-    ),
+    "mamba": _RECURRENT,
+    "falcon_mamba": _RECURRENT,
+    "mamba2": _RECURRENT,
+    "jamba": _RECURRENT,
+    "bamba": _RECURRENT,
+    "falcon_h1": _RECURRENT,
+    "granitemoehybrid": _RECURRENT,
+    "nemotron_h": _RECURRENT,
+    "zamba": _RECURRENT,
+    "zamba2": _RECURRENT,
+    "lfm2": _RECURRENT,
+    "lfm2_moe": _RECURRENT,
+    "lfm3": _RECURRENT,
+    "minimax": _RECURRENT,
+    "qwen3_next": _RECURRENT,
+    "qwen3_5_text": _RECURRENT,
+    "qwen3_5_moe_text": _RECURRENT,
+    "qwen3_5": _RECURRENT,
+    "olmo_hybrid": _RECURRENT,
+    "kimi_linear": _RECURRENT,
+    "bailing_hybrid": _RECURRENT,
 }
 
 
