@@ -329,9 +329,9 @@ def test_a_vocabulary_with_gaps():
     vocabulary = {**letters, PAD: 1, "film": 500}
     assert letters["A"] == len(vocabulary)
     core = Tokenizer(models.BPE(vocabulary, []))
-    for token in (AddedToken(PAD, special=True), AddedToken("film"), AddedToken("<think>")):
-        core.add_tokens([token])  # one by one, each gets the number after the last
+    core.add_tokens([AddedToken(PAD, special=True), AddedToken("film")])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=PAD)
+    tokenizer.add_tokens(["<think>"])  # numbered after the last
     tokenizer.chat_template = "{{ messages[0].content }}<think>"
     think, film = tokenizer.convert_tokens_to_ids(["<think>", "film"])
     assert (think, film) == (501, 500)
