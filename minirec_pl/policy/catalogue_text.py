@@ -13,7 +13,7 @@ from minirec_pl.errors import InputError
 _RUNES = [chr(code) for code in range(0x16A0, 0x16EB)]  # letters that no normaliser changes
 _DIGITS = str.maketrans("0123456789", "".join(_RUNES[:10]))
 _OPEN, _BETWEEN, _CLOSE = _RUNES[10:13]
-_SIGNS = [chr(code) for code in range(0x25A0, 0x2600)]
+_LETTERS, _SIGNS = [*"qzxjkv", *reversed(_RUNES)], [*"~^;,", *map(chr, range(0x25A0, 0x2600))]
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -157,8 +157,8 @@ class _Control:
             if token not in self.tokens and token not in self.others:
                 self.tokens[token] = _Token(tokenizer.convert_ids_to_tokens(token), False)
         self.unknown = _unknown_of(core)
-        spelt = "".join(token.content for token in self.tokens.values())
-        self.letter = next(rune for rune in reversed(_RUNES) if rune not in spelt)
+        spelt = "".join(token.content for token in self.tokens.values()).casefold()
+        self.letter = next(letter for letter in _LETTERS if letter not in spelt)
         self.sign = next(sign for sign in _SIGNS if sign not in spelt)
         self.copies: dict[int, _Copy] = {}
 
@@ -249,7 +249,7 @@ class _Control:
         try:
             parts = json.loads(tokenizer.backend_tokenizer.to_str())
             parts |= {"truncation": None, "padding": None, "post_processor": None, "added_tokens": []}
-            parts["model"] = _renamed(parts["model"], renamed)
+            parts["model"] = _renamed(parts["model"], renamed, _beginning(number))
             core: Any = Tokenizer.from_str(json.dumps(parts))
         except Exception as error:  # tokenizers raises nothing narrower
             raise InputError(
@@ -264,9 +264,11 @@ class _Control:
 
 def _unknown_of(core: Any) -> int | None:
     """The token of what a tokenizer has no piece for."""
+    unknown: int | None
     if hasattr(core.model, "unk_token"):
-        return None if core.model.unk_token is None else int(core.token_to_id(core.model.unk_token))
-    unknown: int | None = json.loads(core.model.__getstate__()).get("unk_id")
+        unknown = None if core.model.unk_token is None else core.token_to_id(core.model.unk_token)
+    else:
+        unknown = json.loads(core.model.__getstate__()).get("unk_id")
     return unknown
 
 
@@ -292,17 +294,21 @@ def _added(content: str, normalized: bool) -> Any:
     return AddedToken(content, normalized=normalized)
 
 
-def _renamed(model: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def _renamed(model: Mapping[str, Any], names: Mapping[str, str], filler: str) -> dict[str, Any]:
     """A tokenizer's model whose pieces have other names, so that no text is encoded as one of them.
 
     Args:
         model: of a tokenizer.json.
         names: new names of pieces.
+        filler: begins the names of pieces for the numbers between those of others, which tokens that are added to the
+            model would get.
     """
     made = dict(model)
     vocabulary = model["vocab"]
     if isinstance(vocabulary, Mapping):
+        free = set(range(max(vocabulary.values(), default=0))).difference(vocabulary.values())
         made["vocab"] = {names.get(piece, piece): token for piece, token in vocabulary.items()}
+        made["vocab"] |= {f"{filler}{token}": token for token in free}
     else:
         made["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
     if model.get("unk_token") in names:

@@ -7,8 +7,8 @@ import torch
 from chat_models import CHATML, NO_SYSTEM, chat_folder, chat_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer
-from tokenizers_of_all_kinds import END, KINDS, NAMES, START, plain_ids, tokenizer_of
+from tokenizers import AddedToken, Tokenizer, models
+from tokenizers_of_all_kinds import END, KINDS, NAMES, PAD, START, plain_ids, tokenizer_of
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from minirec_pl import InputError
@@ -321,3 +321,20 @@ def test_the_date_goes_with_the_folder_and_older_folders_take_the_default(tmp_pa
         content = json.loads(side.read_text())
         (content if kind == "generative" else content["text"])["prompt"].pop("date", None)
         side.write_text(json.dumps(content))
+
+
+def test_a_vocabulary_with_gaps():
+    """A copy that numbered its tokens from the size of the vocabulary would take A for one of them."""
+    letters = {chr(code): 3 * place for place, code in enumerate(range(33, 127))}
+    vocabulary = {**letters, PAD: 1, "film": 500}
+    assert letters["A"] == len(vocabulary)
+    core = Tokenizer(models.BPE(vocabulary, []))
+    core.add_tokens([AddedToken(PAD, special=True), AddedToken("film")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=PAD)
+    tokenizer.add_tokens(["<think>"])  # numbered after the last
+    tokenizer.chat_template = "{{ messages[0].content }}<think>"
+    think, film = tokenizer.convert_tokens_to_ids(["<think>", "film"])
+    assert (think, film) == (501, 500)
+    prompt = PromptTemplate(system="", user="<think>film{history}", item="{title}")
+    found = prompt_of(tokenizer, prompt, ["A<think>film"])
+    assert found == [think, film, letters["A"], *(letters[letter] for letter in "<think>"), film, think]
