@@ -190,7 +190,7 @@ def _logits_of_states(causal: Any, head: Head) -> tuple[Tensor, Tensor | None]:
     try:
         with evaluation_mode(causal):
             given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-            logits: Tensor = run_widened(causal, **given, use_cache=False).logits
+            logits: Tensor = widened(causal)(**given, use_cache=False).logits
     finally:
         for hook in hooks:
             hook.remove()
@@ -313,10 +313,12 @@ def computes_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def run_widened(model: Any, **inputs: Any) -> Any:
-    """What `model(**inputs)` returns, with the weights widened as `body_of` does."""
+def widened(model: Any) -> Callable[..., Any]:
+    """The forward of a whole model, with the weights widened as `body_of` does, for as long as the result lives."""
     weights = {name: parameter.float() for name, parameter in model.named_parameters() if _lacks_arithmetic(parameter)}
-    return torch.func.functional_call(model, weights, kwargs=inputs)
+    if not weights:
+        return model  # type: ignore[no-any-return]
+    return lambda **inputs: torch.func.functional_call(model, weights, kwargs=inputs)
 
 
 def _lacks_arithmetic(parameter: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from minirec_pl.errors import InputError
 from minirec_pl.policy.causal_lm import (
+    Body,
     Head,
     body_of,
     decoder_of,
@@ -19,7 +20,7 @@ from minirec_pl.policy.causal_lm import (
     pad_left,
     run_completions,
     run_prompt,
-    run_widened,
+    widened,
     without_adapter_wrapper,
 )
 from minirec_pl.policy.decoding import Decoder
@@ -28,7 +29,8 @@ from minirec_pl.policy.positions import position_rules
 from minirec_pl.policy.rollout import evaluation_mode
 
 _PROMPTS = (5, 3)  # tokens of each prompt that is tried
-_COMPLETIONS = ((3, 2), (1, 3))  # and of the completions of each
+_COMPLETIONS = ((3, 2), (2, 3))  # and of the completions of each
+_STEPS = 2  # of each completion that are decoded
 _TOKENS, _INNER_WIDTH = 512, 64  # of a cut-down model
 _MOST_WEIGHTS = 2**28
 _RECURRENT = ("linear_attention", "conv", "mamba", "mamba2", "hybrid", "hybrid_sliding", "recurrent")
@@ -86,37 +88,52 @@ def check_support(model: Any, *, cache: bool) -> None:
 
 
 class _Trial(NamedTuple):
-    """Sequences of a trial.
+    """Prompts with completions, and what is compared.
 
     Attributes:
+        body: of the model.
+        device: of the model.
         prompts: tokens of two prompts.
         completions: tokens of the completions of each, as many of one as of the other.
-        plain: of the tokens of a sequence, the model's own logits after each of them, [n, V].
+        plain: the model's own logits after each token of each prompt with its completion, [n, V] each, flat.
         head: of the model, which makes logits of states.
         tolerance: of the logits, relative; what arithmetic in the model's dtype explains.
     """
 
+    body: Body
+    device: torch.device
     prompts: list[list[int]]
     completions: list[list[list[int]]]
-    plain: Callable[[list[int]], Tensor]
+    plain: list[Tensor]
     head: Head
     tolerance: float
 
-    def differs(self, states: Tensor, sequence: list[int]) -> bool:
-        """Whether states [n, D], the last ones of a sequence, give other logits than its own."""
-        pair = (self.head.logits(states), self.plain(sequence)[-len(states) :])
+    @property
+    def group(self) -> int:
+        """Completions of a prompt."""
+        return len(self.completions[0])
+
+    @property
+    def wholes(self) -> list[list[int]]:
+        """Each prompt with its completion, flat."""
+        pairs = zip(self.prompts, self.completions, strict=True)
+        return [prompt + completion for prompt, group in pairs for completion in group]
+
+    def differs(self, whole: int, start: int, states: Tensor) -> bool:
+        """Whether states [n, D] give other logits than the model after the tokens from `start` on of a sequence."""
+        pair = (self.head.logits(states), self.plain[whole][start : start + len(states)])
         found, expected = (logits.double() - logits.double().mean(dim=-1, keepdim=True) for logits in pair)
         return not bool((found - expected).norm() <= self.tolerance * expected.norm())
 
 
 def _tried(model: Any) -> Support:
-    trial = _trial(model)
-    padding = _reason(lambda: _padded(model, trial))
+    trials: list[_Trial] = []
+    padding = _reason(lambda: trials.append(_trial(model))) or _reason(lambda: _padded(trials[0]))
     if padding is not None:
         return Support(padding, padding)
     if _is_recurrent(without_adapter_wrapper(model)):
         return Support(None, "it has recurrent layers, whose state the completions of a prompt cannot share here")
-    return Support(None, _reason(lambda: _shared(model, trial)) or _reason(lambda: _decoded(model, trial)))
+    return Support(None, _reason(lambda: _shared(trials[0])) or _reason(lambda: _decoded(trials[0])))
 
 
 def _is_recurrent(causal: Any) -> bool:
@@ -134,55 +151,63 @@ def _reason(attempt: Callable[[], str | None]) -> str | None:
 
 
 def _trial(model: Any) -> _Trial:
-    numbers, config = torch.Generator().manual_seed(0), text_config(without_adapter_wrapper(model))
+    causal = without_adapter_wrapper(model)
+    numbers, vocabulary = torch.Generator().manual_seed(0), text_config(causal).vocab_size
     # A model may count positions from the padding tokens of a sequence.
-    usual = [token for token in range(config.vocab_size) if token != text_setting(model, "pad_token_id")]
+    usual = [token for token in range(vocabulary) if token != text_setting(model, "pad_token_id")]
 
     def tokens(length: int) -> list[int]:
         return [usual[place] for place in torch.randint(len(usual), (length,), generator=numbers).tolist()]
 
-    def plain(sequence: list[int]) -> Tensor:
-        ids = torch.tensor([sequence], device=model.device)
-        causal = without_adapter_wrapper(model)
-        logits: Tensor = run_widened(causal, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        return logits[0]
+    coarse = causal.get_output_embeddings().weight.dtype.itemsize < 4
+    trial = _Trial(
+        body_of(model),
+        model.device,
+        [tokens(n) for n in _PROMPTS],
+        [[tokens(n) for n in group] for group in _COMPLETIONS],
+        [],
+        head_of(model),
+        0.25 if coarse else 1e-3,
+    )
+    run = widened(causal)
+    for whole in trial.wholes:
+        ids = torch.tensor([whole], device=trial.device)
+        trial.plain.append(run(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0])
+    return trial
 
-    completions = [[tokens(n) for n in group] for group in _COMPLETIONS]
-    coarse = without_adapter_wrapper(model).get_output_embeddings().weight.dtype.itemsize < 4
-    return _Trial([tokens(n) for n in _PROMPTS], completions, plain, head_of(model), 0.25 if coarse else 1e-3)
 
-
-def _padded(model: Any, trial: _Trial) -> str | None:
-    rows = [*trial.prompts, *(p + c for p, group in zip(trial.prompts, trial.completions, strict=True) for c in group)]
-    found = run_prompt(body_of(model), *pad_left(rows, 0, model.device), keep_cache=False).states
-    wrong = any(trial.differs(state[None], row) for state, row in zip(found, rows, strict=True))
+def _padded(trial: _Trial) -> str | None:
+    rows = [*trial.wholes, *trial.prompts]
+    sources = [*range(len(trial.wholes)), *range(0, len(trial.wholes), trial.group)]
+    states = run_prompt(trial.body, *pad_left(rows, 0, trial.device), keep_cache=False).states
+    found = zip(sources, rows, states, strict=True)
+    wrong = any(trial.differs(whole, len(row) - 1, state[None]) for whole, row, state in found)
     return "padding on the left changes what it says of a sequence" if wrong else None
 
 
-def _shared(model: Any, trial: _Trial) -> str | None:
-    prompt = run_prompt(body_of(model), *pad_left(trial.prompts, 0, model.device))
+def _shared(trial: _Trial) -> str | None:
+    prompt = run_prompt(trial.body, *pad_left(trial.prompts, 0, trial.device))
     if not prompt.cache.layers or any(layer.keys is None for layer in prompt.cache.layers):
         return "not all of its layers keep keys and values"
-    pairs = [(sample, row) for sample, group in enumerate(trial.completions) for row in group]
-    width = max(len(row) for _, row in pairs)
-    tokens = torch.tensor([row + [0] * (width - len(row)) for _, row in pairs], device=model.device)
-    fed = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for _, row in pairs], device=model.device)
-    states = run_completions(prompt, torch.tensor([sample for sample, _ in pairs], device=model.device), tokens, fed)
-    for found, (sample, row) in zip(states, pairs, strict=True):
-        if trial.differs(found[: len(row)], trial.prompts[sample] + row):
+    rows = [row for group in trial.completions for row in group]
+    width = max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=trial.device)
+    fed = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=trial.device)
+    sample = torch.arange(len(trial.prompts), device=trial.device).repeat_interleave(trial.group)
+    for place, states in enumerate(run_completions(prompt, sample, tokens, fed)):
+        if trial.differs(place, len(trial.prompts[place // trial.group]), states[: len(rows[place])]):
             return "a completion after cached keys is not what it says of the whole sequence"
     return None
 
 
-def _decoded(model: Any, trial: _Trial) -> str | None:
-    prompt = run_prompt(body_of(model), *pad_left(trial.prompts, 0, model.device))
-    rows = [(row * 2)[:2] for group in trial.completions for row in group]
-    group = len(trial.completions[0])
-    decoder = Decoder(prompt, group, 2)
-    states = [decoder.step(torch.tensor(tokens, device=model.device)) for tokens in zip(*rows, strict=True)]
-    for place, row in enumerate(rows):
-        whole = trial.prompts[place // group] + row
-        if trial.differs(torch.stack([state[place] for state in states]), whole):
+def _decoded(trial: _Trial) -> str | None:
+    prompt = run_prompt(trial.body, *pad_left(trial.prompts, 0, trial.device))
+    rows = [row for group in trial.completions for row in group]
+    decoder = Decoder(prompt, trial.group, _STEPS)
+    steps = zip(*(row[:_STEPS] for row in rows), strict=True)
+    states = torch.stack([decoder.step(torch.tensor(tokens, device=trial.device)) for tokens in steps], dim=1)
+    for place in range(len(rows)):
+        if trial.differs(place, len(trial.prompts[place // trial.group]), states[place]):
             return "decoding token by token is not what it says of the whole sequence"
     return None
 

@@ -216,7 +216,7 @@ def test_dynamic_positions_and_places_in_the_batch_have_a_limit():
     model = model_of("llama", rope_parameters=rope, max_position_embeddings=20)
     ids, mask = prompts(10, 18)
     completions = torch.full((2, 1, 5), 7)
-    with pytest.raises(InputError, match="beyond 20 the model's positions depend on the rest of the batch"):
+    with pytest.raises(InputError, match="beyond 20 what the model says of a row depends on the rest of the batch"):
         completion_logps(model, ids, mask, completions, torch.ones_like(completions).bool())
     experts = {"num_local_experts": 2, "intermediate_size_mlp": 24, "floor_scale": 32, "attn_scale": 0.5}
     model = model_of("llama4_text", **experts, no_rope_layers=[1, 0])
