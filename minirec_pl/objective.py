@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minirec_pl.generation import RolloutBatch
 from minirec_pl.grpo import (
@@ -20,6 +20,7 @@ from minirec_pl.grpo import (
     policy_loss,
 )
 from minirec_pl.policy import Recommender, RetrievalPolicy
+from minirec_pl.policy.supervised import no_loss
 from minirec_pl.preference import pair_weights, preference_loss
 from minirec_pl.recpo import item_loss
 
@@ -106,7 +107,7 @@ class Objective:
         rows = rollouts.learns.nonzero().flatten()
         on_policy = rollouts.old_logps is None
         known = torch.zeros_like(rollouts.entropy) if rollouts.old_logps is None else rollouts.old_logps
-        logps, entropy, loss, tokens = known, rollouts.entropy, _touch(policy), 0
+        logps, entropy, loss, tokens = known, rollouts.entropy, no_loss(policy), 0
         of_items = torch.zeros_like(loss.detach()) if isinstance(policy, RetrievalPolicy) else None
         if len(rows):
             part = rollouts if len(rows) == len(rollouts) else rollouts.take(rows)
@@ -173,8 +174,3 @@ class Objective:
 
 def _place(values: Tensor, rows: Tensor, into: Tensor) -> Tensor:
     return values if len(rows) == len(into) else into.to(values.dtype).index_copy(0, rows, values)
-
-
-def _touch(policy: nn.Module) -> Tensor:
-    """Zero with a gradient of zero for every parameter, so that optimizers and other ranks go on as usual."""
-    return torch.stack([p.flatten()[:1].sum() for p in policy.parameters() if p.requires_grad]).sum() * 0.0

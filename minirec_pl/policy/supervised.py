@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from minirec_pl.policy.generator import GenerativePolicy
 
 
+def no_loss(policy: nn.Module) -> Tensor:
+    """Zero with a gradient of zero for every trained parameter, so that optimizers and other ranks go on as usual."""
+    return torch.stack([p.flatten()[:1].sum() for p in policy.parameters() if p.requires_grad]).sum() * 0.0
+
+
 def check_positions(model: Any, length: int) -> None:
     """Refuses `length` tokens if the model has fewer positions.
 
@@ -115,7 +120,7 @@ def stretches(prompts: EncodedPrompts, switch: int | None = None) -> Stretches:
 
 def sequence_tokens(policy: GenerativePolicy, batch: Mapping[str, Tensor]) -> int:
     """See `GenerativePolicy.sequence_tokens`."""
-    if not len(batch["target"]) and (policy.id_length > 1 or policy.chat is not None):
+    if not len(batch["target"]):
         return 0
     if policy.id_length > 1:
         return policy.prompt_tokens(pairs_as_prompts(batch)) + policy.fed_tokens(batch["target"])
@@ -131,12 +136,12 @@ def _stretches(policy: GenerativePolicy, batch: Mapping[str, Tensor]) -> Stretch
 def sequence_nll(policy: GenerativePolicy, batch: Mapping[str, Tensor], dropout: float) -> Tensor:
     """See `GenerativePolicy.sequence_nll`."""
     sequence, row, position, target = (batch[key] for key in ("sequence", "row", "position", "target"))
-    first_tokens, head = policy.trie.item_tokens[:, 0], head_of(policy.model)
     if not len(target):
-        return head.weight.sum() * 0.0
+        return no_loss(policy)
     if policy.id_length > 1:
         logps, _, _ = policy.completion_logps(pairs_as_prompts(batch), target[:, None])
         return -logps.sum() / len(target)
+    first_tokens, head = policy.trie.item_tokens[:, 0], head_of(policy.model)
     inputs: dict[str, Tensor]
     if policy.chat is None:
         tokens = torch.where(sequence >= 0, first_tokens[sequence.clamp(min=0)], policy.pad_token_id)
@@ -156,4 +161,4 @@ def sequence_nll(policy: GenerativePolicy, batch: Mapping[str, Tensor], dropout:
     # The gradient of index_select adds up in a fixed order, that of indexing does not on several threads.
     states = states.flatten(0, 1).index_select(0, row * tokens.shape[1] + column)
     states = nn.functional.dropout(states, dropout, policy.training)
-    return nn.functional.cross_entropy(head.logits(states, first_tokens), target, reduction="sum") / max(1, len(target))
+    return nn.functional.cross_entropy(head.logits(states, first_tokens), target, reduction="sum") / len(target)
