@@ -204,19 +204,8 @@ def check_empty(case, entry):
         assert all(len(values) == 0 for values in results.values())
 
 
-def laws(entries, broken_on_empty=()):
-    """Two tests of named builders of entries, `builder(case) -> Entry`: the law, and empty batches.
-
-    Args:
-        entries: by name.
-        broken_on_empty: names of those that end in a traceback.
-    """
-    empty = [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="an empty batch is no input yet"))
-        if name in broken_on_empty
-        else name
-        for name in entries
-    ]
+def laws(entries):
+    """Two tests of named builders of entries, `builder(case) -> Entry`: the law, and empty batches."""
 
     @pytest.mark.parametrize("name", entries)
     @drawn
@@ -224,7 +213,7 @@ def laws(entries, broken_on_empty=()):
         case = Case(data, data.draw(st.integers(1, MOST_ROWS)))
         check(case, entries[name](case))
 
-    @pytest.mark.parametrize("name", empty)
+    @pytest.mark.parametrize("name", entries)
     @settings(max_examples=5, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
     @given(data=st.data())
     def emptiness(name, data):

@@ -211,13 +211,6 @@ test_a_completion_depends_on_its_own_prompt_alone, test_no_prompts_at_all = laws
         "generate": free_generation,
         "eos_mask": masks_of_ends,
     },
-    broken_on_empty=(
-        "run_prompts and run_completions",
-        "completion_states",
-        "completion_logps",
-        "generate",
-        "Head.logits",
-    ),
 )
 
 

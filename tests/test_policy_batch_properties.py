@@ -124,7 +124,6 @@ test_a_recommendation_depends_on_its_own_sample_alone, test_no_samples_at_all = 
         "completion_logps": logps_of_items,
         "item_logps": logps_of_the_catalogue,
     },
-    broken_on_empty=("encode", "run_prompt", "sample", "beams", "sample_distinct", "completion_logps", "item_logps"),
 )
 
 
@@ -273,7 +272,6 @@ test_a_reasoning_depends_on_its_own_sample_alone, test_no_reasonings_at_all = la
         "draw_negatives": negatives,
         "text_states": states_of_texts,
     },
-    broken_on_empty=("reason", "read", "reasoned_item_logps"),
 )
 
 
@@ -398,7 +396,6 @@ def test_the_supervised_loss_of_a_retriever_does_not_depend_on_the_order(data):
     close_gradients(policy, losses[1][0], losses[0][0])
 
 
-@pytest.mark.xfail(strict=True, reason="a batch whose histories have no column is no input yet")
 @pytest.mark.parametrize("kind", ["llama", "many"])
 def test_histories_without_a_column_are_empty_ones(kind):
     batch = {"history": torch.full((2, 1), -1)}

@@ -296,7 +296,6 @@ test_a_row_of_rollouts_is_measured_alone, test_no_rollouts_at_all = laws(
         "sample_signals of parameters": parameter_signals,
         "scoring_numbers": scoring,
     },
-    broken_on_empty=("predict_step", "sample_signals", "sample_signals of parameters"),
 )
 
 

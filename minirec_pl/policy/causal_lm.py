@@ -71,7 +71,8 @@ def _few_rows(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = states.numel() // states.shape[-1]
     if weight.device.type != "cpu" or rows > _FEW_ROWS or len(weight) < _LONG_HEAD:
         return nn.functional.linear(states, weight, bias)
-    product = torch.mm(weight, states.reshape(rows, -1).t()).t().contiguous().view(*states.shape[:-1], -1)
+    product = torch.mm(weight, states.reshape(rows, states.shape[-1]).t()).t().contiguous()
+    product = product.view(*states.shape[:-1], len(weight))
     return product if bias is None else product + bias
 
 
@@ -466,11 +467,13 @@ def run_prompt(
 
 
 def check_padding(mask: Tensor) -> None:
-    """Refuses prompts whose last place is none of their tokens.
+    """Refuses prompts whose last place is none of their tokens, and a batch without prompts.
 
     Raises:
         InputError: naming the first such row of `mask` [B, T].
     """
+    if not mask.numel():
+        raise InputError("the batch has no prompts: give at least one sample")
     if not bool(mask[:, -1].all()):
         row = int((mask[:, -1] == 0).nonzero()[0])
         raise InputError(f"prompt {row} of the batch is empty or padded on the right: pad prompts on the left")

@@ -90,6 +90,7 @@ def completion_states(
     of the same prompts, where they have been run already.
     """
     tokens, mask = completion_ids.flatten(0, 1), completion_mask.bool().flatten(0, 1)
+    check_padding(attention_mask)
     check_support(model, cache=False)
     most = completion_mask.sum(dim=-1).amax(dim=-1)
     position_rules(decoder_of(model)).check(attention_mask.sum(dim=1), most, "prompt {} of the batch".format)
@@ -134,7 +135,6 @@ def _separate_states(
     body: Body, input_ids: Tensor, attention_mask: Tensor, tokens: Tensor, mask: Tensor, group: int
 ) -> Tensor:
     """As `_shared_states`, each completion after its own copy of the prompt."""
-    check_padding(attention_mask)
     both = torch.cat([attention_mask.repeat_interleave(group, dim=0), mask[:, :-1].to(torch.int64)], dim=1)
     states: Tensor = body(
         input_ids=torch.cat([input_ids.repeat_interleave(group, dim=0), tokens[:, :-1]], dim=1),

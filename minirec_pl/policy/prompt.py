@@ -15,6 +15,7 @@ from torch import Tensor
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.errors import InputError
 from minirec_pl.policy.catalogue_text import Text, check_rows, encode_texts, joined
+from minirec_pl.policy.causal_lm import pad_left
 
 _UNITS = (("year", 31_557_600), ("month", 2_629_800), ("day", 86_400), ("hour", 3_600), ("minute", 60))
 _FIELDS: dict[str, dict[str, Any]] = {  # what each text may hold, with an example
@@ -67,7 +68,13 @@ def encode_ids(history: Tensor, item_tokens: Tensor, start: int, pad: int) -> En
         item_tokens: int64 [n_items, L], padded with -1.
         start: the start token.
         pad: the padding token.
+
+    Raises:
+        InputError: if there is no history.
     """
+    if not len(history):
+        raise InputError("the batch has no prompts: give at least one sample")
+    history = torch.nn.functional.pad(history, (1, 0), value=-1)  # there may be no column
     history, row = torch.unique_consecutive(history, dim=0, return_inverse=True)
     tokens = torch.where(history[..., None] >= 0, item_tokens[history.clamp(min=0)], -1).flatten(1)
     tokens = torch.nn.functional.pad(tokens, (1, 0), value=start)
@@ -331,6 +338,8 @@ class PromptTemplate:
         texts = self.write(tokenizer, batch, catalogue, ids, own_ids and ids is not None)
         place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         tokens = encode_texts(tokenizer, list(place))
+        if not tokens:
+            raise InputError("the batch has no prompts: give at least one sample")
         width = max(map(len, tokens))
         if longest is not None and width > longest:
             prompt = max(range(len(tokens)), key=lambda i: len(tokens[i]))
@@ -341,11 +350,7 @@ class PromptTemplate:
                 "data.history_window or prompt.longest_title"
             )
         device = batch["history"].device
-        input_ids = torch.full((len(tokens), width), tokenizer.pad_token_id)
-        mask = torch.zeros(len(tokens), width, dtype=torch.int64)
-        for i, prompt_tokens in enumerate(tokens):
-            input_ids[i, width - len(prompt_tokens) :] = torch.tensor(prompt_tokens)
-            mask[i, width - len(prompt_tokens) :] = 1
+        input_ids, mask = pad_left(tokens, tokenizer.pad_token_id, "cpu")
         if rows is not None:
             check_rows(int(input_ids.max()), rows, tokenizer)
         row_of = torch.tensor([place[text] for text in texts])
