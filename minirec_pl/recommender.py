@@ -18,7 +18,8 @@ from minirec_pl.cost import Cost, Phase
 from minirec_pl.errors import InputError
 from minirec_pl.generation import take_rows
 from minirec_pl.metrics import MRR, NDCG, Coverage, HitRate, SampleRanks, target_rank, top_items
-from minirec_pl.policy import Recommender
+from minirec_pl.policy import Recommender, RetrievalPolicy
+from minirec_pl.selection.resume import RUNNING_KEY, running_of
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -182,8 +183,26 @@ class RecModule(LightningModule):
         return scores, texts
 
     def on_train_start(self) -> None:
-        """Starts the clock of the training phase, also when a run goes on in the middle of an epoch."""
+        """Puts back what a checkpoint was taken in the middle of, and starts the clock of the training phase."""
+        running = running_of(self.trainer)
+        running.start(self.trainer, self)
+        if running.validation_left_out:
+            self._pass_over_validation()
+            running.validation_left_out = False
         self._clock = time.perf_counter()
+
+    def _pass_over_validation(self) -> None:
+        """Has the policy do what it would have done in a validation that the resumed run leaves out."""
+        if isinstance(self.policy, RetrievalPolicy):
+            self.policy.refresh_items()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """The first batch of a resumed run starts with the random numbers it would have had."""
+        running_of(self.trainer).begin_batch(self.trainer)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Keeps what a checkpoint taken during the backward pass needs."""
+        running_of(self.trainer).before_backward(self.trainer, self)
 
     def on_train_epoch_start(self) -> None:
         """Starts the clock of the training phase."""
@@ -191,6 +210,7 @@ class RecModule(LightningModule):
 
     def on_validation_start(self) -> None:
         """Books the training time so far, so that validation is not counted as training."""
+        running_of(self.trainer).begin_validation(self.trainer)
         self._book_training_time()
 
     def on_validation_end(self) -> None:
@@ -199,6 +219,7 @@ class RecModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Books the time since the last batch, waiting for data included."""
+        running_of(self.trainer).end_batch()
         self._book_training_time()
 
     def _book_training_time(self) -> None:
@@ -210,10 +231,14 @@ class RecModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the cost so far, so that a resumed run states the sum, and which catalogue the weights belong to.
 
+        Random numbers and the gradients of an accumulation come along, so that a resumed run ends as one that was
+        never stopped, wherever the checkpoint was taken.
+
         Weights under LoRA adapters are left out, unless a strategy spreads them over ranks; a digest tells whether a
         model has the same.
         """
         checkpoint["cost"] = self.cost.state_dict()
+        running_of(self.trainer).save(self.trainer, self, checkpoint)
         fixed = self._under_adapters()
         if fixed and fixed.keys() <= checkpoint["state_dict"].keys():
             checkpoint["under_adapters"] = self._adapted_digest = self._adapted_digest or weights_digest(fixed)
@@ -258,5 +283,7 @@ class RecModule(LightningModule):
                 "the checkpoint was trained on another catalogue with as many items, or on the same items in another "
                 "order: use the data it was trained with"
             )
+        if RUNNING_KEY in checkpoint and self._trainer is not None and self.trainer.state.fn == "fit":
+            running_of(self.trainer).load(checkpoint[RUNNING_KEY])
         if "cost" in checkpoint:
             self.cost.load_state_dict(checkpoint["cost"])
