@@ -181,6 +181,7 @@ class GRPORecModule(RecModule):
         self.trajectory = Trajectory()
         self.generation: Generation | None = None
         self._adapter_is_new = False
+        self._step_before_batch = 0
 
     @property
     def generation_schedule(self) -> GenerationSchedule:
@@ -205,8 +206,9 @@ class GRPORecModule(RecModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the cost, the seed of the rollouts, those still to be trained on, and the trajectory's start."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["rollout_seed"], checkpoint["rollout_step"] = self.rollout_seed, self.rollout_step
         interrupted = in_hand(self.trainer.fit_loop.epoch_loop.batch_progress)
+        step = self._step_before_batch if interrupted else self.rollout_step  # its rollouts are drawn again
+        checkpoint["rollout_seed"], checkpoint["rollout_step"] = self.rollout_seed, step
         if self.generation is not None and (self.generation.left or interrupted):
             checkpoint["generation"] = gather_states(self.generation.state_dict(), self.device)
         if self.trajectory.start:
@@ -226,6 +228,11 @@ class GRPORecModule(RecModule):
         super().on_train_start()
         if self.generation is not None:
             self.generation.to(self.device)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Notes which rollouts come next, see `RecModule.on_train_batch_start`."""
+        super().on_train_batch_start(batch, batch_idx)
+        self._step_before_batch = self.rollout_step
 
     def _generator(self) -> torch.Generator:
         """Random numbers of a generation, which depend on (seed, rank, generations so far) alone."""
@@ -296,8 +303,10 @@ class GRPORecModule(RecModule):
         self.rollout_step += 1
         values, size = figures_of(drawn), sum(map(len, drawn))
         if self.oversample is not None:
-            values["dynamic_sampling/drawn"] = torch.tensor(float(size))
-            values["dynamic_sampling/trained"] = torch.tensor(float(sum(map(len, self.generation.batches))))
+            values["dynamic_sampling/drawn"] = torch.tensor(size, dtype=torch.float32)
+            values["dynamic_sampling/trained"] = torch.tensor(
+                sum(map(len, self.generation.batches)), dtype=torch.float32
+            )
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=size)
         self.log("train/reward", values["reward"], on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
         return signals_of(drawn, with_rewards=not self.distinct_rollouts and self.rollouts == "sample")

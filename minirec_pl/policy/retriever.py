@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.errors import InputError
 from minirec_pl.policy.causal_lm import body_of, run_prompts, same_in_training
+from minirec_pl.policy.exact_buffers import ExactBuffers
 from minirec_pl.policy.generation import Sampling, eos_token_ids, generate
 from minirec_pl.policy.item_index import ItemIndex, Ranking, draw_negatives
 from minirec_pl.policy.language_model import LanguageModel
@@ -24,7 +25,7 @@ from minirec_pl.policy.rollout import Prompt, evaluation_mode
 Batch = Mapping[str, Tensor]
 
 
-class RetrievalPolicy(nn.Module):
+class RetrievalPolicy(ExactBuffers):
     """A language model that thinks about a user in words and then ranks the catalogue (R2ec, arXiv 2505.16994).
 
     A chat prompt with the history is answered by a reasoning, which ends with the model's end of sequence or at
