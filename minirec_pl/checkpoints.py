@@ -88,9 +88,9 @@ def leave_out_copies(checkpoint: dict[str, Any], fixed: Mapping[str, Tensor]) ->
 
     def reduced(value: Any, at: list[Any]) -> Any:
         if isinstance(value, list | tuple):
-            parts = [reduced(part, [*at, place]) for place, part in enumerate(value)]
-            changed = any(new is not old for new, old in zip(parts, value, strict=True))
-            return parts if changed and isinstance(value, list) else value
+            entries = [reduced(part, [*at, place]) for place, part in enumerate(value)]
+            changed = any(new is not old for new, old in zip(entries, value, strict=True))
+            return type(value)(entries) if changed else value
         if not isinstance(value, dict):
             return value
         names = {}

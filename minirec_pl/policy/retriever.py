@@ -313,14 +313,16 @@ class RetrievalPolicy(ExactBuffers):
         """
         items = torch.unique(batch_items)
         users = unit(states)
-        logits = users @ self.index.encode(self.model, items, None if ran is None else ran.body).to(users.dtype).T
-        if negatives.shape[1]:
-            ordered = negatives.sort(dim=1).values
-            again = nn.functional.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
-            closed = again | (ordered < 0) | torch.isin(ordered, items)
-            others = self.index.vectors[ordered.clamp(min=0)].to(users.dtype)
-            cosines = torch.bmm(others, users[..., None])[..., 0]
-            logits = torch.cat([logits, cosines.masked_fill(closed, -torch.inf)], dim=1)
+        vectors = self.index.encode(self.model, items, None if ran is None else ran.body).to(users.dtype)
+        with torch.autocast(users.device.type, enabled=False):
+            logits = users @ vectors.T
+            if negatives.shape[1]:
+                ordered = negatives.sort(dim=1).values
+                again = nn.functional.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
+                closed = again | (ordered < 0) | torch.isin(ordered, items)
+                others = self.index.vectors[ordered.clamp(min=0)].to(users.dtype)
+                cosines = torch.bmm(others, users[..., None])[..., 0]
+                logits = torch.cat([logits, cosines.masked_fill(closed, -torch.inf)], dim=1)
         logps = (logits / self.similarity_temperature).log_softmax(dim=1)
         return logps.gather(1, torch.searchsorted(items, target)[:, None])[:, 0]
 
