@@ -35,6 +35,7 @@ from minirec_pl.reward_calls import RewardFunction
 from minirec_pl.rewards import SoftmaxMixReward, hit
 from minirec_pl.samplers import sampler_of
 from minirec_pl.selection.ranks import gather_states, own_state
+from minirec_pl.selection.resume import position as batch_position
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.trajectory import Trajectory
 from minirec_pl.warm_start import WarmStartModule
@@ -181,7 +182,7 @@ class GRPORecModule(RecModule):
         self.trajectory = Trajectory()
         self.generation: Generation | None = None
         self._adapter_is_new = False
-        self._step_before_batch = 0
+        self._generated_at = (-1, -1)
 
     @property
     def generation_schedule(self) -> GenerationSchedule:
@@ -207,8 +208,10 @@ class GRPORecModule(RecModule):
         """Keeps the cost, the seed of the rollouts, those still to be trained on, and the trajectory's start."""
         super().on_save_checkpoint(checkpoint)
         interrupted = in_hand(self.trainer.fit_loop.epoch_loop.batch_progress)
-        step = self._step_before_batch if interrupted else self.rollout_step  # its rollouts are drawn again
-        checkpoint["rollout_seed"], checkpoint["rollout_step"] = self.rollout_seed, step
+        again = interrupted and self._generated_at == batch_position(
+            self.trainer
+        )  # the batch's rollouts are drawn again
+        checkpoint["rollout_seed"], checkpoint["rollout_step"] = self.rollout_seed, self.rollout_step - int(again)
         if self.generation is not None and (self.generation.left or interrupted):
             checkpoint["generation"] = gather_states(self.generation.state_dict(), self.device)
         if self.trajectory.start:
@@ -228,11 +231,6 @@ class GRPORecModule(RecModule):
         super().on_train_start()
         if self.generation is not None:
             self.generation.to(self.device)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Notes which rollouts come next, see `RecModule.on_train_batch_start`."""
-        super().on_train_batch_start(batch, batch_idx)
-        self._step_before_batch = self.rollout_step
 
     def _generator(self) -> torch.Generator:
         """Random numbers of a generation, which depend on (seed, rank, generations so far) alone."""
@@ -300,7 +298,7 @@ class GRPORecModule(RecModule):
             reduce=self._sum_over_ranks if several else None,
         )
         self.generation, drawn = collector.collect(batches, positions, accumulate, self._generator())
-        self.rollout_step += 1
+        self.rollout_step, self._generated_at = self.rollout_step + 1, batch_position(self.trainer)
         values, size = figures_of(drawn), sum(map(len, drawn))
         if self.oversample is not None:
             values["dynamic_sampling/drawn"] = torch.tensor(size, dtype=torch.float32)
