@@ -1,9 +1,12 @@
 """SIGKILL at random steps: does the resumed run end bit-equal to one that was never stopped?
 
     python benchmarks/resume_kills.py --rounds 50 --seed 0 --json resume_kills.json
+    python benchmarks/resume_kills.py --rounds 50 --case plain
 
 Each round draws a configuration and a step, trains it to the end in one process, kills another at that step, resumes
-from the last checkpoint in a third, and compares weights, optimizer, plan and signals bit for bit.
+from the last checkpoint in a third, and compares weights, optimizer, random numbers, plan and signals bit for bit. The
+case `plain` trains a policy without a selection, with several batches to an optimizer step; its checkpoints land inside
+accumulations.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from minirec_pl import GRPORecModule, RecDataModule
+from minirec_pl import GRPORecModule, RecDataModule, WarmStartModule
 from minirec_pl.callbacks import MiniRec
 from minirec_pl.policy import GenerativePolicy
 from minirec_pl.probes import HeadProbe
@@ -109,6 +112,49 @@ def draw(numbers: random.Random) -> dict[str, Any]:
     }
 
 
+def draw_plain(numbers: random.Random) -> dict[str, Any]:
+    """One configuration without a selection, with accumulation."""
+    return {
+        "grpo": True,
+        "warm": numbers.random() < 0.4,
+        "iterations": numbers.choice([1, 1, 2]),
+        "workers": numbers.choice([0, 0, 2]),
+        "accumulate": numbers.choice([2, 3]),
+        "validation": numbers.choice([None, 1.0, 3]),
+        "selection": "nothing",
+        "limit": numbers.choice([1.0, 1.0, 4]),
+        "save_every": numbers.choice([1, 1, 2, 3, None]),
+        "before": numbers.random() < 0.5,
+        "seed": numbers.randrange(1000),
+    }
+
+
+def policy_module(config: dict[str, Any]) -> LightningModule:
+    """A small policy with dropout, and the stage it is in."""
+    policy = GenerativePolicy(
+        config={
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "attention_dropout": 0.2 if config["selection"] == "nothing" else 0.0,
+        }
+    )
+
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=0.02)
+
+    if config.get("warm"):
+        return WarmStartModule(policy, dropout=0.2, optimizer=optimizer)
+    return GRPORecModule(
+        policy,
+        num_generations=4,
+        scoring_generations=2,
+        num_iterations=config.get("iterations", 1),
+        optimizer=optimizer,
+    )
+
+
 def write_toy(folder: Path) -> None:
     """Some 200 samples for the policy."""
     numbers = random.Random(0)
@@ -121,7 +167,12 @@ def write_toy(folder: Path) -> None:
     (folder / "toy" / "toy.inter").write_text("\n".join(lines) + "\n")
 
 
-def callback(selection: str, grpo: bool) -> MiniRec:
+def callbacks(selection: str, grpo: bool) -> list[MiniRec]:
+    """What chooses the samples, if anything does."""
+    return [] if selection == "nothing" else [selecting(selection, grpo)]
+
+
+def selecting(selection: str, grpo: bool) -> MiniRec:
     """What chooses the samples."""
     probe = None if grpo else HeadProbe("head")
     if selection == "random":
@@ -144,7 +195,7 @@ def train(
     trainer = Trainer(
         max_epochs=EPOCHS,
         accelerator="cpu",
-        callbacks=[callback(config["selection"], config["grpo"]), saver],
+        callbacks=[*callbacks(config["selection"], config["grpo"]), saver],
         accumulate_grad_batches=config["accumulate"],
         limit_train_batches=config["limit"],
         limit_val_batches=2 if config["validation"] else 0,
@@ -158,15 +209,17 @@ def train(
     )
     ckpt_path = str(checkpoint) if resume and checkpoint.is_file() else None
     if config["grpo"]:
-        module: LightningModule = GRPORecModule(
-            GenerativePolicy(
-                config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-            ),
-            num_generations=4,
-            scoring_generations=2,
-            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.02),
+        module: LightningModule = policy_module(config)
+        rec = RecDataModule(
+            str(data),
+            "toy",
+            train_on="warm" if config.get("warm") else "pool",
+            warm_fraction=0.5,
+            batch_size=24,
+            warm_batch_size=2,
+            seed=1,
+            num_workers=config["workers"],
         )
-        rec = RecDataModule(str(data), "toy", warm_fraction=0.5, batch_size=24, seed=1, num_workers=config["workers"])
         trainer.fit(module, rec, ckpt_path=ckpt_path)
     else:
         module = Classifier()
@@ -182,11 +235,14 @@ def train(
             generator=torch.Generator().manual_seed(3) if config["generator"] else None,
         )
         trainer.fit(module, loader, DataLoader(dataset, batch_size=16), ckpt_path=ckpt_path)
-    session = session_of(trainer)
     if out is not None:
-        optimizer = trainer.optimizers[0].state_dict()
-        state = {"weights": module.state_dict(), "optimizer": optimizer, "plan": session.plan}
-        torch.save({**state, "signals": session.store.digest(), "steps": saver.batches}, out)
+        state = {"weights": module.state_dict(), "optimizer": trainer.optimizers[0].state_dict()}
+        if config["selection"] == "nothing":
+            state["random"] = torch.get_rng_state()
+        else:
+            session = session_of(trainer)
+            state |= {"plan": session.plan, "signals": session.store.digest()}
+        torch.save({**state, "steps": saver.batches}, out)
 
 
 def equal(first: Any, second: Any) -> bool:
@@ -200,9 +256,10 @@ def equal(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
-def one_round(number: int, numbers: random.Random, folder: Path) -> bool:
+def one_round(number: int, numbers: random.Random, folder: Path, case: str) -> bool:
     """Whether the killed and resumed run equals the one that was let be."""
-    config, data, whole, resumed = draw(numbers), folder.parent / "data", folder / "whole.pt", folder / "resumed.pt"
+    config = draw(numbers) if case == "selection" else draw_plain(numbers)
+    data, whole, resumed = folder.parent / "data", folder / "whole.pt", folder / "resumed.pt"
     folder.mkdir()
 
     def process(kill_at: int | None, resume: bool, out: Path | None, name: str) -> int | None:
@@ -239,12 +296,13 @@ def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--case", choices=["selection", "plain"], default="selection")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(args)
     numbers, start = random.Random(options.seed), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         write_toy(Path(folder) / "data")
-        count = sum(one_round(n, numbers, Path(folder) / f"round-{n}") for n in range(options.rounds))
+        count = sum(one_round(n, numbers, Path(folder) / f"round-{n}", options.case) for n in range(options.rounds))
     print(f"{count} of {options.rounds} equal, {time.perf_counter() - start:.0f} s")
     if options.json:
         options.json.write_text(json.dumps({"rounds": options.rounds, "equal": count}, indent=2) + "\n")

@@ -279,7 +279,7 @@ def policy_loss(
         loss = token_loss.sum() / items
 
     outside = ratio.detach()
-    n_counted = counted.sum().clamp(min=1)
+    n_counted = counted.sum().clamp(min=1).to(loss.dtype)
     clip_low = (counted & (outside < 1 - epsilon) & (advantage < 0)).sum() / n_counted
     clip_high = (counted & (outside > 1 + high) & (advantage > 0)).sum() / n_counted
     return PolicyLoss(loss, clip_low, clip_high, kl)

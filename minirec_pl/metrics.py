@@ -291,7 +291,7 @@ class Coverage(Metric):
         """
         if int(self.n_lists) == 0:
             raise InputError("Coverage has no samples; update it with at least one batch first.")
-        return self.recommended.sum() / self.n_items
+        return self.recommended.sum().float() / self.n_items
 
 
 def _check_k(k: int) -> int:

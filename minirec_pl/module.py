@@ -35,6 +35,7 @@ from minirec_pl.reward_calls import RewardFunction
 from minirec_pl.rewards import SoftmaxMixReward, hit
 from minirec_pl.samplers import sampler_of
 from minirec_pl.selection.ranks import gather_states, own_state
+from minirec_pl.selection.resume import position as batch_position
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.trajectory import Trajectory
 from minirec_pl.warm_start import WarmStartModule
@@ -181,6 +182,7 @@ class GRPORecModule(RecModule):
         self.trajectory = Trajectory()
         self.generation: Generation | None = None
         self._adapter_is_new = False
+        self._generated_at = (-1, -1)
 
     @property
     def generation_schedule(self) -> GenerationSchedule:
@@ -205,8 +207,11 @@ class GRPORecModule(RecModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the cost, the seed of the rollouts, those still to be trained on, and the trajectory's start."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["rollout_seed"], checkpoint["rollout_step"] = self.rollout_seed, self.rollout_step
         interrupted = in_hand(self.trainer.fit_loop.epoch_loop.batch_progress)
+        again = interrupted and self._generated_at == batch_position(
+            self.trainer
+        )  # the batch's rollouts are drawn again
+        checkpoint["rollout_seed"], checkpoint["rollout_step"] = self.rollout_seed, self.rollout_step - int(again)
         if self.generation is not None and (self.generation.left or interrupted):
             checkpoint["generation"] = gather_states(self.generation.state_dict(), self.device)
         if self.trajectory.start:
@@ -293,11 +298,13 @@ class GRPORecModule(RecModule):
             reduce=self._sum_over_ranks if several else None,
         )
         self.generation, drawn = collector.collect(batches, positions, accumulate, self._generator())
-        self.rollout_step += 1
+        self.rollout_step, self._generated_at = self.rollout_step + 1, batch_position(self.trainer)
         values, size = figures_of(drawn), sum(map(len, drawn))
         if self.oversample is not None:
-            values["dynamic_sampling/drawn"] = torch.tensor(float(size))
-            values["dynamic_sampling/trained"] = torch.tensor(float(sum(map(len, self.generation.batches))))
+            values["dynamic_sampling/drawn"] = torch.tensor(size, dtype=torch.float32)
+            values["dynamic_sampling/trained"] = torch.tensor(
+                sum(map(len, self.generation.batches)), dtype=torch.float32
+            )
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=size)
         self.log("train/reward", values["reward"], on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
         return signals_of(drawn, with_rewards=not self.distinct_rollouts and self.rollouts == "sample")

@@ -70,7 +70,9 @@ class Objective:
         check_objective(
             self.loss_type, self.importance_sampling_level, self.epsilon, self.epsilon_high, self.delta, self.beta
         )
-        group_advantages(torch.ones(1, 2), scale_rewards=self.scale_rewards, baseline=self.baseline)
+        group_advantages(
+            torch.ones(1, 2, dtype=torch.float32), scale_rewards=self.scale_rewards, baseline=self.baseline
+        )
 
     def set_advantages(self, batches: Sequence[RolloutBatch], reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """Gives the rollouts of a generation their advantages.

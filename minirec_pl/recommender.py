@@ -9,16 +9,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from minirec_pl.checkpoints import weights_digest, weights_under_adapters
+from minirec_pl.checkpoints import (
+    keep_frozen,
+    leave_out_copies,
+    put_back_copies,
+    weights_digest,
+    weights_under_adapters,
+)
 from minirec_pl.cost import Cost, Phase
+from minirec_pl.data.install import keep_columns
 from minirec_pl.errors import InputError
 from minirec_pl.generation import take_rows
 from minirec_pl.metrics import MRR, NDCG, Coverage, HitRate, SampleRanks, target_rank, top_items
-from minirec_pl.policy import Recommender
+from minirec_pl.policy import Recommender, RetrievalPolicy
+from minirec_pl.selection.resume import RUNNING_KEY, running_of
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -70,11 +79,13 @@ class RecModule(LightningModule):
         self._adapted_digest = ""
         self._clock = time.perf_counter()
 
-    def _under_adapters(self) -> dict[str, Tensor]:
-        return {f"policy.{name}": value for name, value in weights_under_adapters(self.policy).items()}
+    def _keep_frozen(self) -> None:
+        keep_frozen(self.trainer.callbacks, self)  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
-        """Binds the policy to the catalogue of the DataModule and builds the metrics."""
+        """Binds the policy to the catalogue of the DataModule, builds the metrics and keeps batches unrounded."""
+        if self._trainer is not None:
+            keep_columns(self.trainer)
         catalogue: Catalogue | None = getattr(getattr(self._trainer, "datamodule", None), "catalogue", None)
         if catalogue is not None:
             self.policy.bind(catalogue)
@@ -182,15 +193,36 @@ class RecModule(LightningModule):
         return scores, texts
 
     def on_train_start(self) -> None:
-        """Starts the clock of the training phase, also when a run goes on in the middle of an epoch."""
+        """Puts back what a checkpoint was taken in the middle of, and starts the clock of the training phase."""
+        running = running_of(self.trainer)
+        running.start(self.trainer, self)
+        if running.validation_left_out:
+            self._pass_over_validation()
+            running.validation_left_out = False
         self._clock = time.perf_counter()
+
+    def _pass_over_validation(self) -> None:
+        """Has the policy do what it would have done in a validation that the resumed run leaves out."""
+        averaged = any(isinstance(c, WeightAveraging) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if isinstance(self.policy, RetrievalPolicy) and not averaged:  # a validation leaves other weights' items alone
+            self.policy.refresh_items()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """The first batch of a resumed run starts with the random numbers it would have had."""
+        running_of(self.trainer).begin_batch(self.trainer)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Keeps what a checkpoint taken during the backward pass needs."""
+        running_of(self.trainer).before_backward(self.trainer, self)
 
     def on_train_epoch_start(self) -> None:
         """Starts the clock of the training phase."""
         self._clock = time.perf_counter()
 
     def on_validation_start(self) -> None:
-        """Books the training time so far, so that validation is not counted as training."""
+        """Books the training time so far, so that validation is not counted as training; see `on_train_epoch_end`."""
+        running_of(self.trainer).begin_validation(self.trainer)
+        self._keep_frozen()
         self._book_training_time()
 
     def on_validation_end(self) -> None:
@@ -199,7 +231,12 @@ class RecModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Books the time since the last batch, waiting for data included."""
+        running_of(self.trainer).end_batch()
         self._book_training_time()
+
+    def on_train_epoch_end(self) -> None:
+        """Sees to it that an average of the weights leaves frozen ones as they are."""
+        self._keep_frozen()
 
     def _book_training_time(self) -> None:
         now = time.perf_counter()
@@ -210,17 +247,25 @@ class RecModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the cost so far, so that a resumed run states the sum, and which catalogue the weights belong to.
 
+        Random numbers and the gradients of an accumulation come along, so that a resumed run ends as one that was
+        never stopped, wherever the checkpoint was taken.
+
         Weights under LoRA adapters are left out, unless a strategy spreads them over ranks; a digest tells whether a
-        model has the same.
+        model has the same. So are their copies in what callbacks have put into the checkpoint, or in a reference.
         """
         checkpoint["cost"] = self.cost.state_dict()
-        fixed = self._under_adapters()
-        if fixed and fixed.keys() <= checkpoint["state_dict"].keys():
-            checkpoint["under_adapters"] = self._adapted_digest = self._adapted_digest or weights_digest(fixed)
-            for name in fixed:
-                del checkpoint["state_dict"][name]
+        running_of(self.trainer).save(self.trainer, self, checkpoint)
+        fixed = weights_under_adapters(self.policy)
+        if fixed and {f"policy.{name}" for name in fixed} <= checkpoint["state_dict"].keys():
+            self._keep_frozen()
+            checkpoint["under_adapters"] = self._adapted_digest = self._adapted_digest or self._digest(fixed)
+            checkpoint["copies_left_out"] = leave_out_copies(checkpoint, fixed)
         if self.policy.catalogue is not None:
             checkpoint["catalogue"] = self.policy.catalogue.fingerprint
+
+    @staticmethod
+    def _digest(fixed: Mapping[str, Tensor]) -> str:
+        return weights_digest({f"policy.{name}": value for name, value in fixed.items()})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint fits policy and catalogue, then restores the cost.
@@ -230,14 +275,15 @@ class RecModule(LightningModule):
                 or the catalogue has other items.
         """
         if "under_adapters" in checkpoint:
-            fixed = self._under_adapters()
-            self._adapted_digest = weights_digest(fixed)
+            fixed = weights_under_adapters(self.policy)
+            self._adapted_digest = self._digest(fixed)
             if checkpoint["under_adapters"] != self._adapted_digest:
                 raise InputError(
                     "the checkpoint has adapters for a model with other weights: use the model and dtype it was "
                     "trained with"
                 )
-            checkpoint["state_dict"] = {**fixed, **checkpoint["state_dict"]}
+            in_policy = [{"at": ["state_dict"], "names": {f"policy.{name}": name for name in fixed}}]
+            put_back_copies(checkpoint, fixed, checkpoint.get("copies_left_out", in_policy))
         own, stored = self.state_dict(), checkpoint["state_dict"]
         for name in sorted(own.keys() ^ stored.keys()) if self.strict_loading else ():
             raise InputError(
@@ -258,5 +304,7 @@ class RecModule(LightningModule):
                 "the checkpoint was trained on another catalogue with as many items, or on the same items in another "
                 "order: use the data it was trained with"
             )
+        if RUNNING_KEY in checkpoint and self._trainer is not None and self.trainer.state.fn == "fit":
+            running_of(self.trainer).load(checkpoint[RUNNING_KEY])
         if "cost" in checkpoint:
             self.cost.load_state_dict(checkpoint["cost"])

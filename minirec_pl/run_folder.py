@@ -20,7 +20,6 @@ from minirec_pl.claim import run_folder
 from minirec_pl.evaluation import ranking_figures
 from minirec_pl.files import write_atomically, write_json
 from minirec_pl.recommender import RecModule
-from minirec_pl.selection.ranks import gather_states
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -41,8 +40,7 @@ class RunFolder(Callback):
     * `checkpoints/interrupted.ckpt`: where Ctrl-C stopped a fit, taken at the end of the running step, or of the
       validation after the last step of an epoch; a second Ctrl-C stops at once.
 
-    Checkpoints also hold the state of torch's global random numbers and the best figure so far, so that a resumed run
-    ends like one that was never stopped.
+    Checkpoints also hold the counts and figures so far, so that a resumed run ends like one that was never stopped.
     """
 
     def __init__(self) -> None:
@@ -52,8 +50,6 @@ class RunFolder(Callback):
         self._samples: dict[int, int] = {}
         self._validation: dict[str, float] = {}
         self._evaluations: list[dict[str, float]] = []
-        self._random_states: list[dict[str, Any]] | None = None
-        self._device = torch.device("cpu")
         self._distinct: set[int] = set()
         self._previous_handler: Any = None
         self._pid = 0
@@ -86,14 +82,8 @@ class RunFolder(Callback):
         os.write(2, b"\nstopping at the next safe point; Ctrl-C again stops at once\n")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on Ctrl-C waits; continues the random numbers of a checkpoint."""
-        self._training, self._device = True, pl_module.device
-        states, self._random_states = self._random_states, None
-        if states is not None and len(states) == trainer.world_size:
-            own = states[trainer.global_rank]
-            torch.set_rng_state(own["torch"])
-            if len(own["cuda"]) == torch.cuda.device_count():
-                torch.cuda.set_rng_state_all(own["cuda"])
+        """From here on Ctrl-C waits."""
+        self._training = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -120,23 +110,20 @@ class RunFolder(Callback):
         raise KeyboardInterrupt
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts and random numbers for the checkpoint."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        """Counts and figures for the checkpoint."""
         return {
             "samples": dict(self._samples),
             "validation": dict(self._validation),
             "evaluations": [dict(row) for row in self._evaluations],
             "distinct": torch.tensor(sorted(self._distinct), dtype=torch.int64),
-            "random_states": gather_states({"torch": torch.get_rng_state(), "cuda": cuda}, self._device),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Counts and random numbers of the run so far."""
+        """Counts and figures of the run so far."""
         self._samples = dict(state_dict["samples"])
         self._validation = dict(state_dict["validation"])
         self._evaluations = list(state_dict.get("evaluations", ()))
         self._distinct = set(state_dict["distinct"].tolist())
-        self._random_states = state_dict["random_states"]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Takes the best checkpoints of the resumed run along, since a run keeps to its own folder."""

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from minirec_pl.data.loader import ResumableLoader
+from minirec_pl.data.loader import ResumableLoader, in_hand
 from minirec_pl.data.sampler import CurriculumSampler
 from minirec_pl.data.samples import IntArray
 from minirec_pl.errors import InputError
-from minirec_pl.random_state import restore_random_state
+from minirec_pl.random_state import random_state, restore_random_state
 
 _KEPT = ("batch_size", "num_workers", "collate_fn", "pin_memory", "drop_last", "timeout", "worker_init_fn", "generator")
 _KEPT_OF_WORKERS = ("multiprocessing_context", "prefetch_factor", "persistent_workers")
@@ -97,6 +97,7 @@ class ForeignLoader(ResumableLoader):
     Attributes:
         foreign_sampler: the sampler.
         random_state: what the global generators are put to before the next epoch is begun, once; None leaves them.
+        random_before: where the global generators stood before the last batch was asked for.
     """
 
     def __init__(self, loader: DataLoader[Any], sampler: ForeignSampler, limit: int | float = 1.0) -> None:
@@ -112,6 +113,7 @@ class ForeignLoader(ResumableLoader):
         self._winder = _Winder((), 0)
         self._reused = self._reused_before = False
         self.random_state: Mapping[str, Any] | None = None
+        self.random_before: Mapping[str, Any] = {}
 
     @property
     def batches_per_epoch(self) -> int:  # type: ignore[override]
@@ -131,6 +133,7 @@ class ForeignLoader(ResumableLoader):
         if self.random_state is not None:
             restore_random_state(self.random_state)
             self.random_state = None
+        self.random_before = random_state()
         now = self._generator_states()
         self._start, self._replay = self._replay or now, None
         self._reused = self._reused_before or self._iterator is not None
@@ -144,7 +147,9 @@ class ForeignLoader(ResumableLoader):
         if self._yielded:
             self._winder.wind()
             self._set_generators(now)
-        yield from self._count(iterator)
+        for batch in self._count(iterator):
+            yield batch
+            self.random_before = random_state()
 
     def _generator_states(self) -> list[Tensor]:
         return [torch.get_rng_state(), *(generator.get_state() for generator in self._own_generators)]
@@ -157,8 +162,10 @@ class ForeignLoader(ResumableLoader):
     def state_dict(self) -> dict[str, Any]:
         """Position as of `ResumableLoader`, and the states of the generators now and at the epoch's start."""
         state = super().state_dict()
-        reused = self._reused if state["batches"] else self._iterator is not None
-        own = self._generator_states()[1:]
+        own, reused = self._generator_states()[1:], self._reused
+        if not state["batches"]:
+            first_in_hand = self._yielded == 1 and self.progress is not None and in_hand(self.progress) > 0
+            own, reused = (self._start[1:], reused) if first_in_hand else (own, self._iterator is not None)
         return {**state, "start": self._start, "own_generators": own, "workers_reused": reused}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

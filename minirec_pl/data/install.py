@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
@@ -144,6 +144,22 @@ def validation_is_due(trainer: Trainer) -> bool:
     """Whether a fit validates after the present batch."""
     loop = trainer.fit_loop
     return loop._data_fetcher is not None and bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+
+
+def keep_columns(trainer: Trainer) -> None:
+    """Has batches of samples reach the module as the loader made them, whatever the precision.
+
+    Half precision rounds what is a float in a batch: ages by up to minutes a day, and ratings. Batches of other kinds
+    are converted as ever.
+    """
+    plugin: Any = trainer.precision_plugin
+    convert = type(plugin).convert_input
+
+    def convert_others(batch: Any) -> Any:
+        ours = isinstance(batch, Mapping) and ("history" in batch or "sequence" in batch)
+        return batch if ours else convert(plugin, batch)
+
+    plugin.convert_input = convert_others
 
 
 def prepared(trainer: Trainer, module: LightningModule, batch: Any) -> Any:

@@ -21,6 +21,7 @@ from minirec_pl.policy.causal_lm import (
     run_prompts,
 )
 from minirec_pl.policy.decoding import TokenRows, decode, decode_beams
+from minirec_pl.policy.exact_buffers import ExactBuffers
 from minirec_pl.policy.folder import Chat, StoredPolicy, read_policy, write_policy
 from minirec_pl.policy.item_codes import SemanticIds
 from minirec_pl.policy.item_ids import IdKind, check_id_options, load_with_ids
@@ -37,7 +38,7 @@ from minirec_pl.policy.trie_head import TrieHead, child_logps, item_logps
 Batch = Mapping[str, Tensor]
 
 
-class GenerativePolicy(nn.Module):
+class GenerativePolicy(ExactBuffers):
     """A causal language model that generates an item id constrained to the catalogue.
 
     Give one of `pretrained`, a folder that `save_pretrained` wrote; `language_model`, which is prompted in words by its

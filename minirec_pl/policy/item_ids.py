@@ -147,7 +147,7 @@ def _start_rows(model: Any, ids: list[list[int]], texts: list[list[int]]) -> Non
         known = weight[used.to(weight.device)].float().cpu()
         starts = torch.cumsum(lengths, 0) - lengths
         of_items = torch.nn.functional.embedding_bag(places, known, starts, mode="mean")
-        rows = torch.zeros(len(tokens), known.shape[1]).index_add_(0, column, of_items[item])
+        rows = known.new_zeros(len(tokens), known.shape[1]).index_add_(0, column, of_items[item])
         rows = torch.nn.functional.normalize(rows, dim=1) * (_START_LENGTH * known.norm(dim=1).mean())
         weight[tokens.to(weight.device)] = rows.to(weight)
 

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minirec_pl.policy.causal_lm import body_of, by_length, pad_left, run_prompt
+from minirec_pl.policy.exact_buffers import ExactBuffers
 from minirec_pl.policy.reasoning import unit
 
 _TOKENS = 8192  # through the model at a time
@@ -33,7 +34,7 @@ class Ranking(NamedTuple):
     best: Tensor
 
 
-class ItemIndex(nn.Module):
+class ItemIndex(ExactBuffers):
     """A unit vector for each item, made by the policy's own language model.
 
     The vectors are part of checkpoints, so that a resumed run goes on with the same ones.
@@ -136,8 +137,10 @@ class ItemIndex(nn.Module):
         items = items[torch.argsort(self.lengths[items], stable=True)]
         for portion in torch.split(items.to(self.vectors.device), 1024):
             self.vectors[portion] = self.encode(model, portion).to(self.vectors.dtype)
-            self.step[portion], self.encoded_with[portion] = when, weights
-        return int(self.lengths[items].sum())
+        # What is broken off before this is done once more by a run that resumes.
+        items = items.to(self.vectors.device)
+        self.step[items], self.encoded_with[items] = when, weights
+        return int(self.lengths[items.cpu()].sum())
 
     def scores(self, states: Tensor, temperature: float) -> Tensor:
         """Cosines over temperature, float32 [R, n_items], of hidden states [R, D] and all items, without gradient."""
@@ -162,7 +165,7 @@ class ItemIndex(nn.Module):
             seen: int64 [R, S], padded with -1.
             temperature: divides the cosines.
         """
-        made = torch.empty(len(states), len(self), device=states.device)
+        made = torch.empty(len(states), len(self), dtype=torch.float32, device=states.device)
         for rows in self.blocks(len(states)):
             made[rows] = self._open(self.scores(states[rows], temperature), seen[rows]).log_softmax(dim=1)
         return made.clamp_(min=torch.finfo(torch.float32).min)

@@ -51,5 +51,5 @@ def _of_beams(policy: GenerativePolicy, prompt: Prompt, seen: Tensor, width: int
     rows = decode_beams(prompt, TrieHead(head_of(policy.model), policy.trie, seen), width, policy.id_length)
     found = policy.trie.items_of(rows.tokens.masked_fill(~rows.mask, -1)).view(-1, width)
     logps = rows.logps.sum(dim=1).float().view(-1, width)
-    scores = torch.full((len(seen), n_items + 1), lowest, device=seen.device)
+    scores = torch.full((len(seen), n_items + 1), lowest, dtype=torch.float32, device=seen.device)
     return scores.scatter_(1, found.where(found >= 0, n_items), logps)[:, :n_items]

@@ -14,6 +14,7 @@ from minirec_pl.data.samples import Catalogue
 from minirec_pl.errors import InputError
 from minirec_pl.policy.catalogue_text import check_rows, encode_texts, rows_of
 from minirec_pl.policy.causal_lm import body_of, run_prompts, same_in_training
+from minirec_pl.policy.exact_buffers import ExactBuffers
 from minirec_pl.policy.generation import Sampling, eos_token_ids, generate
 from minirec_pl.policy.item_index import ItemIndex, Ranking, draw_negatives
 from minirec_pl.policy.language_model import LanguageModel
@@ -28,7 +29,7 @@ from minirec_pl.policy.supervised import check_rules
 Batch = Mapping[str, Tensor]
 
 
-class RetrievalPolicy(nn.Module):
+class RetrievalPolicy(ExactBuffers):
     """A language model that thinks about a user in words and then ranks the catalogue (R2ec, arXiv 2505.16994).
 
     A chat prompt with the history is answered by a reasoning, which ends with the model's end of sequence or at
@@ -322,14 +323,16 @@ class RetrievalPolicy(nn.Module):
         """
         items = torch.unique(batch_items)
         users = unit(states)
-        logits = users @ self.index.encode(self.model, items, None if ran is None else ran.body).to(users.dtype).T
-        if negatives.shape[1]:
-            ordered = negatives.sort(dim=1).values
-            again = nn.functional.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
-            closed = again | (ordered < 0) | torch.isin(ordered, items)
-            others = self.index.vectors[ordered.clamp(min=0)].to(users.dtype)
-            cosines = torch.bmm(others, users[..., None])[..., 0]
-            logits = torch.cat([logits, cosines.masked_fill(closed, -torch.inf)], dim=1)
+        vectors = self.index.encode(self.model, items, None if ran is None else ran.body).to(users.dtype)
+        with torch.autocast(users.device.type, enabled=False):
+            logits = users @ vectors.T
+            if negatives.shape[1]:
+                ordered = negatives.sort(dim=1).values
+                again = nn.functional.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
+                closed = again | (ordered < 0) | torch.isin(ordered, items)
+                others = self.index.vectors[ordered.clamp(min=0)].to(users.dtype)
+                cosines = torch.bmm(others, users[..., None])[..., 0]
+                logits = torch.cat([logits, cosines.masked_fill(closed, -torch.inf)], dim=1)
         logps = (logits / self.similarity_temperature).log_softmax(dim=1)
         return logps.gather(1, torch.searchsorted(items, target)[:, None])[:, 0]
 

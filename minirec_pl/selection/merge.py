@@ -55,7 +55,7 @@ def merge_stores(stores: Sequence[SignalStore], names: Sequence[str] | None = No
         widths = [state[name].shape[1] for state in states if name in state]
         if widths:
             empty = torch.nan if name == "rewards" else 0.0
-            target[name] = torch.full((len(sample_ids), max(widths)), empty)
+            target[name] = torch.full((len(sample_ids), max(widths)), empty, dtype=torch.float32)
     for state in states:
         rows = torch.searchsorted(sample_ids, state["sample_ids"])
         for signal, fields in _FIELDS.items():
@@ -76,7 +76,7 @@ def _newer(state: dict[str, Any], target: dict[str, Any], signal: str, rows: Ten
 
 def _copy(source: Tensor, target: Tensor, rows: Tensor, chosen: Tensor) -> None:
     if source.ndim == 2 and source.shape[1] < target.shape[1]:
-        padding = torch.full((len(source), target.shape[1] - source.shape[1]), torch.nan)
+        padding = torch.full((len(source), target.shape[1] - source.shape[1]), torch.nan, dtype=torch.float32)
         source = torch.cat([source, padding], dim=1)
     target[rows[chosen]] = source[chosen]
 

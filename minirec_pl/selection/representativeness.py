@@ -49,7 +49,7 @@ def representativeness(gradients: Array, *, fresh: Array | None = None, normaliz
     if bad.any():
         raise InputError(f"the gradient in row {int(bad.nonzero()[0])} is NaN or infinite; mend the policy's signals.")
 
-    peak = scale[in_mean.to(u.device)].amax() if in_mean.any() else torch.zeros((), device=u.device)
+    peak = scale[in_mean.to(u.device)].amax() if in_mean.any() else scale.new_zeros(())
     cosine = torch.zeros_like(scale)
     if total.abs().amax() > 1e-12 * peak:
         direction = torch.nn.functional.normalize(total / total.abs().amax(), dim=0)

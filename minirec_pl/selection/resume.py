@@ -2,63 +2,162 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
+from minirec_pl.data.foreign import ForeignLoader
 from minirec_pl.data.install import validation_is_due
 from minirec_pl.data.loader import in_hand
+from minirec_pl.data.sampler import world
 from minirec_pl.random_state import random_state, restore_random_state
+from minirec_pl.selection.ranks import gather_states
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
+RUNNING_KEY = "minirec_pl.Running"
 
-def running_state(trainer: Trainer, module: LightningModule, validated: tuple[int, int]) -> dict[str, Any]:
-    """Random numbers, gradients inside an accumulation window, and whether a validation is to follow.
+_running: WeakKeyDictionary[Trainer, Running] = WeakKeyDictionary()
 
-    Args:
-        trainer: in a fit.
-        module: that is trained.
-        validated: see `position`, of the last validation.
 
-    Returns:
-        Tensors and primitives.
+def running_of(trainer: Trainer) -> Running:
+    """What a Trainer is in the middle of; made at the first call, shared by its module and all callbacks."""
+    if trainer not in _running:
+        _running[trainer] = Running()
+    return _running[trainer]
+
+
+class Running:
+    """Random numbers, gradients inside an accumulation and a due validation, in a checkpoint taken anywhere.
+
+    The hooks of a module and of selection callbacks call the methods; where both do, the first call counts. A batch
+    that a checkpoint interrupts is trained on again by the resumed run, with the random numbers and gradients that
+    were there before it. For that, a copy of the gradients is held during the backward passes after the first of an
+    optimizer step.
+
+    Attributes:
+        validation_left_out: whether the checkpoint was taken before a validation that the resumed run passes over.
     """
-    inside = bool(trained(trainer) % trainer.accumulate_grad_batches) and not epoch_is_done(trainer)
-    gradients = {}
-    if inside or not module.automatic_optimization:
-        gradients = {name: p.grad.detach().clone() for name, p in module.named_parameters() if p.grad is not None}
-    return {
-        "random": random_state(),
-        "gradients": gradients,
-        "validation_follows": trained(trainer) == position(trainer)[1]
-        and validated != position(trainer)
-        and validation_is_due(trainer),
-    }
+
+    def __init__(self) -> None:
+        self.validation_left_out = False
+        self._saved: Mapping[str, Any] | None = None
+        self._random: Mapping[str, Any] | None = None
+        self._validated = self._begun = (-1, -1)
+        self._before: Mapping[str, Any] = {}
+        self._gradients: dict[str, Tensor] | None = None
+
+    @property
+    def random(self) -> Mapping[str, Any] | None:
+        """Random numbers of the checkpoint that is about to be resumed; None without one."""
+        return None if self._saved is None else self._saved["random"]
+
+    def save(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Puts the state of every rank, tensors and primitives, into a checkpoint that holds more than weights."""
+        if "optimizer_states" in checkpoint and RUNNING_KEY not in checkpoint:
+            state = self._state(trainer, module)
+            checkpoint[RUNNING_KEY] = gather_states(state, trainer.strategy.root_device)
+
+    def load(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Keeps what `save` put into a checkpoint until `start`."""
+        self._saved = states[world()[1] % len(states)]
+
+    def start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Called when training starts: puts back what was saved.
+
+        Lightning does not make up for a validation that was to follow; the random numbers that its loaders would have
+        drawn are passed over.
+        """
+        saved, self._saved, self._begun = self._saved, None, (-1, -1)
+        if saved is None:
+            return
+        restore_random_state(saved["random"])
+        for name, parameter in module.named_parameters():
+            if name in saved["gradients"]:
+                parameter.grad = saved["gradients"][name].to(parameter.device)
+        self.validation_left_out = saved["validation_follows"]
+        if self.validation_left_out:
+            _draw_seeds(saved.get("validation_seeds", _seeds(trainer.val_dataloaders)))
+        loader = trainer.train_dataloader
+        if isinstance(loader, ForeignLoader):
+            loader.random_state = random_state()
+        elif saved.get("epoch_seeds", 0):
+            _draw_seeds(saved["epoch_seeds"])
+        else:
+            self._random = random_state()
+
+    def begin_batch(self, trainer: Trainer) -> None:
+        """Called before a batch is trained on: the first one of a resumed run gets its random numbers."""
+        if self._begun == position(trainer):
+            return
+        if self._random is not None:
+            restore_random_state(self._random)
+            self._random = None
+        loader = trainer.train_dataloader
+        self._before = loader.random_before if isinstance(loader, ForeignLoader) else random_state()
+        self._begun, self._gradients = position(trainer), None
+
+    def before_backward(self, trainer: Trainer, module: LightningModule) -> None:
+        """Called before the backward pass of a batch, which adds to the gradients of those before it."""
+        if self._gradients is None and trained(trainer) % trainer.accumulate_grad_batches:
+            self._gradients = _gradients(module)
+
+    def end_batch(self) -> None:
+        """Called when a batch has been trained on."""
+        self._gradients = None
+
+    def begin_validation(self, trainer: Trainer) -> None:
+        """Called when a validation starts: it no longer follows, and Lightning resumes inside it."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._validated = position(trainer)
+
+    def _state(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        interrupted = in_hand(trainer.fit_loop.epoch_loop.batch_progress) > 0 and self._begun == position(trainer)
+        inside = bool(trained(trainer) % trainer.accumulate_grad_batches) and not epoch_is_done(trainer)
+        gradients = {}
+        if inside or not module.automatic_optimization:
+            held = self._gradients if interrupted else None
+            gradients = _gradients(module) if held is None else held
+        follows = (
+            trained(trainer) == position(trainer)[1]
+            and self._validated != position(trainer)
+            and validation_is_due(trainer)
+        )
+        return {
+            "random": self._before if interrupted else random_state(),
+            "gradients": gradients,
+            "validation_follows": follows,
+            "validation_seeds": _seeds(trainer.val_dataloaders),
+            "epoch_seeds": _seeds(trainer.train_dataloader) if epoch_is_done(trainer) else 0,
+        }
 
 
-def restore_running_state(state: Mapping[str, Any], trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-    """Puts back what `running_state` found; called when training starts.
+def _gradients(module: LightningModule) -> dict[str, Tensor]:
+    return {name: p.grad.detach().clone() for name, p in module.named_parameters() if p.grad is not None}
 
-    Lightning does not make up for a validation that was to follow, but may draw random numbers on the way past it.
 
-    Returns:
-        Random numbers to start the next batch with: as saved, and those drawn from torch's global generator that the
-        loaders of the validation would have drawn.
-    """
-    restore_random_state(state["random"])
-    for name, parameter in module.named_parameters():
-        if name in state["gradients"]:
-            parameter.grad = state["gradients"][name].to(parameter.device)
-    if state["validation_follows"]:
-        loaders = trainer.val_dataloaders
-        for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
-            if isinstance(loader, DataLoader) and loader.generator is None:
-                torch.empty((), dtype=torch.int64).random_()
-    return random_state()
+def _seeds(loaders: Any) -> int:
+    """How many seeds some loaders draw from torch's global generator when they are next iterated over."""
+    loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
+    drawing = [
+        loader
+        for loader in loaders
+        if isinstance(loader, DataLoader)
+        and not isinstance(loader, ForeignLoader)
+        and loader.generator is None
+        and loader._iterator is None  # workers that persist have drawn theirs
+    ]
+    return len(drawing)
+
+
+def _draw_seeds(count: int) -> None:
+    for _ in range(count):
+        torch.empty((), dtype=torch.int64).random_()
 
 
 def trained(trainer: Trainer) -> int:

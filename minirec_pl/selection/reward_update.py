@@ -24,7 +24,7 @@ def take_rewards(data: dict[str, Tensor], rows: Tensor, group: Tensor, *, decay:
     exact = group.double()
     flat = exact.amax(dim=1) == exact.amin(dim=1)
     new_mean = exact.mean(dim=1).where(~flat, exact[:, 0])  # so that a flat group has no rounding in it
-    new_std = exact.std(dim=1, correction=0).where(~flat, torch.zeros(()).double())
+    new_std = exact.std(dim=1, correction=0).where(~flat, torch.zeros((), dtype=torch.float64))
     new_share = (exact > solve_threshold).double().mean(dim=1)
 
     mean, std, share, count = (data[name] for name in ("reward_mean", "reward_std", "solve_share", "n_rollouts"))
@@ -39,9 +39,9 @@ def take_rewards(data: dict[str, Tensor], rows: Tensor, group: Tensor, *, decay:
     count[rows] = size
 
     n = len(mean)
-    kept = data.get("rewards", torch.empty(n, 0))
+    kept = data.get("rewards", torch.empty(n, 0, dtype=torch.float32))
     if kept.shape[1] < size:
-        kept = torch.cat([kept, torch.full((n, size - kept.shape[1]), torch.nan)], dim=1)
+        kept = torch.cat([kept, torch.full((n, size - kept.shape[1]), torch.nan, dtype=torch.float32)], dim=1)
     kept[rows] = torch.nan
     kept[rows, :size] = group.float()
     data["rewards"] = kept

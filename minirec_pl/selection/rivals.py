@@ -80,7 +80,9 @@ class KCenterSelector:
         embedding, known = vectors(signals, "embedding", self)
         rows = known.nonzero()[:, 0]
         centers = maxmin_select(
-            embedding if bool(known.all()) else embedding[rows], torch.ones(len(rows)), min(k, len(rows))
+            embedding if bool(known.all()) else embedding[rows],
+            torch.ones(len(rows), dtype=torch.float32),
+            min(k, len(rows)),
         )
         picks = rows[centers.indices]
         novelty = torch.full((len(signals),), torch.nan, dtype=torch.float64)

@@ -21,7 +21,7 @@ from minirec_pl.selection.curriculum import shuffled_curriculum
 from minirec_pl.selection.fingerprints import fingerprints_of
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.ranks import agree, gather_signals, gather_states
-from minirec_pl.selection.resume import epoch_is_done, position, restore_running_state, running_state
+from minirec_pl.selection.resume import epoch_is_done, running_of
 from minirec_pl.selection.run_files import RunFiles
 from minirec_pl.selection.scoring import Probe, measure
 from minirec_pl.selection.signal_files import SignalFiles, read_vectors
@@ -102,8 +102,6 @@ class SelectionSession:
         self._restored: Mapping[str, Any] | None = None
         self._restored_step = 0
         self._own: Mapping[str, Any] | None = None
-        self._random: Mapping[str, Any] | None = None
-        self._validated = (-1, -1)
         self._files = SignalFiles()
         self._run_files = RunFiles()
         self._expected: tuple[int, Callable[[int], int] | None] = (0, None)
@@ -162,8 +160,8 @@ class SelectionSession:
             self.sampler.set_plan(self.plan)
             return
         with isolated_random_state():
-            if self._own is not None:  # scoring goes on with the random numbers that it would have had
-                restore_random_state(self._own["running"]["random"])
+            if (saved := running_of(trainer).random) is not None:  # scoring has the numbers that it would have had
+                restore_random_state(saved)
             self._run(trainer, module, epoch)
 
     def advance(self, trainer: Trainer, module: LightningModule) -> None:
@@ -271,16 +269,13 @@ class SelectionSession:
             self._folder = run_folder(trainer)
         return self._folder
 
-    def state_dict(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+    def state_dict(self, trainer: Trainer) -> dict[str, Any]:
         """Tensors and primitives for a checkpoint; writes the file of vectors that it names."""
         folder = self.folder(trainer)
         vectors = self._files.save(self.store, folder / "signals") if trainer.is_global_zero else None
         self._prune(trainer, folder)
         embedding = self.store.vectors().get("embedding")
-        own = {
-            "loader": self._train.loader.state_dict() if isinstance(self._train.loader, ForeignLoader) else None,
-            "running": running_state(trainer, module, self._validated),
-        }
+        own = {"loader": self._train.loader.state_dict() if isinstance(self._train.loader, ForeignLoader) else None}
         return {
             **{name: getattr(self, name) for name in _KEPT},
             "store": self.store.state_dict(vectors=False),
@@ -297,23 +292,12 @@ class SelectionSession:
         self._restored = state
 
     def start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Called in `on_train_start`: a resumed run goes on with the random numbers and gradients it had."""
+        """Called in `on_train_start`: a resumed run continues with the random numbers and gradients it had."""
         if self._own is not None:
-            self._random = restore_running_state(self._own["running"], trainer, module)
             if isinstance(self._train.loader, ForeignLoader) and self._own["loader"] is not None:
                 self._train.loader.load_generators(self._own["loader"])  # Lightning has given all ranks those of one
-                self._train.loader.random_state, self._random = self._random, None
             self._own = None
-
-    def begin_batch(self) -> None:
-        """Called in `on_train_batch_start`: see `restore_running_state`."""
-        if self._random is not None:
-            restore_random_state(self._random)
-            self._random = None
-
-    def validated(self, trainer: Trainer) -> None:
-        """Called in `on_validation_end`."""
-        self._validated = position(trainer)
+        running_of(trainer).start(trainer, module)
 
     def finish(self, trainer: Trainer) -> None:
         """Called in `on_fit_end`, and when a fit is broken off; the first call counts."""

@@ -6,8 +6,10 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
+from torch import Tensor
 
 from minirec_pl.errors import InputError
+from minirec_pl.selection.resume import RUNNING_KEY, running_of
 from minirec_pl.selection.selectors import Selector
 from minirec_pl.selection.session import CHECKPOINT_KEY, session_of
 
@@ -36,7 +38,12 @@ class SessionCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """The first batch of a resumed run starts with the random numbers it would have had."""
         if session_of(trainer).ready:
-            session_of(trainer).begin_batch()
+            running_of(trainer).begin_batch(trainer)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Keeps what a checkpoint taken during the backward pass needs."""
+        if session_of(trainer).ready:
+            running_of(trainer).before_backward(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes sure that the plan is what the Trainer draws from."""
@@ -48,10 +55,9 @@ class SessionCallback(Callback):
         if session_of(trainer).ready:
             session_of(trainer).advance(trainer, pl_module)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes that the validation after the present batch is done."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            session_of(trainer).validated(trainer)
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes that the validation after the present batch has begun."""
+        running_of(trainer).begin_validation(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leaves the files of the last selection and tidies up."""
@@ -66,9 +72,13 @@ class SessionCallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Saves the session, once for all callbacks."""
         if CHECKPOINT_KEY not in checkpoint and session_of(trainer).ready:
-            checkpoint[CHECKPOINT_KEY] = session_of(trainer).state_dict(trainer, pl_module)
+            checkpoint[CHECKPOINT_KEY] = session_of(trainer).state_dict(trainer)
+            running_of(trainer).save(trainer, pl_module, checkpoint)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Hands the saved session to the new one of a fit."""
         if CHECKPOINT_KEY in checkpoint and trainer.state.fn == "fit" and not session_of(trainer).ready:
             session_of(trainer).restore(checkpoint[CHECKPOINT_KEY])
+            ranks = checkpoint[CHECKPOINT_KEY]["ranks"]
+            # Checkpoints of 0.1 kept the state of a rank inside the session.
+            running_of(trainer).load(checkpoint.get(RUNNING_KEY) or [rank["running"] for rank in ranks])

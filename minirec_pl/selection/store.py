@@ -129,7 +129,9 @@ class SignalStore:
             if name == "embedding" and self._lent:
                 self._data[name] = self._data[name].clone()
                 self._lent = False
-            self._data.setdefault(name, torch.zeros(len(self), new.shape[1]))[rows] = new.cpu().float()[places]
+            self._data.setdefault(name, torch.zeros(len(self), new.shape[1], dtype=torch.float32))[rows] = (
+                new.cpu().float()[places]
+            )
             measured.append(name)
             self.vectors_version += 1
         for name in measured:
@@ -170,7 +172,7 @@ class SignalStore:
         Returns:
             [n, G] float32, NaN where a group was smaller than the largest or never drawn.
         """
-        return self._data.get("rewards", torch.empty(len(self), 0))[self._rows(as_ids(sample_ids))]
+        return self._data.get("rewards", torch.empty(len(self), 0, dtype=torch.float32))[self._rows(as_ids(sample_ids))]
 
     def wasted_groups(self, sample_ids: Array | Sequence[int]) -> Tensor:
         """How many groups without reward variance training has met of each sample, int64 [n]."""
