@@ -234,7 +234,7 @@ HEADS = {
     "gemma2": ({}, 0, "ok       head: the logits are its product capped at 30"),
     "gemma3": ({}, 0, "ok       cache: a prompt is run once and shared by its completions"),
     "lfm2": ({}, 1, "fails    cache: it has recurrent layers"),
-    "rwkv": ({}, 1, "fails    model: RwkvForCausalLM cannot be a policy (padding on the left changes"),
+    "rwkv": ({}, 1, "fails    model: RwkvForCausalLM cannot be a policy (a batch padded on the left gives"),
     "phi3": (LONGROPE, 1, "the model changes its positions after 190"),
 }
 

@@ -204,8 +204,9 @@ class LanguageModel:
                 f"{rows}: use the {'model the adapter' if whose else 'tokenizer the model'} was trained with"
             )
         _state_tying(model)
-        rows = max([rows, *(token + 1 for token in self._stored_rows())])
-        _add_rows(model, rows)
+        stored = max((token + 1 for token in self._stored_rows()), default=0)
+        _add_rows(model, stored)
+        rows = max(rows, stored)
         if tokenizer.eos_token_id >= rows:
             raise InputError(
                 f"the tokenizer of '{self.name}' ends a text with {tokenizer.eos_token} (token "

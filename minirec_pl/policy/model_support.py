@@ -182,7 +182,7 @@ def _padded(trial: _Trial) -> str | None:
     states = run_prompt(trial.body, *pad_left(rows, 0, trial.device), keep_cache=False).states
     found = zip(sources, rows, states, strict=True)
     wrong = any(trial.differs(whole, len(row) - 1, state[None]) for whole, row, state in found)
-    return "padding on the left changes what it says of a sequence" if wrong else None
+    return "a batch padded on the left gives other numbers than single sequences" if wrong else None
 
 
 def _shared(trial: _Trial) -> str | None:

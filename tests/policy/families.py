@@ -532,6 +532,10 @@ class Refusal:
 
 
 _SHARED = (r"(model|^adapters): generate", "retrieval: ", "item_ids title", "semantic")
+_MAMBA = Refusal(
+    "as other recurrent layers, and one linear layer's weight is used past its adapter",
+    (*_SHARED, "^adapters: completion_logps"),
+)
 _RECURRENT = Refusal("completions cannot share the state of recurrent layers", _SHARED)
 REFUSED: dict[str, Refusal] = {
     "llama_dynamic_switch": Refusal(
@@ -539,7 +543,8 @@ REFUSED: dict[str, Refusal] = {
         ("generate", "completion_logps", "retrieval: re", "_logps", "item_ids title"),
     ),
     "phi3_longrope_crossed": Refusal(
-        "frequencies change within a completion", ("generate", "_logps", "retrieval: re", "beams")
+        "frequencies change within a completion",
+        ("generate", "_logps", "retrieval: re", "beams", "title: prompt_states"),
     ),
     "modernbert-decoder": Refusal("the head has more than one layer"),
     "bert": Refusal("the head has more than one layer"),
@@ -551,13 +556,13 @@ REFUSED: dict[str, Refusal] = {
     "recurrent_gemma": Refusal("the layers ignore the mask of padding, and keep their state outside of any cache"),
     "llama4_text_temperature": Refusal("the temperature of attention counts padding as positions"),
     "deepseek_v32": Refusal("a cache gives other results than none, and its indexer sees padding"),
-    "openai-gpt": Refusal("there is no cache", ("generate", "reason", "item_logps", "item_ids")),
+    "openai-gpt": Refusal("there is no cache", _SHARED),
     "mllama": Refusal(
         "layers of cross attention keep no keys of text, and the head has fewer rows than the embedding",
         (*_SHARED, "item_ids token"),
     ),
-    "mamba": _RECURRENT,
-    "falcon_mamba": _RECURRENT,
+    "mamba": _MAMBA,
+    "falcon_mamba": _MAMBA,
     "mamba2": _RECURRENT,
     "jamba": _RECURRENT,
     "bamba": _RECURRENT,

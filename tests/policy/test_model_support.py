@@ -113,7 +113,7 @@ def test_a_norm_between_body_and_head_is_refused(where):
 def test_models_that_ignore_padding_are_refused():
     model = model_of("rwkv", attention_hidden_size=16)
     ids, mask = prompts(4, 2)
-    with pytest.raises(InputError, match="RwkvForCausalLM cannot be a policy \\(padding on the left"):
+    with pytest.raises(InputError, match="RwkvForCausalLM cannot be a policy \\(a batch padded on the left"):
         completion_logps(model, ids, mask, ids[:, None], mask[:, None])
 
 
