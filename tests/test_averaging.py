@@ -174,3 +174,12 @@ def test_the_average_is_what_is_validated_tested_and_served(fit, tmp_path, toy_p
     load_policy_weights(served, tmp_path / "saved.ckpt")
     trained = {n: p for n, p in served.named_parameters() if p.requires_grad}
     assert all(torch.equal(value, averaged[f"module.policy.{name}"]) for name, value in trained.items())
+
+
+def test_a_checkpoint_of_0_1_resumes(fit, tmp_path):
+    _, own, *_ = fit("none", ("on_train_epoch_end", 1))
+    stored = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+    del stored["copies_left_out"]
+    torch.save(stored, tmp_path / "old.ckpt")
+    _, own_after, *_ = fit("none", ckpt_path=tmp_path / "old.ckpt")
+    assert different(own, own_after) == []

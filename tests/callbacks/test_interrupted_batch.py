@@ -5,12 +5,15 @@ import contextlib
 import pytest
 import torch
 from foreign import Classifier, loader_of
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from minirec_pl import GRPORecModule
 from minirec_pl.callbacks import MiniRec
 from minirec_pl.probes import HeadProbe
 from minirec_pl.selection import MiniRecSelector
+from minirec_pl.selection.resume import RUNNING_KEY
+from minirec_pl.selection.session import CHECKPOINT_KEY
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -131,3 +134,27 @@ def test_rollouts_in_hand_are_used(make_trainer, tmp_path, toy_data, tiny_policy
     assert broken.met + resumed.met == whole.met
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value)
+
+
+def test_a_checkpoint_of_0_1_resumes_inside_an_accumulation(make_trainer, tmp_path):
+    class Save(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if (trainer.current_epoch, batch_idx) == (1, 1):
+                trainer.save_checkpoint(tmp_path / "new.ckpt")
+
+    def fit(extra=(), ckpt_path=None):
+        torch.manual_seed(3 if ckpt_path is None else 4)
+        selector, probe = MiniRecSelector(gate=(-1.0, 2.0)), HeadProbe("classifier")
+        trainer = make_trainer(
+            callbacks=[MiniRec(30, selector=selector, probe=probe), *extra], accumulate_grad_batches=3
+        )
+        module = Classifier(dropout=0.4)
+        trainer.fit(module, loader_of(shuffle=True), ckpt_path=ckpt_path)
+        return module
+
+    whole = fit([Save()])
+    stored = torch.load(tmp_path / "new.ckpt", weights_only=True)
+    for rank, running in zip(stored[CHECKPOINT_KEY]["ranks"], stored.pop(RUNNING_KEY), strict=True):
+        rank["running"] = {name: running[name] for name in ("random", "gradients", "validation_follows")}
+    torch.save(stored, tmp_path / "old.ckpt")
+    assert torch.equal(fit(ckpt_path=tmp_path / "old.ckpt").path[-1], whole.path[-1])
