@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 from minirec_pl.errors import InputError
 
-PHASES = [Phase.generate] if os.environ.get("NOSHRINK") else tuple(Phase)
 EXAMPLES = int(os.environ.get("MINIREC_PROPERTY_EXAMPLES", "100"))
 MOST_ROWS = 9
 SHAPES = ("equal", "nearly", "wild", "shortest", "longest", "extremes", "mixed")
@@ -53,7 +52,6 @@ def drawn(test):
         deadline=None,
         derandomize=True,
         database=None,
-        phases=PHASES,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.differing_executors],
     )
     return kept(given(data=st.data())(test))

@@ -20,6 +20,8 @@ def take_rewards(data: dict[str, Tensor], rows: Tensor, group: Tensor, *, decay:
         decay: in [0, 1]; 0 always replaces.
         solve_threshold: a reward above it has solved the sample.
     """
+    if not len(rows):
+        return
     size = group.shape[1]
     exact = group.double()
     flat = exact.amax(dim=1) == exact.amin(dim=1)

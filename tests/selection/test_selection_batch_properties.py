@@ -33,7 +33,7 @@ from minirec_pl.selection import (
     target_curriculum,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:picked")
+pytestmark = pytest.mark.filterwarnings("error", "ignore:picked")
 
 
 def scores_of_rows(case):
