@@ -170,7 +170,8 @@ def _shapes(config: Mapping[str, Any]) -> list[tuple[float | None, float]]:
 
 def _logits_of_states(causal: Any, head: Head) -> tuple[Tensor, Tensor | None]:
     """States [n, D] whose products with the head are small to large, and what the model makes of them, [n, V]."""
-    numbers = torch.randn(len(_PEAKS), head.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    size, seeded = (len(_PEAKS), head.weight.shape[1]), torch.Generator().manual_seed(0)
+    numbers = torch.randn(size, generator=seeded, dtype=torch.float32)
     states = numbers.to(head.weight.device, torch.promote_types(head.weight.dtype, torch.float32))
     largest = (states @ head.weight.to(states.dtype).T).abs().amax(dim=1, keepdim=True)
     peaks = torch.tensor(_PEAKS, device=states.device, dtype=states.dtype)[:, None]

@@ -392,7 +392,7 @@ def test_bad_options():
 def test_a_model_without_a_cache_is_refused():
     config = OpenAIGPTConfig(vocab_size=40, n_embd=8, n_layer=1, n_head=2, n_positions=32, pad_token_id=PAD)
     ids, mask = prompts(3)
-    with pytest.raises(InputError, match="keeps no keys and values"):
+    with pytest.raises(InputError, match="not all of its layers keep keys and values"):
         generate(OpenAIGPTLMHeadModel(config), ids, mask, 2, 3)
 
 
