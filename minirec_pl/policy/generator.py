@@ -27,6 +27,7 @@ from minirec_pl.policy.item_codes import SemanticIds
 from minirec_pl.policy.item_ids import IdKind, check_id_options, load_with_ids
 from minirec_pl.policy.language_model import LanguageModel
 from minirec_pl.policy.model_config import text_setting
+from minirec_pl.policy.model_support import try_untrained
 from minirec_pl.policy.prompt import EncodedPrompts, PromptTemplate, encode_ids
 from minirec_pl.policy.ranking import item_scores
 from minirec_pl.policy.rollout import CompletionStates, Prompt, Rollouts, evaluation_mode
@@ -123,6 +124,7 @@ class GenerativePolicy(ExactBuffers):
         else:
             assert self.config is not None
             model = build_tiny(self.config, len(SPECIAL_TOKENS) + len(catalogue))
+            try_untrained(model)
             self._take(StoredPolicy(model, catalogue, torch.arange(len(catalogue))[:, None] + len(SPECIAL_TOKENS), {}))
 
     def save_pretrained(self, folder: str | Path, training_cost: Mapping[str, Any] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -212,8 +213,34 @@ def _decoded(trial: _Trial) -> str | None:
     return None
 
 
+def try_untrained(model: Any) -> None:
+    """Has `support_of` remember of an untrained model what it finds with weights that are as large as trained ones.
+
+    Where the weights are near zero, layers add so little that what is wrong with them does not show.
+
+    Args:
+        model: a causal language model of transformers, left as it is.
+
+    Raises:
+        InputError: as `support_of`.
+    """
+    head_of(model)
+    _KNOWN[model] = support_of(_moved(copy.deepcopy(model)))
+
+
+@torch.no_grad()
+def _moved(model: Any) -> Any:
+    """The model with noise added to its weights, of the size that keeps a layer's output as large as its input."""
+    numbers = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        width = parameter.shape[-1] if parameter.ndim > 1 else _INNER_WIDTH
+        noise = torch.randn(parameter.shape, generator=numbers) / math.sqrt(width)
+        parameter.add_(noise.to(parameter.device, parameter.dtype))
+    return model
+
+
 def few_layers(config: Any) -> Any:
-    """An untrained model of the family, with a layer of each kind, narrow inside and with few tokens, to be tried.
+    """A model of the family, with a layer of each kind, narrow inside, with few tokens and random weights, to be tried.
 
     Args:
         config: of a causal language model of transformers.
@@ -239,7 +266,7 @@ def few_layers(config: Any) -> Any:
         with torch.device("meta"):
             if sum(parameter.numel() for parameter in build(config).parameters()) > _MOST_WEIGHTS:
                 return None
-        return build(config, dtype=torch.float32).eval()
+        return _moved(build(config, dtype=torch.float32).eval())
     except Exception:  # what a family makes of a config that none of its models has
         return None
 

@@ -27,7 +27,7 @@ _FIELDS: dict[str, dict[str, Any]] = {  # what each text may hold, with an examp
 }
 _COLUMNS = ("history", "history_rating", "history_age")
 _STAND_IN = 'ᛟ"History"\nᛟ'  # of the history while a chat template is rendered
-_DIRECTIVES = [f"%{flag}{code}" for flag in ("", *"-_0^#") for code in "aAbBcdDeFgGhHIjklmMnprRStTuUVwWxXyYzZ"]
+_DIRECTIVES = [f"%{flag}{code}" for flag in ("", *"-_0^#") for code in "aAbBcdDefFgGhHIjklmMnprRStTuUVwWxXyYzZ"]
 # Chat templates may ask for the time through a function, and newer versions of transformers hand none over.
 _DATE_MACRO = """\
 {%- macro strftime_now(format) -%}

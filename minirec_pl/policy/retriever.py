@@ -185,9 +185,10 @@ class RetrievalPolicy(ExactBuffers):
         )
 
     def _weights(self) -> float:
-        """A number that changes with the trained weights."""
+        """A number that changes with the trained weights; NaN where they have diverged."""
         sums = [p.detach().sum(dtype=torch.float64) for p in self.model.parameters() if p.requires_grad]
-        return math.fsum((place + 1) * float(value) for place, value in enumerate(sums))
+        values = [(place + 1) * float(value) for place, value in enumerate(sums)]
+        return math.fsum(values) if all(map(math.isfinite, values)) else math.nan
 
     def refresh_items(self, step: int | None = None) -> int:
         """Encodes the items that are due, see `ItemIndex.due`.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -142,7 +143,6 @@ def sequence_nll(policy: GenerativePolicy, batch: Mapping[str, Tensor], dropout:
         logps, _, _ = policy.completion_logps(pairs_as_prompts(batch), target[:, None])
         return -logps.sum() / len(target)
     first_tokens, head = policy.trie.item_tokens[:, 0], head_of(policy.model)
-    inputs: dict[str, Tensor]
     if policy.chat is None:
         tokens = torch.where(sequence >= 0, first_tokens[sequence.clamp(min=0)], policy.pad_token_id)
         tokens = nn.functional.pad(tokens, (1, 0), value=policy.bos_token_id)
@@ -150,15 +150,30 @@ def sequence_nll(policy: GenerativePolicy, batch: Mapping[str, Tensor], dropout:
         # Each place is the end of a prompt, so that one of a single token may become as long as the sequence.
         one = torch.ones(1, dtype=torch.int64)
         position_rules(decoder_of(policy.model)).check(one, tokens.shape[1] - 1, lambda _: "a training sequence")
-        embeddings = policy.model.get_input_embeddings()(tokens).to(head.weight.dtype)
-        inputs = {"inputs_embeds": nn.functional.dropout(embeddings, dropout, policy.training)}
+        inputs = {"input_ids": tokens}
         column = position + 1
     else:
         tokens, mask, row, column = _stretches(policy, batch)
         inputs = {"input_ids": tokens, "attention_mask": mask}
         inputs["position_ids"] = places(mask)
-    states = body_of(policy.model)(use_cache=False, **inputs).last_hidden_state
+    with _embeddings_dropped(policy.model, dropout if policy.chat is None and policy.training else 0.0):
+        states = body_of(policy.model)(use_cache=False, **inputs).last_hidden_state
     # The gradient of index_select adds up in a fixed order, that of indexing does not on several threads.
     states = states.flatten(0, 1).index_select(0, row * tokens.shape[1] + column)
     states = nn.functional.dropout(states, dropout, policy.training)
     return nn.functional.cross_entropy(head.logits(states, first_tokens), target, reduction="sum") / len(target)
+
+
+@contextmanager
+def _embeddings_dropped(model: Any, probability: float) -> Iterator[None]:
+    """Drops values of the embeddings of tokens inside, which a model gets as tokens: some look them up twice."""
+
+    def drop(module: nn.Module, args: Any, embeddings: Tensor) -> Tensor:
+        return nn.functional.dropout(embeddings, probability)
+
+    hook = model.get_input_embeddings().register_forward_hook(drop) if probability else None
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()

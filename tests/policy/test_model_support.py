@@ -12,7 +12,7 @@ from minirec_pl import InputError
 from minirec_pl.policy import GenerativePolicy, LanguageModel, PromptTemplate, completion_logps, generate
 from minirec_pl.policy.causal_lm import body_of, head_of
 from minirec_pl.policy.item_index import ItemIndex
-from minirec_pl.policy.model_support import support_of
+from minirec_pl.policy.model_support import few_layers, support_of
 from minirec_pl.policy.prompt import EncodedPrompts
 from minirec_pl.policy.supervised import stretches
 
@@ -247,3 +247,44 @@ def test_prompts_over_the_switch_name_their_sample(tmp_path, item_ids):
                 policy.encode(part)
         else:
             policy.encode(part)
+
+
+def test_an_untrained_model_is_tried_with_larger_weights():
+    """Near zero, layers that ignore the mask of padding change nothing that would be seen."""
+    own = {"block_types": ["recurrent", "attention"], "lru_width": 16, "attention_window_size": 8}
+    sizes = {name: value for name, value in SIZES.items() if name not in own}
+    policy = GenerativePolicy(config={"model_type": "recurrent_gemma", **sizes, **own})
+    with pytest.raises(InputError, match="a batch padded on the left gives other numbers"):
+        policy.bind(CATALOGUE)
+    config = AutoConfig.for_model("recurrent_gemma", **sizes, **own, vocab_size=40)
+    assert "padded on the left" in support_of(few_layers(config)).padding
+    bound = GenerativePolicy(config={**SIZES, "num_key_value_heads": 2})
+    bound.bind(CATALOGUE)
+    assert support_of(bound.model) == (None, None)
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "gemma2", "granite"])
+def test_a_warm_start_on_sequences_is_what_the_model_says_of_tokens(kind):
+    """Models may look a token up in several embeddings, so that the usual one alone is not what they are given."""
+    layers = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8}
+    twice = {"laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]}
+    twice |= {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, **layers}
+    heads = {"head_dim": 4} if kind.startswith("gemma") else {}
+    config = {**SIZES, "model_type": kind, "num_key_value_heads": 2, **heads}
+    config |= twice if kind == "gemma3n_text" else {}
+    torch.manual_seed(0)
+    policy = GenerativePolicy(config=config)
+    policy.bind(CATALOGUE)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    policy.double()
+    sequence = torch.tensor([[1, 2, 0, 3], [3, 1, -1, -1]])
+    row, position, target = torch.tensor([[0, 0, 2], [0, 2, 3], [1, 0, 1]]).T
+    loss = policy.sequence_nll({"sequence": sequence, "row": row, "position": position, "target": target})
+    wanted = []
+    for r, p, t in zip(row.tolist(), position.tolist(), target.tolist(), strict=True):
+        ids = torch.tensor([[policy.bos_token_id, *(sequence[r, : p + 1] + 3).tolist()]])
+        logits = policy.model(input_ids=ids, use_cache=False).logits[0, -1, 3:]
+        wanted.append(-logits.log_softmax(-1)[t])
+    assert loss.item() == pytest.approx(torch.stack(wanted).mean().item(), abs=1e-9)

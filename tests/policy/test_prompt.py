@@ -143,7 +143,7 @@ def test_the_date_is_that_of_the_prompt(template, date, clock):
 
 
 DIRECTIVES = [f"%{flag}{code}" for flag in ("", "-", "0", "^") for code in "aAbBdHIjmMpSyY"]
-FORMATS = st.lists(st.sampled_from([*DIRECTIVES, "%%", " ", "d", "-Y"]))
+FORMATS = st.lists(st.sampled_from([*DIRECTIVES, "%f", "%%", " ", "d", "-Y"]))
 
 
 @settings(max_examples=100, deadline=None)

@@ -360,6 +360,15 @@ def test_half_precision_vectors_and_copies(llama):
     torch.testing.assert_close(copy.deepcopy(other).item_logps(batch), other.item_logps(batch))
 
 
+def test_diverged_weights_are_named(llama):
+    policy = text_policy(llama)
+    with torch.no_grad():
+        first, second = [p for p in policy.model.parameters() if p.requires_grad][:2]
+        first.flatten()[0], second.flatten()[0] = torch.inf, -torch.inf
+    with pytest.raises(InputError, match="weights have diverged, so lower the learning rate"):
+        policy.item_logps(toy_batch())
+
+
 def test_evaluation_leaves_modes_and_random_numbers_alone(llama):
     policy = text_policy(llama).train()
     state = torch.random.get_rng_state()
