@@ -36,6 +36,8 @@ class HeadProbe:
     A layer that is applied at several positions (h [B, T, D], targets [B, T]) gives the means over the positions; those
     whose class is -100 do not count, and there must be another.
 
+    What a model does to the layer's output afterwards, a scale or a softcap of its logits, is not seen.
+
     Args:
         head: dotted name of the layer, as in `module.named_modules()`.
         forward: what to run, `forward(module, batch)`; or the key or position of the batch that `module(...)` takes.

@@ -147,9 +147,7 @@ def sequence_nll(policy: GenerativePolicy, batch: Mapping[str, Tensor], dropout:
         tokens = torch.where(sequence >= 0, first_tokens[sequence.clamp(min=0)], policy.pad_token_id)
         tokens = nn.functional.pad(tokens, (1, 0), value=policy.bos_token_id)
         check_positions(policy.model, tokens.shape[1])
-        # Each place is the end of a prompt, so that one of a single token may become as long as the sequence.
-        one = torch.ones(1, dtype=torch.int64)
-        position_rules(decoder_of(policy.model)).check(one, tokens.shape[1] - 1, lambda _: "a training sequence")
+        _check_sequence(policy.model, tokens.shape[1])
         inputs = {"input_ids": tokens}
         column = position + 1
     else:
@@ -162,6 +160,17 @@ def sequence_nll(policy: GenerativePolicy, batch: Mapping[str, Tensor], dropout:
     states = states.flatten(0, 1).index_select(0, row * tokens.shape[1] + column)
     states = nn.functional.dropout(states, dropout, policy.training)
     return nn.functional.cross_entropy(head.logits(states, first_tokens), target, reduction="sum") / len(target)
+
+
+def _check_sequence(model: Any, length: int) -> None:
+    """Refuses sequences over a length at which positions change: each place in them is the end of a prompt."""
+    rules = position_rules(decoder_of(model))
+    longest = min((most for most in (rules.switch, rules.limit) if most is not None), default=length)
+    if length > longest:
+        raise InputError(
+            f"training sequences have up to {length} tokens and the model changes its positions after {longest}: lower "
+            "data.history_window"
+        )
 
 
 @contextmanager

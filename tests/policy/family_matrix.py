@@ -922,6 +922,11 @@ def _outcome(rows: Sequence[Row]) -> str:
     if len(count["right"]) == len(rows):
         return "runs"
     parts = []
+    tokens = [row for row in rows if "item_ids token" in row.check]
+    if tokens and all(row.outcome == "right" for row in tokens) and not count["wrong"] and not count["crashed"]:
+        return (
+            f"runs with `item_ids: token` and in `completion_logps`; refused elsewhere: {count['refused'][0].sentence}"
+        )
     if count["right"]:
         parts.append(f"runs in {len(count['right'])} of {len(rows)} calls")
     for outcome in OUTCOMES[1:]:
