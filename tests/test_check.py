@@ -7,6 +7,7 @@ from cli_tools import sentence
 from family_models import family_folder
 from plain_policy import CONFIG
 from text_policy import write_model
+from tiny_llm import longrope
 from toy_data import random_rows, write_dataset
 from transformers import AutoTokenizer
 
@@ -219,23 +220,13 @@ def test_it_tells_of_a_language_model(kind, command, tmp_path, capsys):
     assert "nothing stands in the way" in out
 
 
-LONGROPE = {
-    "original_max_position_embeddings": 190,
-    "rope_parameters": {
-        "rope_type": "longrope",
-        "rope_theta": 1e4,
-        "short_factor": [1.0, 1.0],
-        "long_factor": [8.0, 3.0],
-        "factor": 8.0,
-    },
-}
 HEADS = {
     "granite": ({}, 0, "ok       head: the logits are its product times 0.125"),
     "gemma2": ({}, 0, "ok       head: the logits are its product capped at 30"),
     "gemma3": ({}, 0, "ok       cache: a prompt is run once and shared by its completions"),
     "lfm2": ({}, 1, "fails    cache: it has recurrent layers"),
     "rwkv": ({}, 1, "fails    model: RwkvForCausalLM cannot be a policy (a batch padded on the left gives"),
-    "phi3": (LONGROPE, 1, "the model changes its positions after 190"),
+    "phi3": (longrope(190), 1, "the model changes its positions after 190"),
 }
 
 

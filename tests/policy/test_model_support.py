@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from chat_models import CATALOGUE, chat_folder
-from tiny_llm import EOS, PAD, SIZES, PlainModel, prompts, rows_of
+from tiny_llm import EOS, PAD, SIZES, PlainModel, longrope, prompts, rows_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minirec_pl import InputError
@@ -16,16 +16,7 @@ from minirec_pl.policy.model_support import few_layers, support_of
 from minirec_pl.policy.prompt import EncodedPrompts
 from minirec_pl.policy.supervised import stretches
 
-LONGROPE = {
-    "original_max_position_embeddings": 16,
-    "rope_parameters": {
-        "rope_type": "longrope",
-        "rope_theta": 1e4,
-        "short_factor": [1.0, 1.0],
-        "long_factor": [8.0, 3.0],
-        "factor": 8.0,
-    },
-}
+LONGROPE = longrope(16)
 
 
 def model_of(kind, **options):
@@ -227,8 +218,7 @@ def test_dynamic_positions_and_places_in_the_batch_have_a_limit():
 
 @pytest.mark.parametrize("item_ids", ["title", "token"])
 def test_prompts_over_the_switch_name_their_sample(tmp_path, item_ids):
-    options = {"original_max_position_embeddings": 40, "rope_parameters": dict(LONGROPE["rope_parameters"])}
-    folder = chat_folder(tmp_path / "base", "phi3", **options, num_key_value_heads=2)
+    folder = chat_folder(tmp_path / "base", "phi3", **longrope(40), num_key_value_heads=2)
     prompt = PromptTemplate(system="", user="{history}", item="{title}", age="")
     policy = GenerativePolicy(language_model=LanguageModel(str(folder), "float32"), item_ids=item_ids, prompt=prompt)
     policy.bind(CATALOGUE)

@@ -16,6 +16,13 @@ KINDS = {
 }
 
 
+def longrope(switch):
+    """Options of a Phi-3 config whose positions change after `switch` tokens; a head has 4 values."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0}
+    factors = {"short_factor": [1.0, 1.0], "long_factor": [8.0, 3.0]}
+    return {"original_max_position_embeddings": switch, "rope_parameters": {**rope, **factors}}
+
+
 def tiny_llm(kind="llama", vocabulary=40, seed=0, **options):
     """A model in evaluation mode whose distributions are far from uniform."""
     torch.manual_seed(seed)
