@@ -17,13 +17,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 
 from minirec_pl import GRPORecModule, RecDataModule, WarmStartModule
 from minirec_pl.callbacks import EasyToHardCurriculum, MiniRec
-from minirec_pl.cost import Cost
 from minirec_pl.evaluation import FIGURES, ranking_figures
 from minirec_pl.metrics import target_rank
 from minirec_pl.policy import GenerativePolicy
 from minirec_pl.policy.rollout import evaluation_mode
 from minirec_pl.selection import MiniRecSelector, RandomSelector
 from minirec_pl.selection.session import session_of
+from minirec_pl.utils.cost import Cost
 
 METHODS = ("minirec", "minirec 0.1", "random", "full")
 RESCORED = {"minirec": 1.0, "minirec 0.1": 0.1}

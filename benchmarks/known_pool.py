@@ -36,7 +36,7 @@ from known_kinds import KINDS, KnownKinds, counts_of
 from known_report import drawn, plot, report
 from measuring import machine
 
-from minirec_pl.files import write_atomically, write_json
+from minirec_pl.utils.files import write_atomically, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 REST = ("hopeless", "solved", "redundant")

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from measuring import machine
 
-from minirec_pl.files import write_atomically, write_json
+from minirec_pl.utils.files import write_atomically, write_json
 
 TITLES = {
     "maxmin": "Max-min selection",

@@ -9,12 +9,12 @@ import pandas as pd
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import WandbLogger
 
-from minirec_pl.claim import run_folder
 from minirec_pl.completions import Row, completion_rows, print_completions
-from minirec_pl.errors import InputError
-from minirec_pl.files import write_atomically
 from minirec_pl.module import GRPORecModule
 from minirec_pl.policy import RetrievalPolicy
+from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.files import write_atomically
+from minirec_pl.utils.run_folder import run_folder
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from minirec_pl.callbacks.curriculum import Curriculum
-from minirec_pl.errors import InputError
 from minirec_pl.selection.curriculum import default_folds, fold_curriculum, fold_starts
+from minirec_pl.utils.errors import InputError
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

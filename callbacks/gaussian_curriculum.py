@@ -6,8 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 from minirec_pl.callbacks.curriculum import Curriculum
-from minirec_pl.errors import InputError
 from minirec_pl.selection.curriculum import gaussian_curriculum
+from minirec_pl.utils.errors import InputError
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from minirec_pl.selection.ranks import gather_signals
 from minirec_pl.selection.scoring import with_ids
 from minirec_pl.selection.session import SelectionSession, nothing_trained, session_of
 from minirec_pl.selection.session_callback import SessionCallback
-from minirec_pl.selection.signals import SampleSignals
+from minirec_pl.selection.signals import SampleSignals, gather_signals
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

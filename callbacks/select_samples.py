@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minirec_pl.errors import InputError
 from minirec_pl.selection.budget import budget_count, check_budget
 from minirec_pl.selection.fingerprints import data_fingerprint
 from minirec_pl.selection.ledger import SelectionLedger
@@ -16,6 +15,7 @@ from minirec_pl.selection.run_files import diagnostics_of, figures_of
 from minirec_pl.selection.selectors import MiniRecSelector, Selector, signal_options
 from minirec_pl.selection.session import SelectionSession, session_of
 from minirec_pl.selection.session_callback import SessionCallback
+from minirec_pl.utils.errors import InputError
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

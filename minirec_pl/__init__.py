@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from minirec_pl.data.datamodule import RecDataModule
-    from minirec_pl.errors import InputError
     from minirec_pl.module import GRPORecModule, WarmStartModule
+    from minirec_pl.utils.errors import InputError
 
 __version__ = "0.1.0"
 __all__ = ["GRPORecModule", "InputError", "RecDataModule", "WarmStartModule"]
 
 _HOMES = {
     "GRPORecModule": "minirec_pl.module",
-    "InputError": "minirec_pl.errors",
+    "InputError": "minirec_pl.utils.errors",
     "RecDataModule": "minirec_pl.data.datamodule",
     "WarmStartModule": "minirec_pl.module",
 }

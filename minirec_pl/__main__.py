@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 TRAINER_COMMANDS = {
     "fit": "train: warm start or GRPO, from a YAML file",

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 
-from minirec_pl.checkpoints import check_checkpoint
-from minirec_pl.errors import InputError
-
-CONFIG = "config.yaml"
+from minirec_pl.utils.checkpoints import check_checkpoint
+from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.run_folder import CONFIG
 
 
 def config_of_checkpoint(args: Sequence[str]) -> list[str]:

@@ -21,7 +21,6 @@ from minirec_pl.check_model import describe_family, describe_language_model
 from minirec_pl.check_report import GIB, Finding, Level, Prompts, report
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.samples import Catalogue
-from minirec_pl.errors import InputError
 from minirec_pl.estimates import Load, Memory, memory_of, peak
 from minirec_pl.policy import GenerativePolicy, RetrievalPolicy
 from minirec_pl.policy.catalogue_text import encode_texts
@@ -36,6 +35,7 @@ from minirec_pl.selection.budget import budget_count
 from minirec_pl.selection.session_callback import SessionCallback
 from minirec_pl.sentences import one_sentence, sentence_of
 from minirec_pl.stages import PIPE_WIDTH, WarmStart
+from minirec_pl.utils.errors import InputError
 
 T = TypeVar("T")
 _SHOWN_PROMPTS = 64

@@ -19,11 +19,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer.states import TrainerStatus
 
-from minirec_pl.arguments import CONFIG, config_of_checkpoint, configs_first, values_of
-from minirec_pl.checkpoints import AtomicCheckpointIO, check_checkpoint, policy_of
-from minirec_pl.claim import claim_folder, csv_logger, is_first, pin_policy, send_to
-from minirec_pl.errors import InputError
-from minirec_pl.files import write_atomically
+from minirec_pl.arguments import config_of_checkpoint, configs_first, values_of
 from minirec_pl.process import finish_wandb, own_process_state
 from minirec_pl.recommender import RecModule
 from minirec_pl.run_folder import RunFolder, best_checkpoint
@@ -31,6 +27,10 @@ from minirec_pl.score import ScoringTrainer
 from minirec_pl.selection.session_callback import SessionCallback
 from minirec_pl.sentences import check_yaml, sentence_of
 from minirec_pl.stages import STAGES, WARM_START, Stages, WarmStart
+from minirec_pl.utils.checkpoints import AtomicCheckpointIO, check_checkpoint, policy_of
+from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.files import write_atomically
+from minirec_pl.utils.run_folder import CONFIG, claim_folder, csv_logger, is_first, pin_policy, send_to
 
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 LEFT_BY_A_FAILED_START = {CONFIG, "hparams.yaml", "metrics.csv", "wandb", STAGES, WARM_START}

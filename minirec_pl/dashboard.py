@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2.interface import Report

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from minirec_pl.cost import Cost
 from minirec_pl.dashboard import LEDGER, PLAN, TERMS
 from minirec_pl.selection.run_files import plan_of
+from minirec_pl.utils.cost import Cost
 
 if TYPE_CHECKING:
     from minirec_pl.selection.session import SelectionSession

@@ -17,9 +17,9 @@ from rich.table import Table
 
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.statistics import Facts, facts_of, notes_on, token_facts
-from minirec_pl.errors import InputError
 from minirec_pl.policy.catalogue_text import encode_catalogue
 from minirec_pl.sentences import check_yaml
+from minirec_pl.utils.errors import InputError
 
 PIPE_WIDTH = 120
 

@@ -12,13 +12,13 @@ from lightning.fabric.utilities import move_data_to_device
 from rich.table import Table
 from torch import Tensor
 
-from minirec_pl.cost import Cost
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.samples import IntArray
 from minirec_pl.metrics import target_rank
 from minirec_pl.policy import Recommender
 from minirec_pl.policy.rollout import evaluation_mode
-from minirec_pl.random_state import isolated_random_state
+from minirec_pl.utils.cost import Cost
+from minirec_pl.utils.seeds import isolated_random_state
 
 K = 10
 FIGURES = (f"hit_rate@{K}", f"ndcg@{K}")

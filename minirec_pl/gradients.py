@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 GradientKind = Literal["first", "hvp", "trajectory"]
 GradientSpace = Literal["answer", "lora"]

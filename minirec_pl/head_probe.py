@@ -8,11 +8,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from minirec_pl.errors import InputError
 from minirec_pl.gradients import HeadStep, head_signal
 from minirec_pl.policy.rollout import evaluation_mode
-from minirec_pl.random_state import isolated_random_state
 from minirec_pl.selection.signals import SampleSignals
+from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.seeds import isolated_random_state
 
 Forward: TypeAlias = Callable[[Any, Any], object] | int | str
 Target: TypeAlias = Callable[[Any], Tensor] | int | str

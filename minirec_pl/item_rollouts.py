@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from minirec_pl.cost import Cost
 from minirec_pl.generation import Batch, RolloutBatch, scoring_numbers, take_rows
 from minirec_pl.gradients import GradientKind, GradientSpace
 from minirec_pl.grpo import flat_groups
@@ -19,6 +18,7 @@ from minirec_pl.probes import target_signals
 from minirec_pl.reward_calls import Rewarder
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.trajectory import Trajectory
+from minirec_pl.utils.cost import Cost
 
 if TYPE_CHECKING:
     from minirec_pl.objective import Objective

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 
 def target_rank(scores: Tensor, target: Tensor, seen: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from minirec_pl.data.loader import GenerationSchedule
-from minirec_pl.errors import InputError
 from minirec_pl.policy import RetrievalPolicy
 from minirec_pl.reward_calls import reward_name
 from minirec_pl.rewards import hit, rank_penalty
+from minirec_pl.utils.errors import InputError
 
 ROLLOUTS = ("sample", "beam")
 WASTED_GROUPS = ("keep", "dynamic_sampling", "preference_pairs")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 PROJECTED_SIZE = 512
 _BLOCKS = 2**8  # blocks of a projection at a time

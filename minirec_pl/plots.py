@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from minirec_pl.files import write_atomically
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.signals import Signals
+from minirec_pl.utils.files import write_atomically
 
 _SHOWN = 20_000  # pool samples in the map
 

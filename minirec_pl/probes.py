@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minirec_pl.errors import InputError
 from minirec_pl.gradients import GradientKind, GradientSpace, HeadStep, head_signal
 from minirec_pl.head_probe import HeadProbe
 from minirec_pl.per_sample import PROJECTED_SIZE, per_sample_gradients, project_gradients
@@ -18,6 +17,7 @@ from minirec_pl.policy import GenerativePolicy
 from minirec_pl.policy.causal_lm import body_of, head_of
 from minirec_pl.policy.rollout import CompletionStates, evaluation_mode
 from minirec_pl.trajectory import Trajectory, gradient_alignment, head_alignment
+from minirec_pl.utils.errors import InputError
 
 __all__ = ["HeadProbe", "TargetSignals", "Trajectory", "target_signals", "target_steps"]
 

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from minirec_pl.cli import run
 from minirec_pl.data.datamodule import RecDataModule
-from minirec_pl.errors import InputError
 from minirec_pl.evaluation import FIGURES, popularity_row
-from minirec_pl.files import write_json
+from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.files import write_json
 
 RUNS: dict[str, list[str]] = {
     "grpo_full": [

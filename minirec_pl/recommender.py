@@ -14,20 +14,20 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from minirec_pl.checkpoints import (
+from minirec_pl.data.install import keep_columns
+from minirec_pl.generation import take_rows
+from minirec_pl.metrics import MRR, NDCG, Coverage, HitRate, SampleRanks, target_rank, top_items
+from minirec_pl.policy import Recommender, RetrievalPolicy
+from minirec_pl.selection.resume import RUNNING_KEY, running_of
+from minirec_pl.utils.checkpoints import (
     keep_frozen,
     leave_out_copies,
     put_back_copies,
     weights_digest,
     weights_under_adapters,
 )
-from minirec_pl.cost import Cost, Phase
-from minirec_pl.data.install import keep_columns
-from minirec_pl.errors import InputError
-from minirec_pl.generation import take_rows
-from minirec_pl.metrics import MRR, NDCG, Coverage, HitRate, SampleRanks, target_rank, top_items
-from minirec_pl.policy import Recommender, RetrievalPolicy
-from minirec_pl.selection.resume import RUNNING_KEY, running_of
+from minirec_pl.utils.cost import Cost, Phase
+from minirec_pl.utils.errors import InputError
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler

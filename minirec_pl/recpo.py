@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minirec_pl.cost import Cost
-from minirec_pl.errors import InputError
 from minirec_pl.generation import Batch, RolloutBatch, scoring_numbers, take_rows
 from minirec_pl.gradients import GradientKind, GradientSpace, head_gradient, head_hvp
 from minirec_pl.grpo import flat_groups, group_advantages
@@ -28,6 +26,8 @@ from minirec_pl.policy.reasoning import ReasoningPass, unit
 from minirec_pl.policy.rollout import evaluation_mode
 from minirec_pl.reward_calls import Rewarder, ranking_columns
 from minirec_pl.selection.signals import SampleSignals
+from minirec_pl.utils.cost import Cost
+from minirec_pl.utils.errors import InputError
 
 if TYPE_CHECKING:
     from minirec_pl.objective import Objective

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from minirec_pl.errors import InputError
 from minirec_pl.policy import Recommender
+from minirec_pl.utils.errors import InputError
 
 
 def frozen_copy(policy: Recommender) -> Recommender:

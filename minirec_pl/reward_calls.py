@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 RewardFunction = Callable[..., Sequence[float | None]]
 Columns = Mapping[str, Callable[[], Sequence[Any]]]

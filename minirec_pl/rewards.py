@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 Completion = str | Sequence[str]
 Ranks = Sequence[int | None]

@@ -15,11 +15,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from minirec_pl.checkpoints import policy_of
-from minirec_pl.claim import run_folder
 from minirec_pl.evaluation import ranking_figures
-from minirec_pl.files import write_atomically, write_json
 from minirec_pl.recommender import RecModule
+from minirec_pl.utils.checkpoints import policy_of
+from minirec_pl.utils.files import write_atomically, write_json
+from minirec_pl.utils.run_folder import run_folder
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -10,10 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
-from minirec_pl.claim import run_folder
 from minirec_pl.data.datamodule import RecDataModule
-from minirec_pl.errors import InputError
-from minirec_pl.files import write_atomically, write_json
 from minirec_pl.predictions import PartWriter, RequestData, merge_parts
 from minirec_pl.recommender import RecModule
 from minirec_pl.selection.fingerprints import fingerprints_of
@@ -21,6 +18,9 @@ from minirec_pl.selection.merge import merge_stores
 from minirec_pl.selection.selectors import signal_options
 from minirec_pl.selection.session_callback import SessionCallback
 from minirec_pl.selection.store import SignalStore
+from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.files import write_atomically, write_json
+from minirec_pl.utils.run_folder import run_folder
 
 SIGNALS, SAMPLES = "signals.safetensors", "samples.parquet"
 

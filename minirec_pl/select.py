@@ -17,8 +17,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from minirec_pl.errors import InputError
-from minirec_pl.files import write_json
 from minirec_pl.selection.budget import budget_count, check_budget
 from minirec_pl.selection.curriculum import default_folds, fold_curriculum, fold_starts
 from minirec_pl.selection.diagnostics import Diagnostics, diagnose
@@ -26,6 +24,8 @@ from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.selectors import Selector
 from minirec_pl.selection.signals import Signals
 from minirec_pl.selection.sources import read_signals
+from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.files import write_json
 
 PACKAGE = "minirec_pl.selection"
 SAMPLES = "samples.parquet"  # as `minirec score` leaves it beside the signals

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 _NOISE = re.compile(
     r"Does not validate against|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but|"

@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 EXAMPLES = int(os.environ.get("MINIREC_PROPERTY_EXAMPLES", "100"))
 MOST_ROWS = 9

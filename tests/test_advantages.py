@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minirec_pl.errors import InputError
 from minirec_pl.grpo import flat_groups, group_advantages
+from minirec_pl.utils.errors import InputError
 
 SCALES = ["group", "batch", "none"]
 BASELINES = ["mean", "leave_one_out"]

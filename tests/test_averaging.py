@@ -7,8 +7,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAver
 from text_policy import write_model
 
 from minirec_pl import GRPORecModule, RecDataModule
-from minirec_pl.checkpoints import load_policy_weights, weights_digest, weights_under_adapters
 from minirec_pl.policy import LanguageModel, Lora, PromptTemplate, RetrievalPolicy
+from minirec_pl.utils.checkpoints import load_policy_weights, weights_digest, weights_under_adapters
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 CALLBACKS = {

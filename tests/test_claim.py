@@ -8,7 +8,7 @@ import sys
 import pytest
 from cli_tools import REPOSITORY, results
 
-from minirec_pl.claim import claim_folder, is_first
+from minirec_pl.utils.run_folder import claim_folder, is_first
 
 STEP = {"SLURM_JOB_ID": "71", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
 

@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from minirec_pl.cost import Cost
+from minirec_pl.utils.cost import Cost
 
 
 def test_totals_by_phase_and_their_row():

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from minirec_pl.errors import InputError
 from minirec_pl.grpo import LossType, eos_mask, group_advantages, kl_k3, policy_loss
+from minirec_pl.utils.errors import InputError
 
 LOSS_TYPES: list[LossType] = ["grpo", "bnpo", "dr_grpo", "dapo"]
 MAX_LENGTH = 9

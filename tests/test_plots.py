@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from minirec_pl.errors import InputError
 from minirec_pl.plots import draw_curriculum
+from minirec_pl.utils.errors import InputError
 
 
 @pytest.fixture

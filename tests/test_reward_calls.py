@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from minirec_pl.errors import InputError
 from minirec_pl.reward_calls import call_reward, combine_rewards, reward_name
 from minirec_pl.rewards import hit
+from minirec_pl.utils.errors import InputError
 
 COMPLETIONS = ["a", "b", "a", "c"]
 TARGET = ["a", "a", "a", "c"]

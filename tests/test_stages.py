@@ -15,10 +15,10 @@ from safetensors import safe_open
 
 from minirec_pl import RecDataModule, WarmStartModule
 from minirec_pl.__main__ import main
-from minirec_pl.errors import InputError
 from minirec_pl.policy import GenerativePolicy
 from minirec_pl.selection.fingerprints import weights_fingerprint
 from minirec_pl.stages import WarmStart
+from minirec_pl.utils.errors import InputError
 
 WARM = {"epochs": 2, "batch_size": 8, "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}}
 MADE_NEW = f"{{pretrained: null, config: {TINY}}}"

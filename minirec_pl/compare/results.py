@@ -11,10 +11,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from minirec_pl.cost import PHASES
-from minirec_pl.errors import InputError
 from minirec_pl.evaluation import K, gains
-from minirec_pl.files import load_tensors, save_tensors, write_atomically
+from minirec_pl.utils.cost import PHASES
+from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.files import load_tensors, save_tensors, write_atomically
 
 SPLITS = ("validation", "test")
 

@@ -17,7 +17,7 @@ from minirec_pl.compare.results import read_cell, tidy, write_tidy
 from minirec_pl.compare.study import Cell, Study
 from minirec_pl.compare.tasks import cell_path, check, run_cell, warm_folder, warm_start
 from minirec_pl.compare.workers import Workers
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 PIPE_WIDTH = 160
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 Array = npt.NDArray[np.float64]
 LEVEL = 0.95

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from minirec_pl.errors import InputError
 from minirec_pl.sentences import check_yaml
+from minirec_pl.utils.errors import InputError
 
 FORMAT = 1
 GRID_POINTS = 4

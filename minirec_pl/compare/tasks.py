@@ -24,14 +24,14 @@ from minirec_pl.compare.results import Point, points_of, read_cell, write_cell
 from minirec_pl.compare.study import Cell, Data, Study, as_words, seeded
 from minirec_pl.data.assemble import Samples, Source
 from minirec_pl.data.datamodule import RecDataModule
-from minirec_pl.errors import InputError
 from minirec_pl.evaluation import sample_ranks
-from minirec_pl.files import replace_folder
 from minirec_pl.module import GRPORecModule
 from minirec_pl.recommender import RecModule
 from minirec_pl.selection.session import session_of
 from minirec_pl.sentences import sentence_of
 from minirec_pl.stages import Stages, WarmStart
+from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.files import replace_folder
 
 WARM, CELLS, START = "warm", "cells", "start.safetensors"
 QUIET = {

@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 # Set before torch is imported: one thread, and the code paths that every x86 processor since 2013 has.
 ENVIRONMENT = {

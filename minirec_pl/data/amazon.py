@@ -17,7 +17,7 @@ from minirec_pl.data.assemble import Report, Samples, make_catalogue
 from minirec_pl.data.columns import Columns
 from minirec_pl.data.samples import BoolArray, IntArray, SampleTable
 from minirec_pl.data.tables import Table, clean_text, read_table
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 REPOSITORY: Final = "McAuley-Lab/Amazon-Reviews-2023"
 HOME: Final = "https://amazon-reviews-2023.github.io"

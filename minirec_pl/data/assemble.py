@@ -14,7 +14,7 @@ from minirec_pl.data.columns import Columns
 from minirec_pl.data.samples import BoolArray, Catalogue, FloatArray, IntArray, SampleTable
 from minirec_pl.data.sequences import SequenceTable
 from minirec_pl.data.tables import Table, clean_text, ids_of, in_seconds, numbers_of, times_of, unique_ids
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 Report = Counter[str]
 T = TypeVar("T", bound=np.generic)

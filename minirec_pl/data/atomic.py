@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from minirec_pl.data.columns import Columns
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 ColumnType = Literal["token", "token_seq", "float", "float_seq"]
 COLUMN_TYPES: Final[tuple[ColumnType, ...]] = ("token", "token_seq", "float", "float_seq")

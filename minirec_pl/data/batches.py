@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from minirec_pl.data.samples import NO_ITEM, IntArray, SampleTable
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 Batch = dict[str, Tensor]
 T = TypeVar("T", bound=np.generic)

@@ -18,7 +18,7 @@ from typing import Final
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 GROUPLENS_URL: Final = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
 RECBOLE_WHEEL: Final = "recbole==1.2.1"

@@ -15,8 +15,8 @@ from torch.utils.data.distributed import DistributedSampler
 from minirec_pl.data.loader import ResumableLoader, in_hand
 from minirec_pl.data.sampler import CurriculumSampler
 from minirec_pl.data.samples import IntArray
-from minirec_pl.errors import InputError
-from minirec_pl.random_state import random_state, restore_random_state
+from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.seeds import random_state, restore_random_state
 
 _KEPT = ("batch_size", "num_workers", "collate_fn", "pin_memory", "drop_last", "timeout", "worker_init_fn", "generator")
 _KEPT_OF_WORKERS = ("multiprocessing_context", "prefetch_factor", "persistent_workers")

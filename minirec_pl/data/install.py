@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from minirec_pl.data.foreign import ForeignLoader, limited, rebuild
 from minirec_pl.data.sampler import CurriculumSampler
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

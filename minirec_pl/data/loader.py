@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from minirec_pl.data.sampler import ShardedSampler
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 GENERATION = "generation"
 REPEATED = "repeated"

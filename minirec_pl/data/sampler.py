@@ -10,17 +10,11 @@ from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from minirec_pl.data.samples import IntArray
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.ranks import world
 
 T = TypeVar("T")
 Ragged = Literal["repeat", "drop", "keep"]
-
-
-def world() -> tuple[int, int]:
-    """Number of replicas and the own rank: of torch.distributed when it is initialised, else (1, 0)."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size(), torch.distributed.get_rank()
-    return 1, 0
 
 
 class ShardedSampler(DistributedSampler[T]):

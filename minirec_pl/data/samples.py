@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from minirec_pl.data.columns import Columns
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]

@@ -17,7 +17,7 @@ from minirec_pl.data.columns import Columns
 from minirec_pl.data.hub import HubDataset
 from minirec_pl.data.samples import Catalogue, SampleTable
 from minirec_pl.data.tables import Table, read_table
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 __all__ = ["AmazonReviews2023", "AtomicFiles", "HubDataset", "InteractionTable", "Samples", "Sequences", "Source"]
 

@@ -16,7 +16,7 @@ from minirec_pl.data.samples import (
     split_by_time,
     window_rows,
 )
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 Split = tuple[float, float, float] | Literal["leave_one_out", "given"]
 CARVED_VALIDATION = 0.1

@@ -18,7 +18,7 @@ import pandas as pd
 
 from minirec_pl.data.columns import Columns
 from minirec_pl.data.samples import FloatArray
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 _WHOLE: Final = re.compile(r"(-?(?:0|[1-9]\d*))\.0+")
 _MISSING: Final = frozenset({"", "nan", "na", "n/a", "null", "none"})

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from minirec_pl.data.batches import Batch
 from minirec_pl.data.sampler import ShardedSampler
 from minirec_pl.data.samples import NO_ITEM, IntArray, SampleTable
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 Chunk = tuple[int, ...]
 

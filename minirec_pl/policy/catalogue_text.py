@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 _RUNES = [chr(code) for code in range(0x16A0, 0x16EB)]  # letters that no normaliser changes
 _DIGITS = str.maketrans("0123456789", "".join(_RUNES[:10]))

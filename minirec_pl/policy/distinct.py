@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minirec_pl.errors import InputError
 from minirec_pl.policy.causal_lm import head_of
 from minirec_pl.policy.rollout import Prompt, Rollouts
 from minirec_pl.policy.trie_head import child_logps
+from minirec_pl.utils.errors import InputError
 
 _NEVER = -1e30  # log-probabilities below it stand for children that are not allowed
 

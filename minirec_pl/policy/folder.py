@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from minirec_pl.data.samples import Catalogue
-from minirec_pl.errors import InputError
-from minirec_pl.files import replace_folder
 from minirec_pl.policy.adapters import Lora
 from minirec_pl.policy.language_model import LanguageModel, save_language_model
 from minirec_pl.policy.prompt import PromptTemplate
 from minirec_pl.policy.tiny import item_tokenizer
+from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.files import replace_folder
 
 SIDE_FILE = "minirec.json"
 

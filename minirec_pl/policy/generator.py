@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from minirec_pl.data.samples import Catalogue
-from minirec_pl.errors import InputError
 from minirec_pl.policy.catalogue_text import rows_of
 from minirec_pl.policy.causal_lm import (
     body_of,
@@ -35,6 +34,7 @@ from minirec_pl.policy.supervised import check_prompts, check_rules, sequence_nl
 from minirec_pl.policy.tiny import SPECIAL_TOKENS, build_tiny, check_model
 from minirec_pl.policy.trie import TokenTrie
 from minirec_pl.policy.trie_head import TrieHead, child_logps, item_logps
+from minirec_pl.utils.errors import InputError
 
 Batch = Mapping[str, Tensor]
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 _MOST_LEVELS = len(string.ascii_lowercase) - 1  # one more letter tells items of the same codes apart
 

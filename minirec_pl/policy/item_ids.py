@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from minirec_pl.data.samples import Catalogue
-from minirec_pl.errors import InputError
 from minirec_pl.policy.catalogue_text import check_rows, encode_catalogue, rows_of
 from minirec_pl.policy.folder import Chat, StoredPolicy
 from minirec_pl.policy.item_codes import SemanticIds, code_names, read_embeddings, residual_codes
@@ -20,6 +19,7 @@ from minirec_pl.policy.model_support import check_support
 from minirec_pl.policy.prompt import PromptTemplate
 from minirec_pl.policy.text_states import text_states
 from minirec_pl.policy.tiny import item_token
+from minirec_pl.utils.errors import InputError
 
 _START_LENGTH = 0.3
 

@@ -13,11 +13,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 
-from minirec_pl.errors import InputError
 from minirec_pl.policy.adapters import PROJECTIONS, Lora
 from minirec_pl.policy.causal_lm import without_adapter_wrapper
 from minirec_pl.policy.generation import eos_token_ids
 from minirec_pl.policy.model_config import text_config
+from minirec_pl.utils.errors import InputError
 
 ADAPTER = "adapter_config.json"
 

@@ -11,7 +11,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from minirec_pl.errors import InputError
 from minirec_pl.policy.causal_lm import (
     Body,
     Head,
@@ -28,6 +27,7 @@ from minirec_pl.policy.decoding import Decoder
 from minirec_pl.policy.model_config import text_config, text_setting
 from minirec_pl.policy.positions import position_rules
 from minirec_pl.policy.rollout import evaluation_mode
+from minirec_pl.utils.errors import InputError
 
 _PROMPTS = (5, 3)  # tokens of each prompt that is tried
 _COMPLETIONS = ((3, 2), (2, 3))  # and of the completions of each

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 
 class PositionRules(NamedTuple):

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from minirec_pl.data.samples import Catalogue
-from minirec_pl.errors import InputError
 from minirec_pl.policy.catalogue_text import check_rows, encode_texts, rows_of
 from minirec_pl.policy.causal_lm import body_of, run_prompts, same_in_training
 from minirec_pl.policy.exact_buffers import ExactBuffers
@@ -25,6 +24,7 @@ from minirec_pl.policy.reasoning import Reasoning, ReasoningPass, kept_tokens, r
 from minirec_pl.policy.retriever_folder import RetrieverText, read_retriever, stored_vectors, write_retriever
 from minirec_pl.policy.rollout import Prompt, evaluation_mode
 from minirec_pl.policy.supervised import check_rules
+from minirec_pl.utils.errors import InputError
 
 Batch = Mapping[str, Tensor]
 

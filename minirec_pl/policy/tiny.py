@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from minirec_pl.errors import InputError
 from minirec_pl.policy.generation import eos_token_ids
 from minirec_pl.policy.model_config import text_setting
 from minirec_pl.policy.model_support import check_support
+from minirec_pl.utils.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

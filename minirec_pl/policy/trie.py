@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 
 class TokenTrie(nn.Module):

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from minirec_pl.errors import InputError
-from minirec_pl.files import write_atomically
+from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.files import write_atomically
 
 PAGE = "report.html"
 

@@ -11,9 +11,6 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from minirec_pl.arguments import CONFIG
-from minirec_pl.cost import PHASES
-from minirec_pl.errors import InputError
 from minirec_pl.evaluation import FIGURES
 from minirec_pl.policy.folder import SIDE_FILE
 from minirec_pl.run_folder import EVALUATIONS
@@ -21,6 +18,9 @@ from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.run_files import DIAGNOSTICS, EXAMPLES, LEDGER, PLAN, SIGNALS
 from minirec_pl.selection.signals import Signals
 from minirec_pl.selection.store import SignalStore
+from minirec_pl.utils.cost import PHASES
+from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.run_folder import CONFIG
 
 RESULTS = "results.json"
 Row = dict[str, Any]

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from minirec_pl.cost import PHASES
 from minirec_pl.evaluation import FIGURES
 from minirec_pl.report import figures
 from minirec_pl.report.figures import Floats, Picture
 from minirec_pl.report.runs import Row, Run
 from minirec_pl.selection.examples import ease_of, notable
 from minirec_pl.selection.reasons import TOO_EASY, TOO_HARD
+from minirec_pl.utils.cost import PHASES
 
 UNKNOWN = "–"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 
 def check_budget(budget: int | float | None) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minirec_pl.errors import InputError
 from minirec_pl.selection.signals import Array, as_ids, name_ids, repeated_ids
+from minirec_pl.utils.errors import InputError
 
 _SAMPLES_PER_FOLD = 64
 

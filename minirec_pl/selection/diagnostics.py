@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from minirec_pl.errors import InputError
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.reasons import BELOW_BUDGET, NEVER_SCORED, REDUNDANT, SELECTED
+from minirec_pl.utils.errors import InputError
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Bools: TypeAlias = npt.NDArray[np.bool_]

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from minirec_pl.checkpoints import weights_digest
 from minirec_pl.selection.signals import Array, as_ids
+from minirec_pl.utils.checkpoints import weights_digest
 
 
 def weights_fingerprint(module: nn.Module) -> str:

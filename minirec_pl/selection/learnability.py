@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from minirec_pl.errors import InputError
 from minirec_pl.selection.signals import Array
+from minirec_pl.utils.errors import InputError
 
 _FLAT = 1e-12  # a spread below this share of the largest magnitude is rounding, not information
 _IQR_OF_UNIT_NORMAL = 1.3489795003921634

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from minirec_pl.errors import InputError
-from minirec_pl.files import write_atomically
 from minirec_pl.selection.reasons import FILLED, REDUNDANT, SELECTED, WHY
 from minirec_pl.selection.redundancy import name_redundant
+from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.files import write_atomically
 
 _TERMS = ("learnability", "representativeness", "score", "novelty", "value", "reward_mean", "reward_std", "difficulty")
 _DTYPES = {

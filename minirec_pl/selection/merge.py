@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minirec_pl.errors import InputError
 from minirec_pl.selection.store import SignalStore
+from minirec_pl.utils.errors import InputError
 
 _FIELDS = {
     "reward": ("reward_mean", "reward_std", "solve_share", "n_rollouts", "n_wasted", "rewards"),

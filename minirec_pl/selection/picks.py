@@ -11,10 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from minirec_pl.errors import InputError
 from minirec_pl.selection import reasons
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.signals import Signals
+from minirec_pl.utils.errors import InputError
 
 
 def check_budget(k: int, n_samples: int) -> None:

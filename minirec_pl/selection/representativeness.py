@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minirec_pl.errors import InputError
 from minirec_pl.selection.learnability import min_max
 from minirec_pl.selection.signals import Array
+from minirec_pl.utils.errors import InputError
 
 _BLOCK = 2**18  # numbers turned to float64 at a time: 2 MiB, which stay in a processor's cache
 

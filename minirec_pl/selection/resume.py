@@ -13,9 +13,8 @@ from torch.utils.data import DataLoader
 from minirec_pl.data.foreign import ForeignLoader
 from minirec_pl.data.install import validation_is_due
 from minirec_pl.data.loader import in_hand
-from minirec_pl.data.sampler import world
-from minirec_pl.random_state import random_state, restore_random_state
-from minirec_pl.selection.ranks import gather_states
+from minirec_pl.utils.ranks import gather_states, world
+from minirec_pl.utils.seeds import random_state, restore_random_state
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minirec_pl.errors import InputError
 from minirec_pl.selection import reasons
 from minirec_pl.selection.diversity import maxmin_select
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.picks import ascending, ledger_of, vectors
 from minirec_pl.selection.signals import Signals
+from minirec_pl.utils.errors import InputError
 
 _ROWS = 16_384  # rows worked on at a time
 _ITERATION_ROWS = 1_024  # rows of a k-means step, at least

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from minirec_pl.files import write_atomically, write_json
 from minirec_pl.selection.diagnostics import NEAR_ZERO, Diagnostics, diagnose
 from minirec_pl.selection.examples import notable
+from minirec_pl.utils.files import write_atomically, write_json
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minirec_pl.errors import InputError
 from minirec_pl.selection import reasons
 from minirec_pl.selection.learnability import min_max
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.picks import ascending, best_first, ledger_of, solve_chance, vectors
 from minirec_pl.selection.signals import Signals
+from minirec_pl.utils.errors import InputError
 
 _ROWS = 16_384  # gradients turned to float64 at a time
 _ROUNDING = 1e-12  # a standard deviation below this share of the mean is rounding

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 
 from minirec_pl.data.foreign import ForeignLoader
 from minirec_pl.data.install import prepared
-from minirec_pl.errors import InputError
 from minirec_pl.policy.rollout import evaluation_mode
-from minirec_pl.random_state import isolated_random_state
 from minirec_pl.selection.signals import SampleSignals
+from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.seeds import isolated_random_state
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

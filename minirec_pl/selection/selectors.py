@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from minirec_pl.errors import InputError
 from minirec_pl.selection import reasons
 from minirec_pl.selection.diversity import Selection, maxmin_select
 from minirec_pl.selection.learnability import group_difficulty, learnability, min_max, quantile_calibration
@@ -18,6 +17,7 @@ from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.picks import ascending, blank_columns, solve_chance
 from minirec_pl.selection.representativeness import representativeness
 from minirec_pl.selection.signals import Signals
+from minirec_pl.utils.errors import InputError
 
 _LARGE = 100_000  # samples from which on the selection shows its progress
 

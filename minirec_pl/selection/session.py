@@ -10,23 +10,22 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from minirec_pl.claim import run_folder
-from minirec_pl.cost import Cost
 from minirec_pl.data.foreign import ForeignLoader
 from minirec_pl.data.install import TrainLoader, foresee
-from minirec_pl.data.sampler import world
-from minirec_pl.errors import InputError
-from minirec_pl.random_state import isolated_random_state, restore_random_state
 from minirec_pl.selection.curriculum import shuffled_curriculum
 from minirec_pl.selection.fingerprints import fingerprints_of
 from minirec_pl.selection.ledger import SelectionLedger
-from minirec_pl.selection.ranks import agree, gather_signals, gather_states
 from minirec_pl.selection.resume import epoch_is_done, running_of
 from minirec_pl.selection.run_files import RunFiles
 from minirec_pl.selection.scoring import Probe, measure
 from minirec_pl.selection.signal_files import SignalFiles, read_vectors
-from minirec_pl.selection.signals import SampleSignals
+from minirec_pl.selection.signals import SampleSignals, gather_signals
 from minirec_pl.selection.store import SignalStore
+from minirec_pl.utils.cost import Cost
+from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.ranks import agree, gather_states, world
+from minirec_pl.utils.run_folder import run_folder
+from minirec_pl.utils.seeds import isolated_random_state, restore_random_state
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

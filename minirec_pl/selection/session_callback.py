@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from minirec_pl.errors import InputError
 from minirec_pl.selection.resume import RUNNING_KEY, running_of
 from minirec_pl.selection.selectors import Selector
 from minirec_pl.selection.session import CHECKPOINT_KEY, session_of
+from minirec_pl.utils.errors import InputError
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from minirec_pl.errors import InputError
-from minirec_pl.files import load_tensors, save_tensors
 from minirec_pl.selection.store import SignalStore
+from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.files import load_tensors, save_tensors
 
 
 class SignalFiles:

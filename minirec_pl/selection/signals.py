@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.ranks import gather_rows, world
 
 Array: TypeAlias = Tensor | npt.NDArray[Any]
 _SLACK = 1e-5  # a float32 softmax or cosine can exceed 1 by rounding
@@ -239,3 +240,41 @@ class Signals:
             value: Tensor | None = getattr(self, field.name)
             taken[field.name] = None if value is None else value[rows]
         return Signals(**taken)
+
+
+def gather_signals(signals: SampleSignals | None, device: torch.device) -> SampleSignals | None:
+    """The signals that the ranks measured, as one; every rank must call this at the same time.
+
+    Args:
+        signals: of this rank; None if it has none.
+        device: that the process group works on.
+
+    Returns:
+        All rows, in the order of the ranks; None if no rank has any. Without a process group `signals`.
+
+    Raises:
+        InputError: if the ranks measured different signals.
+    """
+    if world()[0] == 1:
+        return signals
+    names = [field.name for field in fields(SampleSignals)]
+    own = {name: None if signals is None else getattr(signals, name) for name in names}
+    widths = torch.tensor([[-1 if v is None else (v.shape[1] if v.ndim > 1 else 0) for v in own.values()]])
+    all_widths = torch.cat(gather_rows(widths, device))
+    known = all_widths[all_widths[:, 0] >= 0]
+    if not len(known):
+        return None
+    if bool((known != known[0]).any()):
+        raise InputError(
+            "the ranks measured different signals: let sample_signals return the same ones for every batch"
+        )
+    joined: dict[str, Tensor] = {}
+    for name, width in zip(names, known[0].tolist(), strict=True):
+        if width < 0:
+            continue
+        value = own[name]
+        dtype = torch.int64 if name == "sample_id" else torch.float64
+        shape = (0, width) if width else (0,)
+        rows = torch.empty(shape, dtype=dtype) if value is None else value.detach().to(dtype)
+        joined[name] = torch.cat(gather_rows(rows, device))
+    return SampleSignals(**joined)

@@ -14,10 +14,10 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from minirec_pl.errors import InputError
 from minirec_pl.selection.merge import merge_stores
 from minirec_pl.selection.signals import SampleSignals, Signals, as_ids, name_ids, repeated_ids
 from minirec_pl.selection.store import SignalStore
+from minirec_pl.utils.errors import InputError
 
 SUFFIXES = (".safetensors", ".parquet", ".jsonl")
 _NAMES = {"reward": "rewards"}

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minirec_pl.errors import InputError
-from minirec_pl.files import load_tensors, save_tensors
 from minirec_pl.selection.reward_update import take_rewards
 from minirec_pl.selection.signals import Array, SampleSignals, Signals, as_ids, name_ids, repeated_ids
+from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.files import load_tensors, save_tensors
 
 _SCALARS = dict.fromkeys(("reward_mean", "reward_std", "solve_share", "solve_probability", "alignment"), torch.nan)
 _COUNTS = {"n_rollouts": 0, "n_wasted": 0} | {

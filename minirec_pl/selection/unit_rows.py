@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from minirec_pl.errors import InputError
 from minirec_pl.selection.signals import Array
+from minirec_pl.utils.errors import InputError
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 Floats: TypeAlias = npt.NDArray[np.float64]

@@ -6,7 +6,7 @@ import pytest
 from compare_tools import STUDY, write_study
 
 from minirec_pl.compare.study import Study, as_words
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 
 @pytest.fixture

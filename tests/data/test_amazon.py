@@ -10,7 +10,7 @@ import pytest
 from own_tables import write_amazon
 
 from minirec_pl.data.sources import AmazonReviews2023
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 
 def day(text):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from minirec_pl.data.atomic import read_atomic
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 HEADER = "user_id:token\titem_id:token\ttags:token_seq\tvector:float_seq\ttimestamp:float\n"
 

@@ -10,7 +10,7 @@ from toy_data import known_before, write_dataset
 
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.sources import AtomicFiles, HubDataset, InteractionTable, Sequences
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 
 def rows_of(table, catalogue):

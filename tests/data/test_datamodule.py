@@ -10,7 +10,7 @@ from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.loader import ResumableLoader
 from minirec_pl.data.sampler import CurriculumSampler
 from minirec_pl.data.warm import WarmChunkSampler
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 
 def ready(root, **options):

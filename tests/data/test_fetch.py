@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minirec_pl.data import fetch
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 U_DATA = b"196\t242\t3\t881250949\n186\t302\t3\t891717742\n"
 U_USER = b"1|24|M|technician|85711\n74|39|M|scientist|T8H1N\n"

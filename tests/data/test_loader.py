@@ -13,7 +13,7 @@ from minirec_pl.data.batches import identity
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.loader import ResumableLoader
 from minirec_pl.data.sampler import CurriculumSampler
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint"),

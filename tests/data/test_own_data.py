@@ -14,7 +14,7 @@ from tiny_config import TINY
 from minirec_pl.__main__ import main
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.sources import InteractionTable, Sequences
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "configs" / "own-data" / "template.yaml"
 QUIET = ["--trainer.logger=null", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data.distributed import DistributedSampler
 
 from minirec_pl.data.sampler import CurriculumSampler, OrderedSampler
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 IDS = [3, 14, 15, 92, 65, 35, 89]
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from toy_data import known_before, random_rows
 
 from minirec_pl.data.samples import Catalogue, SampleTable, split_by_time
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 ROWS = st.lists(
     st.tuples(st.sampled_from("abc"), st.integers(0, 5).map(str), st.integers(0, 8)), min_size=1, max_size=40

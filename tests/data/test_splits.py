@@ -9,7 +9,7 @@ from toy_data import random_rows
 from minirec_pl.data.samples import SampleTable
 from minirec_pl.data.sequences import SequenceTable
 from minirec_pl.data.splits import given_parts, leave_one_out, random_part, split_table
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 ROWS = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 9), st.integers(0, 8)), min_size=1, max_size=40)
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from minirec_pl.data.tables import Table, as_id, clean_text, ids_of, numbers_of, read_table, times_of
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 
 def column(values, has_header=False):

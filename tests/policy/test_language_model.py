@@ -10,7 +10,6 @@ from tiny_llm import prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minirec_pl import InputError
-from minirec_pl.checkpoints import weights_digest, weights_under_adapters
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.export import export
 from minirec_pl.policy import GenerativePolicy, Sampling, completion_logps, generate
@@ -20,6 +19,7 @@ from minirec_pl.policy.generation import eos_token_ids
 from minirec_pl.policy.language_model import LanguageModel, grow, save_language_model
 from minirec_pl.policy.model_config import text_config
 from minirec_pl.reference import adapters_off
+from minirec_pl.utils.checkpoints import weights_digest, weights_under_adapters
 
 KINDS = ["llama", "qwen2", "gemma2"]
 IDS, MASK = prompts(5, 9, vocabulary=300)

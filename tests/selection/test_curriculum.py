@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirec_pl.errors import InputError
 from minirec_pl.selection import (
     default_folds,
     fold_curriculum,
@@ -18,6 +17,7 @@ from minirec_pl.selection import (
     shuffled_curriculum,
     target_curriculum,
 )
+from minirec_pl.utils.errors import InputError
 
 
 def test_published_curriculum(published):

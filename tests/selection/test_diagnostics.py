@@ -10,8 +10,8 @@ import pytest
 import torch
 from test_selectors import random_pool
 
-from minirec_pl.errors import InputError
 from minirec_pl.selection import MiniRecSelector, RandomSelector, diagnose
+from minirec_pl.utils.errors import InputError
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "published_cds_and_vinyl.npz"
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirec_pl.errors import InputError
 from minirec_pl.selection import lazy_greedy, maxmin_select, unit_rows
 from minirec_pl.selection.diversity import nearest_pick
+from minirec_pl.utils.errors import InputError
 
 
 def distance(a: list[float], b: list[float]) -> float:

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirec_pl.errors import InputError
 from minirec_pl.selection import group_difficulty, learnability
 from minirec_pl.selection.learnability import min_max, quantile_calibration
+from minirec_pl.utils.errors import InputError
 
 
 def gaussian(rewards: list[float], mu: float, sigma: float | None) -> list[float]:

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 import torch
 
-from minirec_pl.errors import InputError
 from minirec_pl.selection import SelectionLedger
+from minirec_pl.utils.errors import InputError
 
 
 def table() -> pd.DataFrame:

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirec_pl.errors import InputError
 from minirec_pl.selection import SampleSignals, SignalStore, merge_stores
+from minirec_pl.utils.errors import InputError
 
 PRINTS = {"model": "a", "data": "b", "seed": "1"}
 measurements = st.lists(

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirec_pl.errors import InputError
 from minirec_pl.selection import representativeness
+from minirec_pl.utils.errors import InputError
 
 
 def oracle(gradients: list[list[float]], fresh: list[bool] | None = None) -> list[float]:

@@ -11,7 +11,6 @@ import torch
 from jsonargparse import ArgumentParser
 from rival_pool import best, by_id, pool, values
 
-from minirec_pl.errors import InputError
 from minirec_pl.selection import (
     DEALRecSelector,
     EL2NSelector,
@@ -26,6 +25,7 @@ from minirec_pl.selection import (
     Selector,
     SignalStore,
 )
+from minirec_pl.utils.errors import InputError
 
 SCORED = [GraNdSelector, EL2NSelector, RewardVarianceSelector, LearnAlignSelector, DEALRecSelector]
 NEEDY = [*SCORED, KMeansSelector, KCenterSelector]

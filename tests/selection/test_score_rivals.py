@@ -9,7 +9,6 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from rival_pool import best, by_id, pool, values
 
-from minirec_pl.errors import InputError
 from minirec_pl.selection import (
     DEALRecSelector,
     EL2NSelector,
@@ -17,6 +16,7 @@ from minirec_pl.selection import (
     LearnAlignSelector,
     RewardVarianceSelector,
 )
+from minirec_pl.utils.errors import InputError
 
 
 def test_grand_is_the_norm_of_the_gradient():

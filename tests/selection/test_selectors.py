@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from minirec_pl.errors import InputError
 from minirec_pl.selection import MiniRecSelector, RandomSelector, SampleSignals, Selector, Signals, SignalStore
+from minirec_pl.utils.errors import InputError
 
 
 def random_pool(n=60, seed=0, **changes):

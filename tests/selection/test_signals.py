@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from minirec_pl.errors import InputError
 from minirec_pl.selection import SampleSignals, Signals
+from minirec_pl.utils.errors import InputError
 
 
 def test_numpy_and_lists_become_tensors_without_graph():

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from minirec_pl.errors import InputError
 from minirec_pl.selection import SampleSignals, SignalStore
+from minirec_pl.utils.errors import InputError
 
 POOL = [30, 10, 20, 40]
 

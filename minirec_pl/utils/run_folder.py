@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
-from minirec_pl.errors import InputError
+from minirec_pl.utils.errors import InputError
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
+CONFIG = "config.yaml"
 RUN_DIR_VARIABLE = "MINIREC_RUN_DIR"
 
 

@@ -1,23 +1,24 @@
-"""What the ranks of a distributed run tell each other: measured signals, states, and whether one of them failed."""
+"""What the ranks of a distributed run tell each other: rows, states, and whether one of them failed."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minirec_pl.data.sampler import world
-from minirec_pl.errors import InputError
-from minirec_pl.selection.signals import SampleSignals
+from minirec_pl.utils.errors import InputError
 
-_DTYPES = {"sample_id": torch.int64, "solve_probability": torch.float64}
-_FIELDS = tuple(field.name for field in fields(SampleSignals))
+
+def world() -> tuple[int, int]:
+    """Number of replicas and the own rank: of torch.distributed when it is initialised, else (1, 0)."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return 1, 0
 
 
 def gather_rows(rows: Tensor, device: torch.device) -> list[Tensor]:
@@ -41,43 +42,6 @@ def gather_rows(rows: Tensor, device: torch.device) -> list[Tensor]:
     if padded.numel():
         dist.all_gather(gathered, padded)
     return [part[: int(c)].cpu() for part, c in zip(gathered, counts, strict=True)]
-
-
-def gather_signals(signals: SampleSignals | None, device: torch.device) -> SampleSignals | None:
-    """The signals that the ranks measured, as one; every rank must call this at the same time.
-
-    Args:
-        signals: of this rank; None if it has none.
-        device: that the process group works on.
-
-    Returns:
-        All rows, in the order of the ranks; None if no rank has any. Without a process group `signals`.
-
-    Raises:
-        InputError: if the ranks measured different signals.
-    """
-    if world()[0] == 1:
-        return signals
-    own = {name: None if signals is None else getattr(signals, name) for name in _FIELDS}
-    widths = torch.tensor([[-1 if v is None else (v.shape[1] if v.ndim > 1 else 0) for v in own.values()]])
-    all_widths = torch.cat(gather_rows(widths, device))
-    known = all_widths[all_widths[:, 0] >= 0]
-    if not len(known):
-        return None
-    if bool((known != known[0]).any()):
-        raise InputError(
-            "the ranks measured different signals: let sample_signals return the same ones for every batch"
-        )
-    joined: dict[str, Tensor] = {}
-    for name, width in zip(_FIELDS, known[0].tolist(), strict=True):
-        if width < 0:
-            continue
-        value = own[name]
-        dtype = _DTYPES.get(name, torch.float64)
-        shape = (0, width) if width else (0,)
-        rows = torch.empty(shape, dtype=dtype) if value is None else value.detach().to(dtype)
-        joined[name] = torch.cat(gather_rows(rows, device))
-    return SampleSignals(**joined)
 
 
 def gather_states(state: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
