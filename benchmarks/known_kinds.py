@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minirec_pl.data.samples import Catalogue, IntArray
-from minirec_pl.data.sequences import SequenceTable
+from minirec_pl.data.sequence_table import SequenceTable
 from minirec_pl.data.sources import Samples
 
 KINDS = ("useful", "solved", "redundant", "hopeless", "coin")

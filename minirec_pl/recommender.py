@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from minirec_pl.data.install import keep_columns
+from minirec_pl.data.train_loader import keep_columns
 from minirec_pl.generation import take_rows
 from minirec_pl.metrics import MRR, NDCG, Coverage, HitRate, SampleRanks, target_rank, top_items
 from minirec_pl.policy import Recommender, RetrievalPolicy

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from minirec_pl.data.columns import Columns
 from minirec_pl.data.samples import Catalogue, IntArray, SampleTable
-from minirec_pl.data.sequences import SequenceTable
-from minirec_pl.data.tables import Table, as_id, ids_of, numbers_of, read_table, read_text, times_of, unique_ids
+from minirec_pl.data.sequence_table import SequenceTable
+from minirec_pl.data.sources.tables import Table, as_id, ids_of, numbers_of, read_table, read_text, times_of, unique_ids
 from minirec_pl.utils.errors import InputError
 
 

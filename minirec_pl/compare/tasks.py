@@ -22,8 +22,8 @@ from torch import Tensor
 from minirec_pl.cli import CLI_OPTIONS, MiniRecCLI, ParserError, config_after_warm_start
 from minirec_pl.compare.results import Point, points_of, read_cell, write_cell
 from minirec_pl.compare.study import Cell, Data, Study, as_words, seeded
-from minirec_pl.data.assemble import Samples, Source
 from minirec_pl.data.datamodule import RecDataModule
+from minirec_pl.data.sources.assemble import Samples, Source
 from minirec_pl.evaluation import sample_ranks
 from minirec_pl.module import GRPORecModule
 from minirec_pl.recommender import RecModule

@@ -9,16 +9,16 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch.utils.data import DataLoader, Dataset
 
-from minirec_pl.data.assemble import Report, Source
 from minirec_pl.data.batches import Batch, SampleDataset, identity
 from minirec_pl.data.columns import Columns
 from minirec_pl.data.loader import GenerationSchedule, ResumableLoader
 from minirec_pl.data.sampler import CurriculumSampler, OrderedSampler
 from minirec_pl.data.samples import Catalogue, IntArray, SampleTable, TimeSplit, digest
-from minirec_pl.data.sequences import SequenceTable, WarmSequenceDataset
+from minirec_pl.data.sequence_table import SequenceTable, WarmSequenceDataset
 from minirec_pl.data.sources import AtomicFiles
+from minirec_pl.data.sources.assemble import Report, Source
 from minirec_pl.data.splits import Parts, random_part, split_table
-from minirec_pl.data.warm import WarmChunkSampler, WarmDataset
+from minirec_pl.data.warm_batches import WarmChunkSampler, WarmDataset
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.ranks import world
 

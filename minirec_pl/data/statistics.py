@@ -9,7 +9,7 @@ import numpy as np
 
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.samples import Catalogue, IntArray
-from minirec_pl.data.sequences import SequenceTable
+from minirec_pl.data.sequence_table import SequenceTable
 from minirec_pl.data.splits import LEAVE_ONE_OUT_LEAK, random_part
 
 PromptText = Callable[[Catalogue, IntArray], str]

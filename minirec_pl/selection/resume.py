@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from minirec_pl.data.foreign import ForeignLoader
-from minirec_pl.data.install import validation_is_due
+from minirec_pl.data.foreign_loader import ForeignLoader
 from minirec_pl.data.loader import in_hand
+from minirec_pl.data.train_loader import validation_is_due
 from minirec_pl.utils.ranks import gather_states, world
 from minirec_pl.utils.seeds import random_state, restore_random_state
 

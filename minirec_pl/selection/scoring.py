@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch.utils.data import DataLoader
 
-from minirec_pl.data.foreign import ForeignLoader
-from minirec_pl.data.install import prepared
+from minirec_pl.data.foreign_loader import ForeignLoader
+from minirec_pl.data.train_loader import prepared
 from minirec_pl.policy.rollout import evaluation_mode
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.utils.errors import InputError

@@ -10,8 +10,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from minirec_pl.data.foreign import ForeignLoader
-from minirec_pl.data.install import TrainLoader, foresee
+from minirec_pl.data.foreign_loader import ForeignLoader
+from minirec_pl.data.train_loader import TrainLoader, foresee
 from minirec_pl.selection.curriculum import shuffled_curriculum
 from minirec_pl.selection.fingerprints import fingerprints_of
 from minirec_pl.selection.ledger import SelectionLedger

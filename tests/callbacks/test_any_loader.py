@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 
 from minirec_pl import InputError
 from minirec_pl.callbacks import EasyToHardCurriculum, MiniRec, RescoreSamples, RewardHistory
-from minirec_pl.data.foreign import ForeignLoader, rebuild
+from minirec_pl.data.foreign_loader import ForeignLoader, rebuild
 from minirec_pl.probes import HeadProbe
 from minirec_pl.selection import MiniRecSelector, RandomSelector, SampleSignals
 from minirec_pl.selection.session import session_of

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from minirec_pl.data.atomic import read_atomic
+from minirec_pl.data.sources.atomic_files import read_atomic
 from minirec_pl.utils.errors import InputError
 
 HEADER = "user_id:token\titem_id:token\ttags:token_seq\tvector:float_seq\ttimestamp:float\n"
@@ -103,5 +103,5 @@ def test_a_hundred_thousand_lines_are_read_fast(write):
 
 
 def test_reader_and_fetcher_start_without_torch():
-    code = "import sys, minirec_pl.data.atomic, minirec_pl.data.fetch; sys.exit('torch' in sys.modules)"
+    code = "import sys, minirec_pl.data.sources.atomic_files, minirec_pl.data.fetch; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

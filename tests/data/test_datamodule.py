@@ -9,7 +9,7 @@ from toy_data import known_before, random_rows, write_dataset
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.loader import ResumableLoader
 from minirec_pl.data.sampler import CurriculumSampler
-from minirec_pl.data.warm import WarmChunkSampler
+from minirec_pl.data.warm_batches import WarmChunkSampler
 from minirec_pl.utils.errors import InputError
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from toy_data import random_rows
 
 from minirec_pl.data.samples import SampleTable
-from minirec_pl.data.sequences import SequenceTable
+from minirec_pl.data.sequence_table import SequenceTable
 from minirec_pl.data.splits import given_parts, leave_one_out, random_part, split_table
 from minirec_pl.utils.errors import InputError
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from minirec_pl.data.tables import Table, as_id, clean_text, ids_of, numbers_of, read_table, times_of
+from minirec_pl.data.sources.tables import Table, as_id, clean_text, ids_of, numbers_of, read_table, times_of
 from minirec_pl.utils.errors import InputError
 
 

@@ -9,7 +9,7 @@ from toy_data import random_rows, write_dataset
 
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.samples import SampleTable
-from minirec_pl.data.warm import WarmChunkSampler, WarmDataset
+from minirec_pl.data.warm_batches import WarmChunkSampler, WarmDataset
 from minirec_pl.utils.errors import InputError
 
 

@@ -11,7 +11,7 @@ from tiny_config import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minirec_pl
-import minirec_pl.data.install
+import minirec_pl.data.train_loader
 from minirec_pl import GRPORecModule, RecDataModule, WarmStartModule
 from minirec_pl.callbacks import MiniRec
 from minirec_pl.policy import GenerativePolicy, LanguageModel, Lora, PromptTemplate, RetrievalPolicy
@@ -191,7 +191,7 @@ def test_ages_and_ratings_reach_the_prompt_unrounded(folders, toy_path, make_tra
 
 def test_a_foreign_batch_is_still_converted(make_trainer):
     trainer = make_trainer(precision="bf16-true")
-    minirec_pl.data.install.keep_columns(trainer)
+    minirec_pl.data.train_loader.keep_columns(trainer)
     convert = trainer.precision_plugin.convert_input
     assert convert({"x": torch.zeros(1)})["x"].dtype == convert([torch.zeros(1)])[0].dtype == torch.bfloat16
     assert convert({"history": torch.zeros(1, 1).long(), "history_age": torch.zeros(1)})["history_age"].dtype == (

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
-from minirec_pl.data.foreign import ForeignLoader, limited, rebuild
+from minirec_pl.data.foreign_loader import ForeignLoader, limited, rebuild
 from minirec_pl.data.sampler import CurriculumSampler
 from minirec_pl.utils.errors import InputError
 
@@ -31,7 +31,7 @@ class TrainLoader:
         sampler: its sampler.
 
     Raises:
-        InputError: if the loader cannot be rebuilt, see `minirec_pl.data.foreign.rebuild`.
+        InputError: if the loader cannot be rebuilt, see `minirec_pl.data.foreign_loader.rebuild`.
     """
 
     loader: DataLoader[Any]

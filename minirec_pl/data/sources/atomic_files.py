@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Final, Literal
@@ -10,11 +11,61 @@ import numpy as np
 import pandas as pd
 
 from minirec_pl.data.columns import Columns
+from minirec_pl.data.samples import Catalogue, SampleTable
+from minirec_pl.data.sources.assemble import INTERACTION_COLUMNS, Report, Samples
 from minirec_pl.utils.errors import InputError
 
 ColumnType = Literal["token", "token_seq", "float", "float_seq"]
 COLUMN_TYPES: Final[tuple[ColumnType, ...]] = ("token", "token_seq", "float", "float_seq")
 _NEVER_EMPTY: Final = (Columns.USER_ID, Columns.ITEM_ID)
+
+
+TITLE_COLUMNS: Final = {"movie_title": Columns.TITLE}
+
+
+@dataclass(frozen=True)
+class AtomicFiles:
+    """RecBole atomic files: ``<path>/<dataset>/<dataset>.inter`` and, where they exist, ``.item`` and ``.user``.
+
+    The catalogue is the ``.item`` file in its order, else the items by first appearance. An item's text is
+    ``title (release_year), class`` as far as the file has these columns. Nothing is dropped: such files are made by
+    programs, so what does not fit (an item or user that is not in its file, an item twice) is refused.
+
+    Args:
+        path: Folder that holds a folder per dataset.
+        dataset: Name of the dataset's folder and files.
+
+    Example:
+        >>> AtomicFiles("data", "ml-100k").read().catalogue.texts[0]  # doctest: +SKIP
+        "Toy Story (1995), Animation, Children's, Comedy"
+    """
+
+    path: str
+    dataset: str = "ml-100k"
+
+    def read(self) -> Samples:
+        """Read the files.
+
+        Raises:
+            InputError: A file is missing or wrong; names the line.
+        """
+        folder = Path(self.path, self.dataset)
+        interactions = folder / f"{self.dataset}.inter"
+        if not interactions.is_file():
+            fetch = f"run 'minirec fetch {self.dataset} --to {self.path}'"
+            other = f"put {self.dataset}.inter and {self.dataset}.item (RecBole atomic files) there"
+            raise InputError(f"{interactions} is missing; {fetch if self.dataset == 'ml-100k' else other}.")
+        frame = read_atomic(interactions, required=INTERACTION_COLUMNS)
+        if frame[Columns.TIMESTAMP].dtype != np.float64:
+            raise InputError(
+                f"{interactions}, line 1, column timestamp: it must be 'timestamp:float', in unix seconds."
+            )
+        if Columns.RATING in frame and frame[Columns.RATING].dtype != np.float64:
+            frame = frame.drop(columns=Columns.RATING)
+        catalogue = _atomic_catalogue(folder / f"{self.dataset}.item", frame[Columns.ITEM_ID].tolist())
+        _check_users(folder / f"{self.dataset}.user", interactions, frame[Columns.USER_ID].tolist())
+        table = SampleTable.from_interactions(frame, catalogue, source=str(interactions))
+        return Samples(table, catalogue, str(interactions), Report())
 
 
 def read_atomic(path: Path, columns: Mapping[str, str] | None = None, *, required: Sequence[str] = ()) -> pd.DataFrame:
@@ -142,4 +193,40 @@ def _check_last_value(path: Path, name: str, values: list[str]) -> None:
         raise InputError(
             f"{path}, line {len(values) + 1}, column {name}: the file seems truncated, it ends inside the number "
             f"{values[-1]!r}; copy the file again, or end it with a newline if it is whole."
+        )
+
+
+def _atomic_catalogue(path: Path, interacted: list[str]) -> Catalogue:
+    if not path.is_file():
+        return Catalogue(list(dict.fromkeys(interacted)))
+    items = read_atomic(path, TITLE_COLUMNS, required=(Columns.ITEM_ID,))
+    twice = items[Columns.ITEM_ID].duplicated()
+    if twice.any():
+        row = int(np.argmax(twice))
+        raise InputError(
+            f"{path}, line {row + 2}: the item {items[Columns.ITEM_ID].iloc[row]!r} comes twice; keep one row."
+        )
+    titles = items[Columns.TITLE].tolist() if Columns.TITLE in items else None
+    return Catalogue(items[Columns.ITEM_ID].tolist(), titles, _atomic_texts(items) if titles else None)
+
+
+def _atomic_texts(items: pd.DataFrame) -> list[str]:
+    nothing = [""] * len(items)
+    years = items["release_year"].astype(str).tolist() if "release_year" in items else nothing
+    genres = items["class"].astype(str).tolist() if "class" in items else nothing
+    return [
+        ", ".join(filter(None, [f"{title} ({year})" if title and year else title, *genre.split()]))
+        for title, year, genre in zip(items[Columns.TITLE].tolist(), years, genres, strict=True)
+    ]
+
+
+def _check_users(path: Path, interactions: Path, user_ids: list[str]) -> None:
+    if not path.is_file():
+        return
+    known = set(read_atomic(path, required=(Columns.USER_ID,))[Columns.USER_ID])
+    row = next((row for row, user_id in enumerate(user_ids) if user_id not in known), None)
+    if row is not None:
+        raise InputError(
+            f"{interactions}, line {row + 2}: the user {user_ids[row]!r} is not in {path.name}; add it there or "
+            "mend the order of the columns."
         )

@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from minirec_pl.data.assemble import PARTS, Samples, from_interactions, from_sequences
 from minirec_pl.data.columns import Columns
-from minirec_pl.data.tables import Table, read_table
+from minirec_pl.data.sources.assemble import PARTS, Samples, from_interactions, from_sequences
+from minirec_pl.data.sources.tables import Table, read_table
 from minirec_pl.utils.errors import InputError
 
 

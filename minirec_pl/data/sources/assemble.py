@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Final, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -12,8 +13,17 @@ import pandas as pd
 
 from minirec_pl.data.columns import Columns
 from minirec_pl.data.samples import BoolArray, Catalogue, FloatArray, IntArray, SampleTable
-from minirec_pl.data.sequences import SequenceTable
-from minirec_pl.data.tables import Table, clean_text, ids_of, in_seconds, numbers_of, times_of, unique_ids
+from minirec_pl.data.sequence_table import SequenceTable
+from minirec_pl.data.sources.tables import (
+    Table,
+    clean_text,
+    ids_of,
+    in_seconds,
+    numbers_of,
+    read_table,
+    times_of,
+    unique_ids,
+)
 from minirec_pl.utils.errors import InputError
 
 Report = Counter[str]
@@ -25,6 +35,9 @@ PARTS: Final = {
     "validation": "validation",
     "test": "test",
 }
+
+
+INTERACTION_COLUMNS: Final = (Columns.USER_ID, Columns.ITEM_ID, Columns.TIMESTAMP)
 
 
 class Samples(NamedTuple):
@@ -146,6 +159,11 @@ def from_sequences(rows: Table, items: Table | None, item_text: Sequence[str]) -
         history_ratings=per_row(beside[Columns.HISTORY_RATING]) if Columns.HISTORY_RATING in beside else None,
     )
     return Samples(table, catalogue, rows.name, report)
+
+
+def read_items(path: str | None, columns: Mapping[str, str]) -> Table | None:
+    """The table of items in a file, or None where there is none."""
+    return None if path is None else read_table(Path(path)).select(columns, (Columns.ITEM_ID,))
 
 
 def make_catalogue(items: Table | None, used_ids: Sequence[str], item_text: Sequence[str], report: Report) -> Catalogue:

@@ -13,10 +13,10 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from minirec_pl.data.assemble import Report, Samples, make_catalogue
 from minirec_pl.data.columns import Columns
 from minirec_pl.data.samples import BoolArray, IntArray, SampleTable
-from minirec_pl.data.tables import Table, clean_text, read_table
+from minirec_pl.data.sources.assemble import Report, Samples, make_catalogue
+from minirec_pl.data.sources.tables import Table, clean_text, read_table
 from minirec_pl.utils.errors import InputError
 
 REPOSITORY: Final = "McAuley-Lab/Amazon-Reviews-2023"

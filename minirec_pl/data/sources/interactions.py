@@ -1,0 +1,50 @@
+"""Interaction tables: a log of interactions, a row each, and a table of items."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minirec_pl.data.columns import Columns
+from minirec_pl.data.sources.assemble import INTERACTION_COLUMNS, Samples, from_interactions, read_items
+from minirec_pl.data.sources.tables import read_table
+
+
+@dataclass(frozen=True)
+class InteractionTable:
+    """A log of interactions, a row each, and a table of items: CSV or parquet.
+
+    Rows come in any order. Ids are text: 12, 12.0 and "12.0" are "12", but "007" stays itself. Times are dates or unix
+    times (their unit follows from their size). What a real export has wrong is mended and counted, see
+    :attr:`RecDataModule.report`: rows that repeat user, item and time (the first stays), items that are not in the item
+    table (the interaction goes), missing ratings (unknown) and titles (the id stands in). What cannot be mended is one
+    sentence with file and line: an empty id, a rating or time that is none, text that is not UTF-8.
+
+    Args:
+        interactions: File with user_id, item_id and timestamp, perhaps rating and split; ``.csv``, ``.tsv`` (either
+            also ``.gz``) or ``.parquet``.
+        items: File with item_id, perhaps title and others, in the order of the catalogue; None: the items of the log
+            by first appearance, without titles.
+        columns: Names in ``interactions`` that differ from the library's: ``{user_id: customer, item_id: sku}``.
+        item_columns: The same for ``items``.
+        item_text: Columns of ``items`` that make up the text encoders read, joined by ", ".
+
+    Example:
+        >>> InteractionTable("log.csv", "items.csv", columns={"user_id": "customer"}).read()  # doctest: +SKIP
+    """
+
+    interactions: str
+    items: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    item_columns: Mapping[str, str] = field(default_factory=dict)
+    item_text: Sequence[str] = (Columns.TITLE,)
+
+    def read(self) -> Samples:
+        """Read the files.
+
+        Raises:
+            InputError: A file is missing or something in it cannot be mended; names the line.
+        """
+        log = read_table(Path(self.interactions)).select(self.columns, INTERACTION_COLUMNS)
+        return from_interactions(log, read_items(self.items, self.item_columns), self.item_text)

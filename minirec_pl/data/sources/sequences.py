@@ -1,0 +1,51 @@
+"""Ready-made sequences: a row per sample with its history, and a table of items."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from minirec_pl.data.columns import Columns
+from minirec_pl.data.sources.assemble import Samples, from_sequences, read_items
+from minirec_pl.data.sources.tables import read_table
+
+SEQUENCE_COLUMNS: Final = (Columns.USER_ID, Columns.HISTORY_ITEM_ID, Columns.ITEM_ID)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Ready-made sequences, a row per sample with its history, and a table of items: parquet.
+
+    Without a column timestamp the row order is the time order, and the ages of a history are unknown (NaN). A sample
+    masks the items of its own history at evaluation; history items that are not in the item table go, and a row whose
+    target is not. Other faults are treated as in :class:`InteractionTable`.
+
+    Args:
+        sequences: File with user_id, history_item_id (lists, oldest first) and item_id, perhaps timestamp, rating,
+            split, and history_timestamp and history_rating (lists as long as the history).
+        items: File with item_id, perhaps title and others, in the order of the catalogue; None: the items by first
+            appearance, without titles.
+        columns: Names in ``sequences`` that differ from the library's.
+        item_columns: The same for ``items``.
+        item_text: Columns of ``items`` that make up the text encoders read, joined by ", ".
+
+    Example:
+        >>> Sequences("sequences.parquet", "items.parquet").read()  # doctest: +SKIP
+    """
+
+    sequences: str
+    items: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    item_columns: Mapping[str, str] = field(default_factory=dict)
+    item_text: Sequence[str] = (Columns.TITLE,)
+
+    def read(self) -> Samples:
+        """Read the files.
+
+        Raises:
+            InputError: A file is missing or something in it cannot be mended; names the row.
+        """
+        rows = read_table(Path(self.sequences)).select(self.columns, SEQUENCE_COLUMNS)
+        return from_sequences(rows, read_items(self.items, self.item_columns), self.item_text)
