@@ -17,8 +17,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 
 from minirec_pl import GRPORecModule, RecDataModule, WarmStartModule
 from minirec_pl.callbacks import EasyToHardCurriculum, MiniRec
-from minirec_pl.evaluation import FIGURES, ranking_figures
-from minirec_pl.metrics import target_rank
+from minirec_pl.metrics.evaluation import FIGURES, ranking_figures
+from minirec_pl.metrics.ranking import target_rank
 from minirec_pl.policy import GenerativePolicy
 from minirec_pl.policy.rollout import evaluation_mode
 from minirec_pl.selection import MiniRecSelector, RandomSelector

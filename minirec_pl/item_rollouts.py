@@ -15,7 +15,7 @@ from minirec_pl.policy import GenerativePolicy, Rollouts
 from minirec_pl.policy.distinct import sample_distinct
 from minirec_pl.policy.rollout import Prompt, evaluation_mode
 from minirec_pl.probes import target_signals
-from minirec_pl.reward_calls import Rewarder
+from minirec_pl.rewards.calls import Rewarder
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.trajectory import Trajectory
 from minirec_pl.utils.cost import Cost

@@ -30,8 +30,8 @@ from minirec_pl.policy.rollout import evaluation_mode
 from minirec_pl.recommender import EVALUATION_K, RecModule
 from minirec_pl.recpo import with_negatives
 from minirec_pl.reference import adapters_off, check_sync, frozen_copy, is_fresh_lora, mix_into
-from minirec_pl.reward_calls import RewardFunction
-from minirec_pl.rewards import SoftmaxMixReward, hit
+from minirec_pl.rewards.calls import RewardFunction
+from minirec_pl.rewards.functions import SoftmaxMixReward, hit
 from minirec_pl.samplers import sampler_of
 from minirec_pl.selection.resume import position as batch_position
 from minirec_pl.selection.signals import SampleSignals
@@ -53,7 +53,7 @@ class GRPORecModule(RecModule):
 
     Args:
         policy: the recommender, usually a warm start.
-        rewards: reward functions, TRL's contract (see `minirec_pl.reward_calls`); in YAML by dotted path. None takes
+        rewards: reward functions, TRL's contract (see `minirec_pl.rewards.calls`); in YAML by dotted path. None takes
             `hit`, and for a RetrievalPolicy `SoftmaxMixReward()`.
         reward_weights: one weight per reward; None weighs each with 1.
         num_generations: G, rollouts per prompt, at least 2.

@@ -8,8 +8,8 @@ from typing import Any
 
 from minirec_pl.data.loader import GenerationSchedule
 from minirec_pl.policy import RetrievalPolicy
-from minirec_pl.reward_calls import reward_name
-from minirec_pl.rewards import hit, rank_penalty
+from minirec_pl.rewards.calls import reward_name
+from minirec_pl.rewards.functions import hit, rank_penalty
 from minirec_pl.utils.errors import InputError
 
 ROLLOUTS = ("sample", "beam")

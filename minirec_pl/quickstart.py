@@ -12,7 +12,7 @@ from rich.table import Table
 
 from minirec_pl.cli import run
 from minirec_pl.data.datamodule import RecDataModule
-from minirec_pl.evaluation import FIGURES, popularity_row
+from minirec_pl.metrics.evaluation import FIGURES, popularity_row
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import write_json
 

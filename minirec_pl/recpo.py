@@ -24,7 +24,7 @@ from minirec_pl.policy import RetrievalPolicy, Sampling
 from minirec_pl.policy.item_index import Ranking, draw_negatives
 from minirec_pl.policy.reasoning import ReasoningPass, unit
 from minirec_pl.policy.rollout import evaluation_mode
-from minirec_pl.reward_calls import Rewarder, ranking_columns
+from minirec_pl.rewards.calls import Rewarder, ranking_columns
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.utils.cost import Cost
 from minirec_pl.utils.errors import InputError

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from minirec_pl.item_rollouts import ItemSampler
 from minirec_pl.policy import RetrievalPolicy
 from minirec_pl.recpo import ReasoningSampler
-from minirec_pl.reward_calls import Rewarder
+from minirec_pl.rewards.calls import Rewarder
 
 if TYPE_CHECKING:
     from minirec_pl.module import GRPORecModule

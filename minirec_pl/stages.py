@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.splits import random_part
-from minirec_pl.evaluation import Row, popularity_row, ranking_figures, stage_table
+from minirec_pl.metrics.evaluation import Row, popularity_row, ranking_figures, stage_table
 from minirec_pl.recommender import RecModule
 from minirec_pl.utils.checkpoints import load_policy_weights
 from minirec_pl.utils.errors import InputError

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from minirec_pl.evaluation import popularity_figures, ranking_figures, stage_table
-from minirec_pl.metrics import SampleRanks
+from minirec_pl.metrics.evaluation import popularity_figures, ranking_figures, stage_table
+from minirec_pl.metrics.ranking import SampleRanks
 
 
 def plain(ranks, users):

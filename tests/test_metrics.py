@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.retrieval import RetrievalHitRate, RetrievalMRR, RetrievalNormalizedDCG
 
-from minirec_pl.metrics import MRR, NDCG, Coverage, HitRate, target_rank, top_items
+from minirec_pl.metrics.ranking import MRR, NDCG, Coverage, HitRate, target_rank, top_items
 from minirec_pl.utils.errors import InputError
 
 N_ITEMS = 23

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from minirec_pl.reward_calls import call_reward, combine_rewards, reward_name
 from minirec_pl.rewards import hit
+from minirec_pl.rewards.calls import call_reward, combine_rewards, reward_name
 from minirec_pl.utils.errors import InputError
 
 COMPLETIONS = ["a", "b", "a", "c"]

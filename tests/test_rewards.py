@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from sklearn.metrics import ndcg_score
 
 from minirec_pl.__main__ import main
-from minirec_pl.reward_calls import combine_rewards, reward_name
 from minirec_pl.rewards import (
     FormatReward,
     NDCGReward,
@@ -20,6 +19,7 @@ from minirec_pl.rewards import (
     hit,
     rank_penalty,
 )
+from minirec_pl.rewards.calls import combine_rewards, reward_name
 from minirec_pl.utils.errors import InputError
 
 LISTS = [["a", "b", "c"], ["b", "a", "c"], ["b", "c", "d"], [], "a", "b"]

@@ -11,7 +11,7 @@ from minirec_pl.generation import RolloutBatch, figures_of
 from minirec_pl.grpo import eos_mask, group_advantages, policy_loss
 from minirec_pl.policy.generation import eos_token_ids
 from minirec_pl.policy.tiny import build_tiny, item_tokenizer
-from minirec_pl.reward_calls import combine_rewards
+from minirec_pl.rewards.calls import combine_rewards
 
 pytestmark = [
     pytest.mark.slow,

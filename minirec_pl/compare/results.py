@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from minirec_pl.evaluation import K, gains
+from minirec_pl.metrics.evaluation import K, gains
 from minirec_pl.utils.cost import PHASES
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import load_tensors, save_tensors, write_atomically

@@ -24,7 +24,7 @@ from minirec_pl.compare.results import Point, points_of, read_cell, write_cell
 from minirec_pl.compare.study import Cell, Data, Study, as_words, seeded
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.sources.assemble import Samples, Source
-from minirec_pl.evaluation import sample_ranks
+from minirec_pl.metrics.evaluation import sample_ranks
 from minirec_pl.module import GRPORecModule
 from minirec_pl.recommender import RecModule
 from minirec_pl.selection.session import session_of

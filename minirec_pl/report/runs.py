@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from minirec_pl.evaluation import FIGURES
+from minirec_pl.metrics.evaluation import FIGURES
 from minirec_pl.policy.folder import SIDE_FILE
 from minirec_pl.run_folder import EVALUATIONS
 from minirec_pl.selection.ledger import SelectionLedger

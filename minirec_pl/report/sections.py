@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from minirec_pl.evaluation import FIGURES
+from minirec_pl.metrics.evaluation import FIGURES
 from minirec_pl.report import figures
 from minirec_pl.report.figures import Floats, Picture
 from minirec_pl.report.runs import Row, Run

@@ -1,4 +1,4 @@
-"""Reward functions of recommendation, for the option `rewards`; how they are called: `minirec_pl.reward_calls`.
+"""Reward functions of recommendation, for the option `rewards`; how they are called: `minirec_pl.rewards.calls`.
 
 A completion is what the policy recommends: an external item id, a ranked list of them, or text. In YAML a function is
 named by its dotted path, a class with `class_path` and `init_args`.

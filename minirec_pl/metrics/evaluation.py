@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.samples import IntArray
-from minirec_pl.metrics import target_rank
+from minirec_pl.metrics.ranking import target_rank
 from minirec_pl.policy import Recommender
 from minirec_pl.policy.rollout import evaluation_mode
 from minirec_pl.utils.cost import Cost

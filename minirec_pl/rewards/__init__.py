@@ -1,0 +1,12 @@
+"""Reward functions for the option `rewards`: named by their dotted path in YAML, or passed as objects."""
+
+from minirec_pl.rewards.functions import (
+    FormatReward,
+    NDCGReward,
+    ReciprocalRankReward,
+    SoftmaxMixReward,
+    hit,
+    rank_penalty,
+)
+
+__all__ = ["FormatReward", "NDCGReward", "ReciprocalRankReward", "SoftmaxMixReward", "hit", "rank_penalty"]
