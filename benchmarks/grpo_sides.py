@@ -39,8 +39,8 @@ class Work:
 def ours(work):
     """GRPO as a plain loop of library functions; phases are timed on the way."""
     from minirec_pl.grpo import group_advantages, policy_loss
-    from minirec_pl.policy.generation import generate
-    from minirec_pl.policy.logps import completion_logps
+    from minirec_pl.policy.language_models.generation import generate
+    from minirec_pl.policy.language_models.logps import completion_logps
 
     model = MODELS[work.model]().to(work.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)

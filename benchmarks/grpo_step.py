@@ -28,7 +28,7 @@ from grpo_models import SMOLLM2_FOLDER
 from grpo_report import write_report
 from grpo_sides import Work
 
-from minirec_pl.policy.smollm2 import fetch_smollm2
+from minirec_pl.policy.language_models.smollm2 import fetch_smollm2
 
 RESULTS = Path(__file__).parent / "results"
 SIDES = ("ours", "trl")

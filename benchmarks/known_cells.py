@@ -20,7 +20,7 @@ from minirec_pl.callbacks import EasyToHardCurriculum, MiniRec
 from minirec_pl.metrics.evaluation import FIGURES, ranking_figures
 from minirec_pl.metrics.ranking import target_rank
 from minirec_pl.policy import GenerativePolicy
-from minirec_pl.policy.rollout import evaluation_mode
+from minirec_pl.policy.language_models.sampling import evaluation_mode
 from minirec_pl.selection import MiniRecSelector, RandomSelector
 from minirec_pl.selection.session import session_of
 from minirec_pl.utils.cost import Cost

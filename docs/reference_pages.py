@@ -32,7 +32,7 @@ PAGES = {  # page: title, introduction, what is on it
     "policy": (
         "Policies",
         "`model.init_args.policy` of a config.",
-        ["minirec_pl.policy", "minirec_pl.policy.item_codes:SemanticIds"],
+        ["minirec_pl.policy", "minirec_pl.policy.semantic_ids:SemanticIds"],
     ),
     "rewards": ("Rewards", "`model.init_args.rewards` of a config, by dotted path.", ["minirec_pl.rewards"]),
     "data": (

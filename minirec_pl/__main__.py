@@ -77,7 +77,7 @@ def _dispatch(argv: list[str]) -> int:
         return 2
     options = parser.parse_args(argv)
     if options.command == "fetch" and options.dataset == "smollm2-135m":
-        from minirec_pl.policy.smollm2 import fetch_smollm2
+        from minirec_pl.policy.language_models.smollm2 import fetch_smollm2
 
         fetch_smollm2(Path(options.to or "models"))
     elif options.command == "fetch":

@@ -26,11 +26,11 @@ from minirec_pl.policy import GenerativePolicy, RetrievalPolicy
 from minirec_pl.policy.catalogue_text import encode_texts
 from minirec_pl.policy.folder import SIDE_FILE
 from minirec_pl.policy.item_ids import title_ids
-from minirec_pl.policy.language_model import LanguageModel
-from minirec_pl.policy.model_config import text_setting
+from minirec_pl.policy.language_models.model_config import text_setting
+from minirec_pl.policy.language_models.pretrained import LanguageModel
+from minirec_pl.policy.language_models.tiny import SPECIAL_TOKENS, build_tiny
 from minirec_pl.policy.prompt import PromptTemplate
 from minirec_pl.policy.retriever_folder import RetrieverText
-from minirec_pl.policy.tiny import SPECIAL_TOKENS, build_tiny
 from minirec_pl.selection.budget import budget_count
 from minirec_pl.selection.session_callback import SessionCallback
 from minirec_pl.sentences import one_sentence, sentence_of

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from minirec_pl.check_report import Finding, Prompts
-from minirec_pl.policy.adapters import Lora, adapter_coverage
-from minirec_pl.policy.causal_lm import decoder_of
-from minirec_pl.policy.generation import eos_token_ids
-from minirec_pl.policy.model_config import text_setting
-from minirec_pl.policy.model_support import described, few_layers, support_of
-from minirec_pl.policy.positions import position_rules
+from minirec_pl.policy.language_models.adapters import Lora, adapter_coverage
+from minirec_pl.policy.language_models.causal_lm import decoder_of
+from minirec_pl.policy.language_models.generation import eos_token_ids
+from minirec_pl.policy.language_models.model_config import text_setting
+from minirec_pl.policy.language_models.model_support import described, few_layers, support_of
+from minirec_pl.policy.language_models.positions import position_rules
 
 _ANSWER = "Answer 3141"
 _SHOWN = 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from minirec_pl.policy.model_config import text_config
+from minirec_pl.policy.language_models.model_config import text_config
 
 _HIDDEN_VALUES, _FEED_FORWARD_VALUES = 10, 3  # kept of a token in a layer, in widths of the layer and of its MLP
 

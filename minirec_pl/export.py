@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from minirec_pl.policy.folder import SIDE_FILE
-from minirec_pl.policy.language_model import LanguageModel, save_language_model
+from minirec_pl.policy.language_models.pretrained import LanguageModel, save_language_model
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import replace_folder
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minirec_pl.gradients import HeadStep, head_signal
-from minirec_pl.policy.rollout import evaluation_mode
+from minirec_pl.policy.language_models.sampling import evaluation_mode
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.seeds import isolated_random_state

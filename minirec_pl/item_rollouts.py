@@ -13,7 +13,7 @@ from minirec_pl.gradients import GradientKind, GradientSpace
 from minirec_pl.grpo import flat_groups
 from minirec_pl.policy import GenerativePolicy, Rollouts
 from minirec_pl.policy.distinct import sample_distinct
-from minirec_pl.policy.rollout import Prompt, evaluation_mode
+from minirec_pl.policy.language_models.sampling import Prompt, evaluation_mode
 from minirec_pl.probes import target_signals
 from minirec_pl.rewards.calls import Rewarder
 from minirec_pl.selection.signals import SampleSignals

@@ -26,7 +26,7 @@ from minirec_pl.options import (
     check_wasted_groups,
 )
 from minirec_pl.policy import Recommender, RetrievalPolicy
-from minirec_pl.policy.rollout import evaluation_mode
+from minirec_pl.policy.language_models.sampling import evaluation_mode
 from minirec_pl.recommender import EVALUATION_K, RecModule
 from minirec_pl.recpo import with_negatives
 from minirec_pl.reference import adapters_off, check_sync, frozen_copy, is_fresh_lora, mix_into

@@ -14,8 +14,8 @@ from minirec_pl.gradients import GradientKind, GradientSpace, HeadStep, head_sig
 from minirec_pl.head_probe import HeadProbe
 from minirec_pl.per_sample import PROJECTED_SIZE, per_sample_gradients, project_gradients
 from minirec_pl.policy import GenerativePolicy
-from minirec_pl.policy.causal_lm import body_of, head_of
-from minirec_pl.policy.rollout import CompletionStates, evaluation_mode
+from minirec_pl.policy.language_models.causal_lm import body_of, head_of
+from minirec_pl.policy.language_models.sampling import CompletionStates, evaluation_mode
 from minirec_pl.trajectory import Trajectory, gradient_alignment, head_alignment
 from minirec_pl.utils.errors import InputError
 

@@ -22,8 +22,8 @@ from minirec_pl.gradients import GradientKind, GradientSpace, head_gradient, hea
 from minirec_pl.grpo import flat_groups, group_advantages
 from minirec_pl.policy import RetrievalPolicy, Sampling
 from minirec_pl.policy.item_index import Ranking, draw_negatives
+from minirec_pl.policy.language_models.sampling import evaluation_mode
 from minirec_pl.policy.reasoning import ReasoningPass, unit
-from minirec_pl.policy.rollout import evaluation_mode
 from minirec_pl.rewards.calls import Rewarder, ranking_columns
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.utils.cost import Cost

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy import GenerativePolicy, LanguageModel, PromptTemplate, RetrievalPolicy
 from minirec_pl.policy.folder import StoredPolicy, write_policy
-from minirec_pl.policy.item_codes import SemanticIds
-from minirec_pl.policy.tiny import build_tiny
+from minirec_pl.policy.language_models.tiny import build_tiny
+from minirec_pl.policy.semantic_ids import SemanticIds
 
 N_ITEMS, LONGEST = 12, 60
 LLAMA = {**CONFIG, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "max_position_embeddings": 512}

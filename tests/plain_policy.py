@@ -8,7 +8,7 @@ import torch
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy import GenerativePolicy
 from minirec_pl.policy.folder import StoredPolicy, write_policy
-from minirec_pl.policy.tiny import build_tiny
+from minirec_pl.policy.language_models.tiny import build_tiny
 
 CONFIG = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 CLOSE, LETTERS = 3, (4, 5, 6)

@@ -10,10 +10,10 @@ from plain_policy import padded
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minirec_pl.grpo import eos_mask
-from minirec_pl.policy import causal_lm
-from minirec_pl.policy.causal_lm import Head, body_of, run_completions, run_prompts
-from minirec_pl.policy.generation import Sampling, generate
-from minirec_pl.policy.logps import completion_logps, completion_states, head_logps, token_logps
+from minirec_pl.policy.language_models import causal_lm
+from minirec_pl.policy.language_models.causal_lm import Head, body_of, run_completions, run_prompts
+from minirec_pl.policy.language_models.generation import Sampling, generate
+from minirec_pl.policy.language_models.logps import completion_logps, completion_states, head_logps, token_logps
 from minirec_pl.policy.trie import TokenTrie
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable", "ignore:None of the inputs")

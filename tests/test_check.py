@@ -17,7 +17,7 @@ from minirec_pl.cli import parsed
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.estimates import Load, memory_of, peak
 from minirec_pl.policy import GenerativePolicy, LanguageModel, Lora
-from minirec_pl.policy.tiny import build_tiny
+from minirec_pl.policy.language_models.tiny import build_tiny
 
 
 def check(command, root, *more):

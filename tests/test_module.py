@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from plain_policy import PlainPolicy, many_token_policy
 
 from minirec_pl import GRPORecModule, InputError, WarmStartModule
-from minirec_pl.policy.rollout import evaluation_mode
+from minirec_pl.policy.language_models.sampling import evaluation_mode
 from minirec_pl.rewards import hit
 
 

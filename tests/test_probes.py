@@ -9,7 +9,7 @@ from plain_policy import PlainPolicy, batch_of, many_token_policy, one_token_pol
 
 from minirec_pl import InputError, probes
 from minirec_pl.per_sample import project_gradients
-from minirec_pl.policy.rollout import evaluation_mode
+from minirec_pl.policy.language_models.sampling import evaluation_mode
 from minirec_pl.probes import target_signals
 from minirec_pl.trajectory import Trajectory
 

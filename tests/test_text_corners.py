@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from minirec_pl import GRPORecModule
-from minirec_pl.policy import logps
+from minirec_pl.policy.language_models import logps
 from minirec_pl.rewards import SoftmaxMixReward
 from minirec_pl.samplers import sampler_of
 

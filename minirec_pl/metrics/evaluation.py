@@ -16,7 +16,7 @@ from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.samples import IntArray
 from minirec_pl.metrics.ranking import target_rank
 from minirec_pl.policy import Recommender
-from minirec_pl.policy.rollout import evaluation_mode
+from minirec_pl.policy.language_models.sampling import evaluation_mode
 from minirec_pl.utils.cost import Cost
 from minirec_pl.utils.seeds import isolated_random_state
 

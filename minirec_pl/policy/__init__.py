@@ -1,13 +1,13 @@
 """What the language model is and how it recommends."""
 
-from minirec_pl.policy.adapters import Lora
-from minirec_pl.policy.generation import Completions, Sampling, generate
-from minirec_pl.policy.generator import GenerativePolicy
-from minirec_pl.policy.language_model import LanguageModel
-from minirec_pl.policy.logps import TokenLogps, completion_logps
+from minirec_pl.policy.generative import GenerativePolicy
+from minirec_pl.policy.language_models.adapters import Lora
+from minirec_pl.policy.language_models.generation import Completions, Sampling, generate
+from minirec_pl.policy.language_models.logps import TokenLogps, completion_logps
+from minirec_pl.policy.language_models.pretrained import LanguageModel
+from minirec_pl.policy.language_models.sampling import Rollouts, rollout_generator
 from minirec_pl.policy.prompt import PromptTemplate
-from minirec_pl.policy.retriever import RetrievalPolicy
-from minirec_pl.policy.rollout import Rollouts, rollout_generator
+from minirec_pl.policy.retrieval import RetrievalPolicy
 
 Recommender = GenerativePolicy | RetrievalPolicy
 

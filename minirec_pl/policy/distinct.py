@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minirec_pl.policy.causal_lm import head_of
-from minirec_pl.policy.rollout import Prompt, Rollouts
+from minirec_pl.policy.language_models.causal_lm import head_of
+from minirec_pl.policy.language_models.sampling import Prompt, Rollouts
 from minirec_pl.policy.trie_head import child_logps
 from minirec_pl.utils.errors import InputError
 
 _NEVER = -1e30  # log-probabilities below it stand for children that are not allowed
 
 if TYPE_CHECKING:
-    from minirec_pl.policy.generator import GenerativePolicy
+    from minirec_pl.policy.generative import GenerativePolicy
 
 
 @torch.no_grad()

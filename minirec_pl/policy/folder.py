@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from minirec_pl.data.samples import Catalogue
-from minirec_pl.policy.adapters import Lora
-from minirec_pl.policy.language_model import LanguageModel, save_language_model
+from minirec_pl.policy.language_models.adapters import Lora
+from minirec_pl.policy.language_models.pretrained import LanguageModel, save_language_model
+from minirec_pl.policy.language_models.tiny import item_tokenizer
 from minirec_pl.policy.prompt import PromptTemplate
-from minirec_pl.policy.tiny import item_tokenizer
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import replace_folder
 

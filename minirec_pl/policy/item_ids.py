@@ -12,13 +12,13 @@ from torch import Tensor
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy.catalogue_text import check_rows, encode_catalogue, rows_of
 from minirec_pl.policy.folder import Chat, StoredPolicy
-from minirec_pl.policy.item_codes import SemanticIds, code_names, read_embeddings, residual_codes
-from minirec_pl.policy.language_model import LanguageModel, grow
-from minirec_pl.policy.model_config import text_config
-from minirec_pl.policy.model_support import check_support
+from minirec_pl.policy.language_models.model_config import text_config
+from minirec_pl.policy.language_models.model_support import check_support
+from minirec_pl.policy.language_models.pretrained import LanguageModel, grow
+from minirec_pl.policy.language_models.tiny import item_token
 from minirec_pl.policy.prompt import PromptTemplate
+from minirec_pl.policy.semantic_ids import SemanticIds, code_names, read_embeddings, residual_codes
 from minirec_pl.policy.text_states import text_states
-from minirec_pl.policy.tiny import item_token
 from minirec_pl.utils.errors import InputError
 
 _START_LENGTH = 0.3

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minirec_pl.policy.causal_lm import body_of, by_length, pad_left, run_prompt
-from minirec_pl.policy.exact_buffers import ExactBuffers
+from minirec_pl.policy.language_models.causal_lm import body_of, by_length, pad_left, run_prompt
+from minirec_pl.policy.language_models.exact_buffers import ExactBuffers
 from minirec_pl.policy.reasoning import unit
 
 _TOKENS = 8192  # through the model at a time

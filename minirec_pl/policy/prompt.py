@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy.catalogue_text import Text, check_rows, encode_texts, joined
-from minirec_pl.policy.causal_lm import pad_left
+from minirec_pl.policy.language_models.causal_lm import pad_left
 from minirec_pl.utils.errors import InputError
 
 _UNITS = (("year", 31_557_600), ("month", 2_629_800), ("day", 86_400), ("hour", 3_600), ("minute", 60))

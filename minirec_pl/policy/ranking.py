@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minirec_pl.policy.causal_lm import head_of
-from minirec_pl.policy.decoding import decode_beams
-from minirec_pl.policy.rollout import Prompt, evaluation_mode
+from minirec_pl.policy.language_models.causal_lm import head_of
+from minirec_pl.policy.language_models.decoding import decode_beams
+from minirec_pl.policy.language_models.sampling import Prompt, evaluation_mode
 from minirec_pl.policy.trie_head import TrieHead
 
 if TYPE_CHECKING:
-    from minirec_pl.policy.generator import GenerativePolicy
+    from minirec_pl.policy.generative import GenerativePolicy
 
 _LOGITS = 2**22  # of completions that are scored at a time
 _CACHE_BYTES = 2**28  # of the keys and values of their prompts

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minirec_pl.policy.generation import eos_token_ids
-from minirec_pl.policy.logps import completion_states, token_logps
+from minirec_pl.policy.language_models.generation import eos_token_ids
+from minirec_pl.policy.language_models.logps import completion_states, token_logps
+from minirec_pl.policy.language_models.sampling import Prompt
 from minirec_pl.policy.prompt import EncodedPrompts
-from minirec_pl.policy.rollout import Prompt
 
 
 class Reasoning(NamedTuple):

@@ -16,7 +16,7 @@ from torch import Tensor
 from minirec_pl.policy.catalogue_text import Text, joined
 from minirec_pl.policy.folder import SIDE_FILE
 from minirec_pl.policy.item_index import ItemIndex
-from minirec_pl.policy.language_model import LanguageModel, save_language_model
+from minirec_pl.policy.language_models.pretrained import LanguageModel, save_language_model
 from minirec_pl.policy.prompt import PromptTemplate
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import replace_folder

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minirec_pl.policy.causal_lm import body_of, decoder_of, head_of, places
-from minirec_pl.policy.model_config import text_setting
-from minirec_pl.policy.positions import position_rules
+from minirec_pl.policy.language_models.causal_lm import body_of, decoder_of, head_of, places
+from minirec_pl.policy.language_models.model_config import text_setting
+from minirec_pl.policy.language_models.positions import position_rules
 from minirec_pl.policy.prompt import EncodedPrompts
 from minirec_pl.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from minirec_pl.policy.generator import GenerativePolicy
+    from minirec_pl.policy.generative import GenerativePolicy
 
 
 def no_loss(policy: nn.Module) -> Tensor:

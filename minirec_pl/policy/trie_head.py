@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minirec_pl.policy.causal_lm import Head
-from minirec_pl.policy.rollout import CompletionStates, filter_logps
+from minirec_pl.policy.language_models.causal_lm import Head
+from minirec_pl.policy.language_models.sampling import CompletionStates, filter_logps
 from minirec_pl.policy.trie import TokenTrie
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from minirec_pl.data.foreign_loader import ForeignLoader
 from minirec_pl.data.train_loader import prepared
-from minirec_pl.policy.rollout import evaluation_mode
+from minirec_pl.policy.language_models.sampling import evaluation_mode
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.seeds import isolated_random_state

@@ -105,7 +105,7 @@ def test_the_command_prints_the_table(files, capsys):
 
 
 def test_the_command_reads_sequences_and_a_tokenizer(files, capsys):
-    from minirec_pl.policy.tiny import item_tokenizer
+    from minirec_pl.policy.language_models.tiny import item_tokenizer
 
     folder, _ = files
     item_tokenizer(["a", "b"]).save_pretrained(folder / "tokenizer")

@@ -34,7 +34,7 @@ from minirec_pl import InputError
 from minirec_pl.data.samples import Catalogue
 
 try:
-    from minirec_pl.policy.language_model import LanguageModel, Lora
+    from minirec_pl.policy.language_models.pretrained import LanguageModel, Lora
 except ImportError as error:
     raise SystemExit(f"this version of minirec_pl has no language models ({error})") from error
 

@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from minirec_pl import InputError
 from minirec_pl.policy import GenerativePolicy, LanguageModel, Lora, RetrievalPolicy
-from minirec_pl.policy.adapters import adapter_coverage
-from minirec_pl.policy.causal_lm import head_of
+from minirec_pl.policy.language_models.adapters import adapter_coverage
+from minirec_pl.policy.language_models.causal_lm import head_of
 
 DEFAULT = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 NOT_REACHED = {

@@ -16,9 +16,9 @@ from minirec_pl.data.samples import Catalogue
 from minirec_pl.export import export
 from minirec_pl.per_sample import project_gradients
 from minirec_pl.policy import GenerativePolicy, LanguageModel, Lora
-from minirec_pl.policy.item_codes import SemanticIds
+from minirec_pl.policy.language_models.sampling import CompletionStates, evaluation_mode
 from minirec_pl.policy.prompt import PromptTemplate
-from minirec_pl.policy.rollout import CompletionStates, evaluation_mode
+from minirec_pl.policy.semantic_ids import SemanticIds
 from minirec_pl.probes import target_signals
 from minirec_pl.trajectory import Trajectory
 

@@ -14,9 +14,9 @@ from tiny_llm import prompts, tiny_llm
 from minirec_pl import GRPORecModule, WarmStartModule
 from minirec_pl.__main__ import main
 from minirec_pl.callbacks import MiniRec
-from minirec_pl.policy.generation import generate
-from minirec_pl.policy.item_codes import SemanticIds
-from minirec_pl.policy.logps import completion_logps
+from minirec_pl.policy.language_models.generation import generate
+from minirec_pl.policy.language_models.logps import completion_logps
+from minirec_pl.policy.semantic_ids import SemanticIds
 from minirec_pl.recommender import RecModule
 from minirec_pl.rewards import hit
 from minirec_pl.selection import MiniRecSelector

@@ -13,11 +13,11 @@ from minirec_pl import InputError
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.export import export
 from minirec_pl.policy import GenerativePolicy, Sampling, completion_logps, generate
-from minirec_pl.policy.adapters import PROJECTIONS, Lora
-from minirec_pl.policy.causal_lm import body_of, computes_bfloat16, head_of, same_in_training
-from minirec_pl.policy.generation import eos_token_ids
-from minirec_pl.policy.language_model import LanguageModel, grow, save_language_model
-from minirec_pl.policy.model_config import text_config
+from minirec_pl.policy.language_models.adapters import PROJECTIONS, Lora
+from minirec_pl.policy.language_models.causal_lm import body_of, computes_bfloat16, head_of, same_in_training
+from minirec_pl.policy.language_models.generation import eos_token_ids
+from minirec_pl.policy.language_models.model_config import text_config
+from minirec_pl.policy.language_models.pretrained import LanguageModel, grow, save_language_model
 from minirec_pl.reference import adapters_off
 from minirec_pl.utils.checkpoints import weights_digest, weights_under_adapters
 

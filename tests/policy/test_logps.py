@@ -10,10 +10,10 @@ from test_generation import plain_weights
 from tiny_llm import KINDS, PlainModel, prompts, rows_of, tiny_llm
 
 from minirec_pl import InputError
-from minirec_pl.policy.causal_lm import Head, body_of, computes_bfloat16, head_of, length_buckets
-from minirec_pl.policy.generation import generate
-from minirec_pl.policy.logps import completion_logps, head_logps
-from minirec_pl.policy.model_support import support_of
+from minirec_pl.policy.language_models.causal_lm import Head, body_of, computes_bfloat16, head_of, length_buckets
+from minirec_pl.policy.language_models.generation import generate
+from minirec_pl.policy.language_models.logps import completion_logps, head_logps
+from minirec_pl.policy.language_models.model_support import support_of
 
 
 def case(model, *lengths, group=3, length=9, vocabulary=40):
@@ -186,7 +186,9 @@ def test_half_precision_is_widened_only_where_the_processor_lacks_it(monkeypatch
     support_of(half)
     half.base_model.norm.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     for supported in (True, False):
-        monkeypatch.setattr("minirec_pl.policy.causal_lm.computes_bfloat16", lambda answer=supported: answer)
+        monkeypatch.setattr(
+            "minirec_pl.policy.language_models.causal_lm.computes_bfloat16", lambda answer=supported: answer
+        )
         assert head_of(half).weight.dtype == (torch.bfloat16 if supported else torch.float32)
         body_of(half)(input_ids=torch.tensor([[7, 8]]))
     assert seen == [torch.bfloat16, torch.float32]

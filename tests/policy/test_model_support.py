@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from minirec_pl import InputError
 from minirec_pl.policy import GenerativePolicy, LanguageModel, PromptTemplate, completion_logps, generate
-from minirec_pl.policy.causal_lm import body_of, head_of
 from minirec_pl.policy.item_index import ItemIndex
-from minirec_pl.policy.model_support import few_layers, support_of
+from minirec_pl.policy.language_models.causal_lm import body_of, head_of
+from minirec_pl.policy.language_models.model_support import few_layers, support_of
 from minirec_pl.policy.prompt import EncodedPrompts
 from minirec_pl.policy.supervised import stretches
 

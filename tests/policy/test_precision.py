@@ -15,8 +15,8 @@ import minirec_pl.data.train_loader
 from minirec_pl import GRPORecModule, RecDataModule, WarmStartModule
 from minirec_pl.callbacks import MiniRec
 from minirec_pl.policy import GenerativePolicy, LanguageModel, Lora, PromptTemplate, RetrievalPolicy
-from minirec_pl.policy.item_codes import SemanticIds
 from minirec_pl.policy.item_index import ItemIndex
+from minirec_pl.policy.semantic_ids import SemanticIds
 from minirec_pl.selection import MiniRecSelector
 from minirec_pl.selection.session import session_of
 

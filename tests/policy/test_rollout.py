@@ -6,7 +6,7 @@ from torch import nn
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from minirec_pl import InputError
-from minirec_pl.policy.rollout import draw, evaluation_mode, filter_logps, rollout_generator
+from minirec_pl.policy.language_models.sampling import draw, evaluation_mode, filter_logps, rollout_generator
 
 
 def test_every_submodule_gets_its_own_mode_back_after_an_exception():

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minirec_pl import InputError
 from minirec_pl.__main__ import main
-from minirec_pl.policy import smollm2
-from minirec_pl.policy.smollm2 import fetch_smollm2
+from minirec_pl.policy.language_models import smollm2
+from minirec_pl.policy.language_models.smollm2 import fetch_smollm2
 
 GGUF = b"GGUF of a small model"
 

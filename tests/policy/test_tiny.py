@@ -11,7 +11,7 @@ from minirec_pl import InputError
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy import GenerativePolicy
 from minirec_pl.policy.folder import StoredPolicy, write_policy
-from minirec_pl.policy.tiny import build_tiny, check_model, item_token, item_tokenizer
+from minirec_pl.policy.language_models.tiny import build_tiny, check_model, item_token, item_tokenizer
 
 BATCH = batch_of([[3], [0, 5, 2]], [[3], [0, 5, 2]])
 

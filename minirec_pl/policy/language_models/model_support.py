@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from minirec_pl.policy.causal_lm import (
+from minirec_pl.policy.language_models.causal_lm import (
     Body,
     Head,
     body_of,
@@ -23,10 +23,10 @@ from minirec_pl.policy.causal_lm import (
     widened,
     without_adapter_wrapper,
 )
-from minirec_pl.policy.decoding import Decoder
-from minirec_pl.policy.model_config import text_config, text_setting
-from minirec_pl.policy.positions import position_rules
-from minirec_pl.policy.rollout import evaluation_mode
+from minirec_pl.policy.language_models.decoding import Decoder
+from minirec_pl.policy.language_models.model_config import text_config, text_setting
+from minirec_pl.policy.language_models.positions import position_rules
+from minirec_pl.policy.language_models.sampling import evaluation_mode
 from minirec_pl.utils.errors import InputError
 
 _PROMPTS = (5, 3)  # tokens of each prompt that is tried
@@ -61,7 +61,7 @@ def support_of(model: Any) -> Support:
         model: a causal language model of transformers, also inside peft.
 
     Raises:
-        InputError: if its head is not known, see `minirec_pl.policy.causal_lm.head_of`.
+        InputError: if its head is not known, see `minirec_pl.policy.language_models.causal_lm.head_of`.
     """
     causal = without_adapter_wrapper(model)
     if causal not in _KNOWN:

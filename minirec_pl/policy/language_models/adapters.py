@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from minirec_pl.policy.causal_lm import without_adapter_wrapper
+from minirec_pl.policy.language_models.causal_lm import without_adapter_wrapper
 from minirec_pl.utils.errors import InputError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -13,10 +13,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 
-from minirec_pl.policy.adapters import PROJECTIONS, Lora
-from minirec_pl.policy.causal_lm import without_adapter_wrapper
-from minirec_pl.policy.generation import eos_token_ids
-from minirec_pl.policy.model_config import text_config
+from minirec_pl.policy.language_models.adapters import PROJECTIONS, Lora
+from minirec_pl.policy.language_models.causal_lm import without_adapter_wrapper
+from minirec_pl.policy.language_models.generation import eos_token_ids
+from minirec_pl.policy.language_models.model_config import text_config
 from minirec_pl.utils.errors import InputError
 
 ADAPTER = "adapter_config.json"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minirec_pl.policy.causal_lm import (
+from minirec_pl.policy.language_models.causal_lm import (
     Body,
     Head,
     body_of,
@@ -20,9 +20,9 @@ from minirec_pl.policy.causal_lm import (
     run_completions,
     run_prompts,
 )
-from minirec_pl.policy.model_support import check_support, support_of
-from minirec_pl.policy.positions import position_rules
-from minirec_pl.policy.rollout import Prompt
+from minirec_pl.policy.language_models.model_support import check_support, support_of
+from minirec_pl.policy.language_models.positions import position_rules
+from minirec_pl.policy.language_models.sampling import Prompt
 
 _TILE_TOKENS = 1024
 _TILE_ENTRIES = 2**20  # 4 MiB in float32, which stay in the last-level cache of a CPU
@@ -70,7 +70,7 @@ def completion_logps(
 
     Raises:
         InputError: if a prompt is empty or padded on the right, or the model is not known to give in batches what it
-            gives for single sequences, see `minirec_pl.policy.model_support`.
+            gives for single sequences, see `minirec_pl.policy.language_models.model_support`.
     """
     states = completion_states(model, input_ids, attention_mask, completion_ids, completion_mask)
     return token_logps(model, states, completion_ids, completion_mask, temperature)

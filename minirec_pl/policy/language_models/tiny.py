@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from minirec_pl.policy.generation import eos_token_ids
-from minirec_pl.policy.model_config import text_setting
-from minirec_pl.policy.model_support import check_support
+from minirec_pl.policy.language_models.generation import eos_token_ids
+from minirec_pl.policy.language_models.model_config import text_setting
+from minirec_pl.policy.language_models.model_support import check_support
 from minirec_pl.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def check_model(model: Any, *, cache: bool = True) -> None:
         cache: whether completions will share their prompt's keys and values.
 
     Raises:
-        InputError: if it has no start or padding token, or `minirec_pl.policy.model_support` finds it wrong.
+        InputError: if it has no start or padding token, or `model_support` finds it wrong.
     """
     starts = (text_setting(model, "bos_token_id"), *eos_token_ids(model))
     if text_setting(model, "pad_token_id") is None or all(start is None for start in starts):

@@ -10,12 +10,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from minirec_pl.policy.causal_lm import Head, body_of, check_padding, decoder_of, head_of, run_prompts
-from minirec_pl.policy.decoding import TokenHead, decode, decode_beams
-from minirec_pl.policy.model_config import text_config, text_setting
-from minirec_pl.policy.model_support import check_support
-from minirec_pl.policy.positions import position_rules
-from minirec_pl.policy.rollout import Prompt, evaluation_mode, warpers
+from minirec_pl.policy.language_models.causal_lm import Head, body_of, check_padding, decoder_of, head_of, run_prompts
+from minirec_pl.policy.language_models.decoding import TokenHead, decode, decode_beams
+from minirec_pl.policy.language_models.model_config import text_config, text_setting
+from minirec_pl.policy.language_models.model_support import check_support
+from minirec_pl.policy.language_models.positions import position_rules
+from minirec_pl.policy.language_models.sampling import Prompt, evaluation_mode, warpers
 from minirec_pl.policy.trie import TokenTrie
 from minirec_pl.policy.trie_head import TrieHead
 from minirec_pl.utils.errors import InputError

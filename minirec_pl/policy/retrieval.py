@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy.catalogue_text import check_rows, encode_texts, rows_of
-from minirec_pl.policy.causal_lm import body_of, run_prompts, same_in_training
-from minirec_pl.policy.exact_buffers import ExactBuffers
-from minirec_pl.policy.generation import Sampling, eos_token_ids, generate
 from minirec_pl.policy.item_index import ItemIndex, Ranking, draw_negatives
-from minirec_pl.policy.language_model import LanguageModel
-from minirec_pl.policy.model_config import text_setting
-from minirec_pl.policy.model_support import check_support
+from minirec_pl.policy.language_models.causal_lm import body_of, run_prompts, same_in_training
+from minirec_pl.policy.language_models.exact_buffers import ExactBuffers
+from minirec_pl.policy.language_models.generation import Sampling, eos_token_ids, generate
+from minirec_pl.policy.language_models.model_config import text_setting
+from minirec_pl.policy.language_models.model_support import check_support
+from minirec_pl.policy.language_models.pretrained import LanguageModel
+from minirec_pl.policy.language_models.sampling import Prompt, evaluation_mode
 from minirec_pl.policy.prompt import EncodedPrompts, PromptTemplate
 from minirec_pl.policy.reasoning import Reasoning, ReasoningPass, kept_tokens, read_reasoning, unit
 from minirec_pl.policy.retriever_folder import RetrieverText, read_retriever, stored_vectors, write_retriever
-from minirec_pl.policy.rollout import Prompt, evaluation_mode
 from minirec_pl.policy.supervised import check_rules
 from minirec_pl.utils.errors import InputError
 

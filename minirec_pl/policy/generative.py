@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy.catalogue_text import rows_of
-from minirec_pl.policy.causal_lm import (
+from minirec_pl.policy.folder import Chat, StoredPolicy, read_policy, write_policy
+from minirec_pl.policy.item_ids import IdKind, check_id_options, load_with_ids
+from minirec_pl.policy.language_models.causal_lm import (
     body_of,
     cache_under_checkpointing,
     head_of,
@@ -19,19 +21,17 @@ from minirec_pl.policy.causal_lm import (
     run_prompt,
     run_prompts,
 )
-from minirec_pl.policy.decoding import TokenRows, decode, decode_beams
-from minirec_pl.policy.exact_buffers import ExactBuffers
-from minirec_pl.policy.folder import Chat, StoredPolicy, read_policy, write_policy
-from minirec_pl.policy.item_codes import SemanticIds
-from minirec_pl.policy.item_ids import IdKind, check_id_options, load_with_ids
-from minirec_pl.policy.language_model import LanguageModel
-from minirec_pl.policy.model_config import text_setting
-from minirec_pl.policy.model_support import try_untrained
+from minirec_pl.policy.language_models.decoding import TokenRows, decode, decode_beams
+from minirec_pl.policy.language_models.exact_buffers import ExactBuffers
+from minirec_pl.policy.language_models.model_config import text_setting
+from minirec_pl.policy.language_models.model_support import try_untrained
+from minirec_pl.policy.language_models.pretrained import LanguageModel
+from minirec_pl.policy.language_models.sampling import CompletionStates, Prompt, Rollouts, evaluation_mode
+from minirec_pl.policy.language_models.tiny import SPECIAL_TOKENS, build_tiny, check_model
 from minirec_pl.policy.prompt import EncodedPrompts, PromptTemplate, encode_ids
 from minirec_pl.policy.ranking import item_scores
-from minirec_pl.policy.rollout import CompletionStates, Prompt, Rollouts, evaluation_mode
+from minirec_pl.policy.semantic_ids import SemanticIds
 from minirec_pl.policy.supervised import check_prompts, check_rules, sequence_nll, sequence_tokens
-from minirec_pl.policy.tiny import SPECIAL_TOKENS, build_tiny, check_model
 from minirec_pl.policy.trie import TokenTrie
 from minirec_pl.policy.trie_head import TrieHead, child_logps, item_logps
 from minirec_pl.utils.errors import InputError

@@ -13,10 +13,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from minirec_pl.policy.kv_cache import branch_cache, join_prompts, recording_cache
-from minirec_pl.policy.model_config import text_config
-from minirec_pl.policy.positions import PositionRules, position_rules
-from minirec_pl.policy.rollout import Prompt, check_probabilities, evaluation_mode
+from minirec_pl.policy.language_models.kv_cache import branch_cache, join_prompts, recording_cache
+from minirec_pl.policy.language_models.model_config import text_config
+from minirec_pl.policy.language_models.positions import PositionRules, position_rules
+from minirec_pl.policy.language_models.sampling import Prompt, check_probabilities, evaluation_mode
 from minirec_pl.utils.errors import InputError
 
 _MAX_PADDING = 0.2  # of the tokens of a bucket

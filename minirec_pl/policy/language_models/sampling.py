@@ -24,7 +24,7 @@ class Prompt(NamedTuple):
         row: int64 [B], which of the U prompts that were run belongs to each sample.
         mask: int64 [U, T], which tokens are real.
         cache: keys and values of the U prompts; None where no completions follow.
-        body: the transformer that ran them, and runs the completions, from `minirec_pl.policy.causal_lm.body_of`.
+        body: the transformer that ran them, and runs the completions, from `causal_lm.body_of`.
     """
 
     states: Tensor

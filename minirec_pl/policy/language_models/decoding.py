@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from minirec_pl.policy.kv_cache import decode_cache
-from minirec_pl.policy.rollout import Prompt, check_probabilities, draw
+from minirec_pl.policy.language_models.kv_cache import decode_cache
+from minirec_pl.policy.language_models.sampling import Prompt, check_probabilities, draw
 
 
 class TokenHead(Protocol):
