@@ -33,7 +33,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from minirec_pl.callbacks import MiniRec
 from minirec_pl.probes import HeadProbe
-from minirec_pl.selection import MiniRecSelector, session
+from minirec_pl.selection import MiniRecSelector
+from minirec_pl.selection.session import session
 
 EACH = ("on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end",
         "on_train_epoch_end", "on_save_checkpoint")  # fmt: skip

@@ -22,7 +22,7 @@ from minirec_pl.metrics.ranking import target_rank
 from minirec_pl.policy import GenerativePolicy
 from minirec_pl.policy.language_models.sampling import evaluation_mode
 from minirec_pl.selection import MiniRecSelector, RandomSelector
-from minirec_pl.selection.session import session_of
+from minirec_pl.selection.session.session import session_of
 from minirec_pl.utils.cost import Cost
 
 METHODS = ("minirec", "minirec 0.1", "random", "full")

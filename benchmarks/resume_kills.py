@@ -35,7 +35,7 @@ from minirec_pl.callbacks import MiniRec
 from minirec_pl.policy import GenerativePolicy
 from minirec_pl.probes import HeadProbe
 from minirec_pl.selection import MiniRecSelector, RandomSelector
-from minirec_pl.selection.session import session_of
+from minirec_pl.selection.session.session import session_of
 
 EPOCHS = 3
 OPEN = MiniRecSelector(difficulty="mean", gate=(-1.0, 2.0))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minirec_pl.gradients import head_hvp
+from minirec_pl.selection.probes.gradients import head_hvp
 
 GOAL = 10.0
 TEMPERATURE = 0.05

@@ -6,8 +6,8 @@ import warnings
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
-from minirec_pl.selection.session import SelectionSession, session_of
-from minirec_pl.selection.session_callback import SessionCallback
+from minirec_pl.selection.session.callback import SessionCallback
+from minirec_pl.selection.session.session import SelectionSession, session_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

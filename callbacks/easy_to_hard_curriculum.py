@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from torch import Tensor
 
-    from minirec_pl.selection.session import SelectionSession
+    from minirec_pl.selection.session.session import SelectionSession
 
 
 class EasyToHardCurriculum(Curriculum):

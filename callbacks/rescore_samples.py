@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from minirec_pl.probes import HeadProbe
-from minirec_pl.selection.scoring import refuse_sharded
-from minirec_pl.selection.session import SelectionSession, session_of
-from minirec_pl.selection.session_callback import SessionCallback
+from minirec_pl.selection.probes.target import HeadProbe
+from minirec_pl.selection.session.callback import SessionCallback
+from minirec_pl.selection.session.scoring import refuse_sharded
+from minirec_pl.selection.session.session import SelectionSession, session_of
 from minirec_pl.utils.errors import InputError
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from minirec_pl.selection.scoring import with_ids
-from minirec_pl.selection.session import SelectionSession, nothing_trained, session_of
-from minirec_pl.selection.session_callback import SessionCallback
+from minirec_pl.selection.session.callback import SessionCallback
+from minirec_pl.selection.session.scoring import with_ids
+from minirec_pl.selection.session.session import SelectionSession, nothing_trained, session_of
 from minirec_pl.selection.signals import SampleSignals, gather_signals
 
 if TYPE_CHECKING:

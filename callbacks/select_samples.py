@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from minirec_pl.selection.budget import budget_count, check_budget
 from minirec_pl.selection.fingerprints import data_fingerprint
 from minirec_pl.selection.ledger import SelectionLedger
-from minirec_pl.selection.rivals import FullSelector
-from minirec_pl.selection.run_files import diagnostics_of, figures_of
-from minirec_pl.selection.selectors import MiniRecSelector, Selector, signal_options
-from minirec_pl.selection.session import SelectionSession, session_of
-from minirec_pl.selection.session_callback import SessionCallback
+from minirec_pl.selection.selectors.baselines import FullSelector
+from minirec_pl.selection.selectors.minirec import MiniRecSelector
+from minirec_pl.selection.selectors.protocol import Selector, signal_options
+from minirec_pl.selection.session.callback import SessionCallback
+from minirec_pl.selection.session.run_files import diagnostics_of, figures_of
+from minirec_pl.selection.session.session import SelectionSession, session_of
 from minirec_pl.utils.errors import InputError
 
 if TYPE_CHECKING:

@@ -43,7 +43,7 @@ PAGES = {  # page: title, introduction, what is on it
     "functions": (
         "Objectives, gradients, metrics",
         "Pure tensor functions, and torchmetrics of full rankings.",
-        ["minirec_pl.grpo", "minirec_pl.gradients", "minirec_pl.metrics"],
+        ["minirec_pl.grpo", "minirec_pl.selection.probes.gradients", "minirec_pl.metrics"],
     ),
 }
 COMMANDS = "commands"

@@ -32,7 +32,7 @@ from minirec_pl.policy.language_models.tiny import SPECIAL_TOKENS, build_tiny
 from minirec_pl.policy.prompt import PromptTemplate
 from minirec_pl.policy.retriever_folder import RetrieverText
 from minirec_pl.selection.budget import budget_count
-from minirec_pl.selection.session_callback import SessionCallback
+from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.sentences import one_sentence, sentence_of
 from minirec_pl.stages import PIPE_WIDTH, WarmStart
 from minirec_pl.utils.errors import InputError

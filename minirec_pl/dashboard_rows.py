@@ -10,11 +10,11 @@ import numpy.typing as npt
 import pandas as pd
 
 from minirec_pl.dashboard import LEDGER, PLAN, TERMS
-from minirec_pl.selection.run_files import plan_of
+from minirec_pl.selection.session.run_files import plan_of
 from minirec_pl.utils.cost import Cost
 
 if TYPE_CHECKING:
-    from minirec_pl.selection.session import SelectionSession
+    from minirec_pl.selection.session.session import SelectionSession
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Histograms: TypeAlias = dict[str, tuple[Floats, Floats]]

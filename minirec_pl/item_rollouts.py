@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from minirec_pl.generation import Batch, RolloutBatch, scoring_numbers, take_rows
-from minirec_pl.gradients import GradientKind, GradientSpace
 from minirec_pl.grpo import flat_groups
 from minirec_pl.policy import GenerativePolicy, Rollouts
 from minirec_pl.policy.distinct import sample_distinct
 from minirec_pl.policy.language_models.sampling import Prompt, evaluation_mode
-from minirec_pl.probes import target_signals
 from minirec_pl.rewards.calls import Rewarder
+from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace
+from minirec_pl.selection.probes.target import target_signals
+from minirec_pl.selection.probes.trajectory import Trajectory
 from minirec_pl.selection.signals import SampleSignals
-from minirec_pl.trajectory import Trajectory
 from minirec_pl.utils.cost import Cost
 
 if TYPE_CHECKING:

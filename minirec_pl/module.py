@@ -14,7 +14,6 @@ from torch import Tensor
 from minirec_pl.collect import RolloutCollector
 from minirec_pl.data.loader import GENERATION, GenerationSchedule, in_hand
 from minirec_pl.generation import Generation, RolloutBatch, figures_of, signals_of
-from minirec_pl.gradients import GradientKind, GradientSpace
 from minirec_pl.grpo import Baseline, ImportanceSamplingLevel, LossType, ScaleRewards
 from minirec_pl.objective import Objective, WastedGroups
 from minirec_pl.options import (
@@ -33,9 +32,10 @@ from minirec_pl.reference import adapters_off, check_sync, frozen_copy, is_fresh
 from minirec_pl.rewards.calls import RewardFunction
 from minirec_pl.rewards.functions import SoftmaxMixReward, hit
 from minirec_pl.samplers import sampler_of
-from minirec_pl.selection.resume import position as batch_position
+from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace
+from minirec_pl.selection.probes.trajectory import Trajectory
+from minirec_pl.selection.session.resume import position as batch_position
 from minirec_pl.selection.signals import SampleSignals
-from minirec_pl.trajectory import Trajectory
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.ranks import gather_states, own_state
 from minirec_pl.warm_start import WarmStartModule

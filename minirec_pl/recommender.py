@@ -18,7 +18,7 @@ from minirec_pl.data.train_loader import keep_columns
 from minirec_pl.generation import take_rows
 from minirec_pl.metrics.ranking import MRR, NDCG, Coverage, HitRate, SampleRanks, target_rank, top_items
 from minirec_pl.policy import Recommender, RetrievalPolicy
-from minirec_pl.selection.resume import RUNNING_KEY, running_of
+from minirec_pl.selection.session.resume import RUNNING_KEY, running_of
 from minirec_pl.utils.checkpoints import (
     keep_frozen,
     leave_out_copies,

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from minirec_pl.generation import Batch, RolloutBatch, scoring_numbers, take_rows
-from minirec_pl.gradients import GradientKind, GradientSpace, head_gradient, head_hvp
 from minirec_pl.grpo import flat_groups, group_advantages
 from minirec_pl.policy import RetrievalPolicy, Sampling
 from minirec_pl.policy.item_index import Ranking, draw_negatives
 from minirec_pl.policy.language_models.sampling import evaluation_mode
 from minirec_pl.policy.reasoning import ReasoningPass, unit
 from minirec_pl.rewards.calls import Rewarder, ranking_columns
+from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace, head_gradient, head_hvp
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.utils.cost import Cost
 from minirec_pl.utils.errors import InputError

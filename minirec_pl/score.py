@@ -15,8 +15,8 @@ from minirec_pl.predictions import PartWriter, RequestData, merge_parts
 from minirec_pl.recommender import RecModule
 from minirec_pl.selection.fingerprints import fingerprints_of
 from minirec_pl.selection.merge import merge_stores
-from minirec_pl.selection.selectors import signal_options
-from minirec_pl.selection.session_callback import SessionCallback
+from minirec_pl.selection.selectors.protocol import signal_options
+from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.selection.store import SignalStore
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import write_atomically, write_json

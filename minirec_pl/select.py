@@ -21,9 +21,9 @@ from minirec_pl.selection.budget import budget_count, check_budget
 from minirec_pl.selection.curriculum import default_folds, fold_curriculum, fold_starts
 from minirec_pl.selection.diagnostics import Diagnostics, diagnose
 from minirec_pl.selection.ledger import SelectionLedger
-from minirec_pl.selection.selectors import Selector
+from minirec_pl.selection.selectors.protocol import Selector
+from minirec_pl.selection.signal_sources import read_signals
 from minirec_pl.selection.signals import Signals
-from minirec_pl.selection.sources import read_signals
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import write_json
 

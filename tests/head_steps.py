@@ -2,7 +2,7 @@
 
 import torch
 
-from minirec_pl.gradients import HeadStep
+from minirec_pl.selection.probes.gradients import HeadStep
 
 
 def drawn(seed, *shape):

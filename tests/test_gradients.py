@@ -6,8 +6,9 @@ from head_steps import drawn, several_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirec_pl import InputError, gradients
-from minirec_pl.gradients import HeadStep, head_gradient, head_hvp, head_signal
+from minirec_pl import InputError
+from minirec_pl.selection.probes import gradients
+from minirec_pl.selection.probes.gradients import HeadStep, head_gradient, head_hvp, head_signal
 
 
 def published(state, vectors, target, temperature, allowed, cosine):

@@ -9,8 +9,9 @@ from head_steps import drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirec_pl import InputError, per_sample
-from minirec_pl.per_sample import per_sample_gradients, project, project_gradients
+from minirec_pl import InputError
+from minirec_pl.selection.probes import per_sample
+from minirec_pl.selection.probes.per_sample import per_sample_gradients, project, project_gradients
 
 
 def smooth(parameters, x, y):

@@ -15,7 +15,7 @@ from minirec_pl.callbacks import MiniRec
 from minirec_pl.data.loader import ResumableLoader
 from minirec_pl.policy import GenerativePolicy, LanguageModel, Lora, PromptTemplate, RetrievalPolicy
 from minirec_pl.selection import RandomSelector
-from minirec_pl.selection.resume import RUNNING_KEY
+from minirec_pl.selection.session.resume import RUNNING_KEY
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 BATCHES = 7  # an epoch; two of them, with two batches to an optimizer step, the last one with one

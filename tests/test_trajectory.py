@@ -4,8 +4,8 @@ import pytest
 import torch
 from head_steps import drawn, several_steps
 
-from minirec_pl.gradients import HeadStep
-from minirec_pl.trajectory import Trajectory, gradient_alignment, head_alignment
+from minirec_pl.selection.probes.gradients import HeadStep
+from minirec_pl.selection.probes.trajectory import Trajectory, gradient_alignment, head_alignment
 
 
 def test_alignment_equals_the_cosine_of_the_heads_own_gradient():

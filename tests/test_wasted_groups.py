@@ -11,7 +11,7 @@ from plain_policy import PlainPolicy, many_token_policy
 from minirec_pl import GRPORecModule, InputError
 from minirec_pl.callbacks import EasyToHardCurriculum, MiniRec, RewardHistory, SelectSamples
 from minirec_pl.selection import MiniRecSelector
-from minirec_pl.selection.session import session_of
+from minirec_pl.selection.session.session import session_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"),

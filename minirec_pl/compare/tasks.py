@@ -27,7 +27,7 @@ from minirec_pl.data.sources.assemble import Samples, Source
 from minirec_pl.metrics.evaluation import sample_ranks
 from minirec_pl.module import GRPORecModule
 from minirec_pl.recommender import RecModule
-from minirec_pl.selection.session import session_of
+from minirec_pl.selection.session.session import session_of
 from minirec_pl.sentences import sentence_of
 from minirec_pl.stages import Stages, WarmStart
 from minirec_pl.utils.errors import InputError

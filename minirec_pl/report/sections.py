@@ -14,7 +14,7 @@ from minirec_pl.metrics.evaluation import FIGURES
 from minirec_pl.report import figures
 from minirec_pl.report.figures import Floats, Picture
 from minirec_pl.report.runs import Row, Run
-from minirec_pl.selection.examples import ease_of, notable
+from minirec_pl.selection.diagnostics import ease_of, notable
 from minirec_pl.selection.reasons import TOO_EASY, TOO_HARD
 from minirec_pl.utils.cost import PHASES
 

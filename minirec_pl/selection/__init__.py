@@ -11,21 +11,22 @@ from minirec_pl.selection.curriculum import (
     target_curriculum,
 )
 from minirec_pl.selection.diagnostics import Diagnostics, diagnose
-from minirec_pl.selection.diversity import Selection, maxmin_select
 from minirec_pl.selection.learnability import group_difficulty, learnability
 from minirec_pl.selection.ledger import SelectionLedger
+from minirec_pl.selection.maxmin.greedy import Selection, maxmin_select
 from minirec_pl.selection.merge import merge_stores
 from minirec_pl.selection.representativeness import representativeness
-from minirec_pl.selection.rivals import FullSelector, KCenterSelector, KMeansSelector, RandomSelector
-from minirec_pl.selection.score_rivals import (
+from minirec_pl.selection.selectors.baselines import FullSelector, KCenterSelector, KMeansSelector, RandomSelector
+from minirec_pl.selection.selectors.minirec import MiniRecSelector
+from minirec_pl.selection.selectors.protocol import Selector
+from minirec_pl.selection.selectors.score_based import (
     DEALRecSelector,
     EL2NSelector,
     GraNdSelector,
     LearnAlignSelector,
     RewardVarianceSelector,
 )
-from minirec_pl.selection.selectors import MiniRecSelector, Selector
-from minirec_pl.selection.session import SelectionSession, session_of
+from minirec_pl.selection.session.session import SelectionSession, session_of
 from minirec_pl.selection.signals import SampleSignals, Signals
 from minirec_pl.selection.store import SignalStore
 

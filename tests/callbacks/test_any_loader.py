@@ -14,7 +14,7 @@ from minirec_pl.callbacks import EasyToHardCurriculum, MiniRec, RescoreSamples, 
 from minirec_pl.data.foreign_loader import ForeignLoader, rebuild
 from minirec_pl.probes import HeadProbe
 from minirec_pl.selection import MiniRecSelector, RandomSelector, SampleSignals
-from minirec_pl.selection.session import session_of
+from minirec_pl.selection.session.session import session_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:selection"),

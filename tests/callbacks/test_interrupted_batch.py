@@ -12,8 +12,8 @@ from minirec_pl import GRPORecModule
 from minirec_pl.callbacks import MiniRec
 from minirec_pl.probes import HeadProbe
 from minirec_pl.selection import MiniRecSelector
-from minirec_pl.selection.resume import RUNNING_KEY
-from minirec_pl.selection.session import CHECKPOINT_KEY
+from minirec_pl.selection.session.resume import RUNNING_KEY
+from minirec_pl.selection.session.session import CHECKPOINT_KEY
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from minirec_pl.callbacks import MiniRec
 from minirec_pl.probes import HeadProbe
 from minirec_pl.selection import MiniRecSelector
-from minirec_pl.selection.session import session_of
+from minirec_pl.selection.session.session import session_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

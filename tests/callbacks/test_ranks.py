@@ -12,7 +12,7 @@ from minirec_pl import InputError
 from minirec_pl.callbacks import EasyToHardCurriculum, MiniRec, RescoreSamples, RewardHistory
 from minirec_pl.probes import HeadProbe
 from minirec_pl.selection import MiniRecSelector, SampleSignals
-from minirec_pl.selection.session import session_of
+from minirec_pl.selection.session.session import session_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:selection"),

@@ -12,7 +12,7 @@ from minirec_pl import InputError
 from minirec_pl.callbacks import MiniRec
 from minirec_pl.probes import HeadProbe
 from minirec_pl.selection import MiniRecSelector
-from minirec_pl.selection.session import CHECKPOINT_KEY, session_of
+from minirec_pl.selection.session.session import CHECKPOINT_KEY, session_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 EPOCHS = 3

@@ -11,8 +11,9 @@ from lightning.pytorch.loggers import CSVLogger
 
 from minirec_pl.callbacks import MiniRec, RescoreSamples, SelectSamples
 from minirec_pl.probes import HeadProbe
-from minirec_pl.selection import MiniRecSelector, SelectionLedger, SignalStore, run_files
-from minirec_pl.selection.session import session_of
+from minirec_pl.selection import MiniRecSelector, SelectionLedger, SignalStore
+from minirec_pl.selection.session import run_files
+from minirec_pl.selection.session.session import session_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FILES = {"ledger.parquet", "diagnostics.json", "signals.safetensors"}

@@ -16,7 +16,7 @@ from minirec_pl.callbacks import EasyToHardCurriculum, MiniRec, RescoreSamples, 
 from minirec_pl.data.sampler import CurriculumSampler
 from minirec_pl.selection import MiniRecSelector, RandomSelector, SampleSignals, SelectionLedger, SignalStore
 from minirec_pl.selection.budget import budget_count, check_budget
-from minirec_pl.selection.session import session_of
+from minirec_pl.selection.session.session import session_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:picked:UserWarning")
 

@@ -11,7 +11,7 @@ from minirec_pl.callbacks import MiniRec, RescoreSamples, SelectSamples
 from minirec_pl.data.sampler import CurriculumSampler
 from minirec_pl.probes import HeadProbe
 from minirec_pl.selection import FullSelector, MiniRecSelector, RandomSelector
-from minirec_pl.selection.session import session_of
+from minirec_pl.selection.session.session import session_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -9,7 +9,7 @@ from lightning.pytorch.tuner import Tuner
 from minirec_pl.callbacks import MiniRec
 from minirec_pl.probes import HeadProbe
 from minirec_pl.selection import MiniRecSelector
-from minirec_pl.selection.session import session_of
+from minirec_pl.selection.session.session import session_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

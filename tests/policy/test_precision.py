@@ -18,7 +18,7 @@ from minirec_pl.policy import GenerativePolicy, LanguageModel, Lora, PromptTempl
 from minirec_pl.policy.item_index import ItemIndex
 from minirec_pl.policy.semantic_ids import SemanticIds
 from minirec_pl.selection import MiniRecSelector
-from minirec_pl.selection.session import session_of
+from minirec_pl.selection.session.session import session_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PACKAGE = minirec_pl.__path__[0]

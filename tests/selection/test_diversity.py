@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirec_pl.selection import lazy_greedy, maxmin_select, unit_rows
-from minirec_pl.selection.diversity import nearest_pick
+from minirec_pl.selection import maxmin_select
+from minirec_pl.selection.maxmin import lazy as lazy_greedy
+from minirec_pl.selection.maxmin import unit_rows
+from minirec_pl.selection.maxmin.greedy import nearest_pick
 from minirec_pl.utils.errors import InputError
 
 
@@ -172,7 +174,7 @@ import resource, sys
 import numpy as np
 import torch
 from minirec_pl.selection import maxmin_select
-from minirec_pl.selection.diversity import nearest_pick
+from minirec_pl.selection.maxmin.greedy import nearest_pick
 
 torch.set_num_threads(1)
 embeddings = np.load(sys.argv[1], mmap_mode="r")

@@ -113,7 +113,9 @@ def test_k_means_depends_on_the_seed_alone():
 
 def test_k_means_without_scikit_learn_says_what_to_install(monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr("minirec_pl.selection.rivals.find_spec", lambda name: None if name == "sklearn" else find(name))
+    monkeypatch.setattr(
+        "minirec_pl.selection.selectors.baselines.find_spec", lambda name: None if name == "sklearn" else find(name)
+    )
     with pytest.raises(InputError, match=r"needs scikit-learn: pip install 'minirec-pl\[kmeans\]'"):
         KMeansSelector()
 

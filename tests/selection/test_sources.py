@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minirec_pl.selection import SampleSignals, SignalStore
-from minirec_pl.selection.sources import read_signals
+from minirec_pl.selection.signal_sources import read_signals
 from minirec_pl.utils.errors import InputError
 
 REWARDS = {7: [1.0, 0.0], 3: [0.25, 0.75], 5: [0.0, 0.0]}

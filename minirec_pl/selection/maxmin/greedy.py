@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from minirec_pl.selection.lazy_greedy import LazyGreedy, cosine_of, distance_of, slack_of
+from minirec_pl.selection.maxmin.lazy import LazyGreedy, cosine_of, distance_of, slack_of
+from minirec_pl.selection.maxmin.unit_rows import PICKS, Floats, Ints, UnitRows, as_matrix, full_precision
 from minirec_pl.selection.signals import Array, as_ids
-from minirec_pl.selection.unit_rows import PICKS, Floats, Ints, UnitRows, as_matrix, full_precision
 from minirec_pl.utils.errors import InputError
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from minirec_pl.selection.unit_rows import PICKS, Floats, Ints, UnitRows
+from minirec_pl.selection.maxmin.unit_rows import PICKS, Floats, Ints, UnitRows
 
 Cosines: TypeAlias = npt.NDArray[np.floating[Any]]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from minirec_pl.gradients import HeadStep, check_step, exact, step_softmax
+from minirec_pl.selection.probes.gradients import HeadStep, check_step, exact, step_softmax
 
 
 class Trajectory:

@@ -15,10 +15,10 @@ from minirec_pl.data.train_loader import TrainLoader, foresee
 from minirec_pl.selection.curriculum import shuffled_curriculum
 from minirec_pl.selection.fingerprints import fingerprints_of
 from minirec_pl.selection.ledger import SelectionLedger
-from minirec_pl.selection.resume import epoch_is_done, running_of
-from minirec_pl.selection.run_files import RunFiles
-from minirec_pl.selection.scoring import Probe, measure
-from minirec_pl.selection.signal_files import SignalFiles, read_vectors
+from minirec_pl.selection.session.resume import epoch_is_done, running_of
+from minirec_pl.selection.session.run_files import RunFiles
+from minirec_pl.selection.session.scoring import Probe, measure
+from minirec_pl.selection.session.signal_files import SignalFiles, read_vectors
 from minirec_pl.selection.signals import SampleSignals, gather_signals
 from minirec_pl.selection.store import SignalStore
 from minirec_pl.utils.cost import Cost

@@ -42,7 +42,7 @@ def measure(
         loader: of the training; its dataset and collate_fn make the batches.
         sample_ids: [n].
         probe: how; None asks `module.sample_signals(batch)`.
-        asked: options of `sample_signals`, see `minirec_pl.selection.selectors.signal_options`.
+        asked: options of `sample_signals`, see `minirec_pl.selection.selectors.protocol.signal_options`.
 
     Returns:
         The signals of each batch, on the CPU; none for no ids.

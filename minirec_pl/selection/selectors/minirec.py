@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -11,41 +11,15 @@ import torch
 from torch import Tensor
 
 from minirec_pl.selection import reasons
-from minirec_pl.selection.diversity import Selection, maxmin_select
 from minirec_pl.selection.learnability import group_difficulty, learnability, min_max, quantile_calibration
 from minirec_pl.selection.ledger import SelectionLedger
-from minirec_pl.selection.picks import ascending, blank_columns, solve_chance
+from minirec_pl.selection.maxmin.greedy import Selection, maxmin_select
 from minirec_pl.selection.representativeness import representativeness
+from minirec_pl.selection.selectors.picks import ascending, blank_columns, solve_chance
 from minirec_pl.selection.signals import Signals
 from minirec_pl.utils.errors import InputError
 
 _LARGE = 100_000  # samples from which on the selection shows its progress
-
-
-class Selector(Protocol):
-    """What a selection session asks of a selector."""
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Signals it reads, out of "rewards", "gradient" and "embedding"."""
-
-    def select(self, signals: Signals, k: int, *, epoch: int = 0) -> SelectionLedger:
-        """Picks samples.
-
-        Args:
-            signals: Of the pool, N samples.
-            k: Budget: number of samples to pick, 1..N.
-            epoch: The coming epoch, for selectors that draw anew in each.
-
-        Returns:
-            The ledger, a row for each sample of `signals`.
-
-        Raises:
-            InputError: If k is not in 1..N, or a signal it needs was measured for no sample.
-
-        Warns:
-            UserWarning: If fewer than k samples can be picked.
-        """
 
 
 class MiniRecSelector:
@@ -257,13 +231,6 @@ class MiniRecSelector:
 def _at(matrix: Tensor, rows: Tensor) -> Tensor:
     """The rows at these ascending positions; the matrix itself, perhaps a mapped file, if that is all of them."""
     return matrix if len(rows) == len(matrix) else matrix[rows]
-
-
-def signal_options(selector: object) -> dict[str, str]:
-    """What a selector asks of `sample_signals(batch, **options)`: its `gradient` and `gradient_space`, if not usual."""
-    usual = {"gradient": "first", "gradient_space": "answer"}
-    asked = {name: getattr(selector, name, default) for name, default in usual.items()}
-    return {name: value for name, value in asked.items() if value != usual[name]}
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

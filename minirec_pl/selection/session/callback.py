@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from minirec_pl.selection.resume import RUNNING_KEY, running_of
-from minirec_pl.selection.selectors import Selector
-from minirec_pl.selection.session import CHECKPOINT_KEY, session_of
+from minirec_pl.selection.selectors.protocol import Selector
+from minirec_pl.selection.session.resume import RUNNING_KEY, running_of
+from minirec_pl.selection.session.session import CHECKPOINT_KEY, session_of
 from minirec_pl.utils.errors import InputError
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from minirec_pl.gradients import HeadStep, head_signal
 from minirec_pl.policy.language_models.sampling import evaluation_mode
+from minirec_pl.selection.probes.gradients import HeadStep, head_signal
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.seeds import isolated_random_state
@@ -82,7 +82,7 @@ class HeadProbe:
             batch: on the module's device, as `training_step` gets it.
             sample_id: [B] int64, of the batch's samples in their order.
             gradient: `first` for u as above; `hvp` for the published Hessian-vector product, see
-                `minirec_pl.gradients.head_signal`, for classes at one position.
+                `minirec_pl.selection.probes.gradients.head_signal`, for classes at one position.
             gradient_space: `answer` only, the input of the layer.
 
         Returns:

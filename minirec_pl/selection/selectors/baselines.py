@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from minirec_pl.selection import reasons
-from minirec_pl.selection.diversity import maxmin_select
 from minirec_pl.selection.ledger import SelectionLedger
-from minirec_pl.selection.picks import ascending, ledger_of, vectors
+from minirec_pl.selection.maxmin.greedy import maxmin_select
+from minirec_pl.selection.selectors.picks import ascending, ledger_of, vectors
 from minirec_pl.selection.signals import Signals
 from minirec_pl.utils.errors import InputError
 

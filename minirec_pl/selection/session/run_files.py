@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from minirec_pl.selection.diagnostics import NEAR_ZERO, Diagnostics, diagnose
-from minirec_pl.selection.examples import notable
+from minirec_pl.selection.diagnostics import NEAR_ZERO, Diagnostics, diagnose, notable
 from minirec_pl.utils.files import write_atomically, write_json
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-    from minirec_pl.selection.session import SelectionSession
+    from minirec_pl.selection.session.session import SelectionSession
 
 LEDGER, SIGNALS, DIAGNOSTICS = "ledger.parquet", "signals.safetensors", "diagnostics.json"
 PLAN, EXAMPLES = "plan.parquet", "examples.parquet"

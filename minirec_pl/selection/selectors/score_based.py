@@ -11,7 +11,7 @@ from torch import Tensor
 from minirec_pl.selection import reasons
 from minirec_pl.selection.learnability import min_max
 from minirec_pl.selection.ledger import SelectionLedger
-from minirec_pl.selection.picks import ascending, best_first, ledger_of, solve_chance, vectors
+from minirec_pl.selection.selectors.picks import ascending, best_first, ledger_of, solve_chance, vectors
 from minirec_pl.selection.signals import Signals
 from minirec_pl.utils.errors import InputError
 

@@ -1,0 +1,41 @@
+"""What a selection session asks of a selector."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from minirec_pl.selection.ledger import SelectionLedger
+from minirec_pl.selection.signals import Signals
+
+
+class Selector(Protocol):
+    """What a selection session asks of a selector."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Signals it reads, out of "rewards", "gradient" and "embedding"."""
+
+    def select(self, signals: Signals, k: int, *, epoch: int = 0) -> SelectionLedger:
+        """Picks samples.
+
+        Args:
+            signals: Of the pool, N samples.
+            k: Budget: number of samples to pick, 1..N.
+            epoch: The coming epoch, for selectors that draw anew in each.
+
+        Returns:
+            The ledger, a row for each sample of `signals`.
+
+        Raises:
+            InputError: If k is not in 1..N, or a signal it needs was measured for no sample.
+
+        Warns:
+            UserWarning: If fewer than k samples can be picked.
+        """
+
+
+def signal_options(selector: object) -> dict[str, str]:
+    """What a selector asks of `sample_signals(batch, **options)`: its `gradient` and `gradient_space`, if not usual."""
+    usual = {"gradient": "first", "gradient_space": "answer"}
+    asked = {name: getattr(selector, name, default) for name, default in usual.items()}
+    return {name: value for name, value in asked.items() if value != usual[name]}
