@@ -38,7 +38,7 @@ class Work:
 
 def ours(work):
     """GRPO as a plain loop of library functions; phases are timed on the way."""
-    from minirec_pl.grpo import group_advantages, policy_loss
+    from minirec_pl.grpo.loss import group_advantages, policy_loss
     from minirec_pl.policy.language_models.generation import generate
     from minirec_pl.policy.language_models.logps import completion_logps
 

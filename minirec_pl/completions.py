@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from minirec_pl.generation import RolloutBatch
+    from minirec_pl.grpo.buffer import RolloutBatch
 
 Row: TypeAlias = dict[str, Any]
 _TEXTS = ("prompt", "target", "completion", "recommended")

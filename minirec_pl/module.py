@@ -11,11 +11,14 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from minirec_pl.collect import RolloutCollector
 from minirec_pl.data.loader import GENERATION, GenerationSchedule, in_hand
-from minirec_pl.generation import Generation, RolloutBatch, figures_of, signals_of
-from minirec_pl.grpo import Baseline, ImportanceSamplingLevel, LossType, ScaleRewards
-from minirec_pl.objective import Objective, WastedGroups
+from minirec_pl.grpo.buffer import Generation, RolloutBatch, figures_of, signals_of
+from minirec_pl.grpo.collector import RolloutCollector
+from minirec_pl.grpo.loss import Baseline, ImportanceSamplingLevel, LossType, ScaleRewards
+from minirec_pl.grpo.objective import Objective, WastedGroups
+from minirec_pl.grpo.reasoning_sampler import with_negatives
+from minirec_pl.grpo.reference import adapters_off, check_sync, frozen_copy, is_fresh_lora, mix_into
+from minirec_pl.grpo.samplers import sampler_of
 from minirec_pl.options import (
     check_kind,
     check_sampling,
@@ -27,11 +30,8 @@ from minirec_pl.options import (
 from minirec_pl.policy import Recommender, RetrievalPolicy
 from minirec_pl.policy.language_models.sampling import evaluation_mode
 from minirec_pl.recommender import EVALUATION_K, RecModule
-from minirec_pl.recpo import with_negatives
-from minirec_pl.reference import adapters_off, check_sync, frozen_copy, is_fresh_lora, mix_into
 from minirec_pl.rewards.calls import RewardFunction
 from minirec_pl.rewards.functions import SoftmaxMixReward, hit
-from minirec_pl.samplers import sampler_of
 from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace
 from minirec_pl.selection.probes.trajectory import Trajectory
 from minirec_pl.selection.session.resume import position as batch_position
@@ -49,7 +49,7 @@ class GRPORecModule(RecModule):
     `num_generations` rollouts, items or reasonings, are sampled per prompt and rewarded, for all the batches of an
     optimizer step at once, so that what its loss is averaged over is known before the first backward pass. With one
     update per rollout (the default) the ratio is 1 when the gradient is taken. Groups that the loss does not depend on
-    are not trained on. A policy that reasons and ranks is trained by RecPO, see `minirec_pl.recpo`.
+    are not trained on. A policy that reasons and ranks is trained by RecPO, see `minirec_pl.grpo.reasoning_sampler`.
 
     Args:
         policy: the recommender, usually a warm start.
@@ -84,7 +84,7 @@ class GRPORecModule(RecModule):
             accumulate_grad_batches; None takes that.
         wasted_groups: what becomes of groups without reward variance: `keep` counts them in the average;
             `dynamic_sampling` drops them and draws for more prompts (DAPO); `preference_pairs` turns those in which
-            nothing found the target into target-over-sampled pairs, see `minirec_pl.preference`.
+            nothing found the target into target-over-sampled pairs, see `minirec_pl.grpo.loss`.
         oversample: with `dynamic_sampling`, how many prompts the loader delivers for one that is trained on.
         sync_ref_model: move the reference after the policy (TR-DPO, arXiv 2404.09656).
         ref_model_sync_steps: optimizer steps from one sync to the next.
@@ -326,7 +326,7 @@ class GRPORecModule(RecModule):
     ) -> SampleSignals:
         """Everything selection wants to know of a batch, from one forward pass in evaluation mode.
 
-        What follows is for a GenerativePolicy; a RetrievalPolicy has `minirec_pl.recpo.ReasoningSampler.signals`.
+        What follows is for a GenerativePolicy; a RetrievalPolicy has `minirec_pl.grpo.reasoning_sampler.ReasoningSampler.signals`.
 
         Args:
             batch: prompts with `history`, `seen`, `target` and `sample_id`.

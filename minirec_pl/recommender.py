@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from minirec_pl.data.train_loader import keep_columns
-from minirec_pl.generation import take_rows
+from minirec_pl.grpo.buffer import take_rows
 from minirec_pl.metrics.ranking import MRR, NDCG, Coverage, HitRate, SampleRanks, target_rank, top_items
 from minirec_pl.policy import Recommender, RetrievalPolicy
 from minirec_pl.selection.session.resume import RUNNING_KEY, running_of

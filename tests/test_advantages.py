@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minirec_pl.grpo import flat_groups, group_advantages
+from minirec_pl.grpo.loss import flat_groups, group_advantages
 from minirec_pl.utils.errors import InputError
 
 SCALES = ["group", "batch", "none"]

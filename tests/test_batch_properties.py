@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from plain_policy import padded
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minirec_pl.grpo import eos_mask
+from minirec_pl.grpo.loss import eos_mask
 from minirec_pl.policy.language_models import causal_lm
 from minirec_pl.policy.language_models.causal_lm import Head, body_of, run_completions, run_prompts
 from minirec_pl.policy.language_models.generation import Sampling, generate

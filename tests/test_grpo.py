@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minirec_pl.grpo import LossType, eos_mask, group_advantages, kl_k3, policy_loss
+from minirec_pl.grpo.loss import LossType, eos_mask, group_advantages, kl_k3, policy_loss
 from minirec_pl.utils.errors import InputError
 
 LOSS_TYPES: list[LossType] = ["grpo", "bnpo", "dr_grpo", "dapo"]

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback
 from plain_policy import PlainPolicy, many_token_policy
 
 from minirec_pl import GRPORecModule
-from minirec_pl.generation import RolloutBatch, figures_of
-from minirec_pl.objective import Objective
+from minirec_pl.grpo.buffer import RolloutBatch, figures_of
+from minirec_pl.grpo.objective import Objective
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec")
 SMALL = {"warm_fraction": 0.9}  # a pool of 77 samples

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from minirec_pl.preference import pair_weights, preference_loss
+from minirec_pl.grpo.loss import pair_weights, preference_loss
 
 
 def case(seed, p=3, g=4, length=5):

@@ -11,11 +11,11 @@ from text_policy import PlainRetriever, text_policy, toy_batch, toy_catalogue, w
 from minirec_pl import GRPORecModule, InputError, WarmStartModule
 from minirec_pl.callbacks import MiniRec
 from minirec_pl.data.samples import Catalogue
+from minirec_pl.grpo.reasoning_sampler import SIGNAL_NEGATIVES, with_negatives
+from minirec_pl.grpo.samplers import sampler_of
 from minirec_pl.policy import RetrievalPolicy
 from minirec_pl.policy.item_index import draw_negatives
-from minirec_pl.recpo import SIGNAL_NEGATIVES, with_negatives
 from minirec_pl.rewards import NDCGReward, SoftmaxMixReward, hit
-from minirec_pl.samplers import sampler_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"),
@@ -247,7 +247,7 @@ def test_signals_are_those_of_autograd_on_each_sample_alone(folder, gradient):
         torch.testing.assert_close(alone.embedding[0], signals.embedding[row], rtol=1e-4, atol=1e-5)
     numbers = sampler_of(module).draw(batch, torch.zeros(4, 3, 4, dtype=torch.float64)).texts
     assert numbers.shape == (4, 3, 4)
-    from minirec_pl.generation import scoring_numbers
+    from minirec_pl.grpo.buffer import scoring_numbers
 
     texts = sampler_of(module).draw(batch, scoring_numbers((5, 0), batch["sample_id"], (3, 4))).texts
     others = draw_negatives(12, batch["target"], batch["sample_id"], [5], SIGNAL_NEGATIVES)

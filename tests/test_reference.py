@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 from plain_policy import PlainPolicy
 
 from minirec_pl import GRPORecModule, InputError
-from minirec_pl.reference import adapters_off, is_fresh_lora
+from minirec_pl.grpo.reference import adapters_off, is_fresh_lora
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"),

@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from minirec_pl import GRPORecModule
+from minirec_pl.grpo.samplers import sampler_of
 from minirec_pl.policy.language_models import logps
 from minirec_pl.rewards import SoftmaxMixReward
-from minirec_pl.samplers import sampler_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"),

@@ -18,16 +18,15 @@ from minirec_pl.data.batches import SampleDataset, identity
 from minirec_pl.data.loader import ResumableLoader
 from minirec_pl.data.sampler import OrderedSampler
 from minirec_pl.data.samples import SampleTable
-from minirec_pl.generation import scoring_numbers
-from minirec_pl.grpo import flat_groups, group_advantages, kl_k3, policy_loss
+from minirec_pl.grpo.buffer import scoring_numbers
+from minirec_pl.grpo.loss import flat_groups, group_advantages, kl_k3, pair_weights, policy_loss, preference_loss
+from minirec_pl.grpo.samplers import sampler_of
 from minirec_pl.metrics.evaluation import sample_ranks
 from minirec_pl.metrics.ranking import MRR, NDCG, Coverage, HitRate, SampleRanks, target_rank, top_items
 from minirec_pl.module import GRPORecModule
 from minirec_pl.predictions import merge_parts, rows_of, table_of
-from minirec_pl.preference import pair_weights, preference_loss
 from minirec_pl.rewards import FormatReward, NDCGReward, ReciprocalRankReward, SoftmaxMixReward, hit, rank_penalty
 from minirec_pl.rewards.calls import Rewarder, ranking_columns
-from minirec_pl.samplers import sampler_of
 from minirec_pl.selection.probes.gradients import HeadStep, head_gradient, head_hvp, head_signal
 from minirec_pl.selection.probes.head import HeadProbe
 from minirec_pl.selection.probes.per_sample import per_sample_gradients, project

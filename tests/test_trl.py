@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from minirec_pl.generation import RolloutBatch, figures_of
-from minirec_pl.grpo import eos_mask, group_advantages, policy_loss
+from minirec_pl.grpo.buffer import RolloutBatch, figures_of
+from minirec_pl.grpo.loss import eos_mask, group_advantages, policy_loss
 from minirec_pl.policy.language_models.generation import eos_token_ids
 from minirec_pl.policy.language_models.tiny import build_tiny, item_tokenizer
 from minirec_pl.rewards.calls import combine_rewards

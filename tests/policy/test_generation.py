@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from minirec_pl import InputError
-from minirec_pl.grpo import eos_mask
+from minirec_pl.grpo.loss import eos_mask
 from minirec_pl.policy.language_models.generation import Sampling, eos_token_ids, generate
 from minirec_pl.policy.language_models.model_support import support_of
 from minirec_pl.policy.language_models.sampling import rollout_generator

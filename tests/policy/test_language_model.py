@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from minirec_pl import InputError
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.export import export
+from minirec_pl.grpo.reference import adapters_off
 from minirec_pl.policy import GenerativePolicy, Sampling, completion_logps, generate
 from minirec_pl.policy.language_models.adapters import PROJECTIONS, Lora
 from minirec_pl.policy.language_models.causal_lm import body_of, computes_bfloat16, head_of, same_in_training
 from minirec_pl.policy.language_models.generation import eos_token_ids
 from minirec_pl.policy.language_models.model_config import text_config
 from minirec_pl.policy.language_models.pretrained import LanguageModel, grow, save_language_model
-from minirec_pl.reference import adapters_off
 from minirec_pl.utils.checkpoints import weights_digest, weights_under_adapters
 
 KINDS = ["llama", "qwen2", "gemma2"]

@@ -9,20 +9,21 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from minirec_pl.generation import RolloutBatch
-from minirec_pl.grpo import (
+from minirec_pl.grpo.buffer import RolloutBatch
+from minirec_pl.grpo.loss import (
     Baseline,
     ImportanceSamplingLevel,
     LossType,
     ScaleRewards,
     check_objective,
     group_advantages,
+    pair_weights,
     policy_loss,
+    preference_loss,
 )
+from minirec_pl.grpo.reasoning_sampler import item_loss
 from minirec_pl.policy import Recommender, RetrievalPolicy
 from minirec_pl.policy.supervised import no_loss
-from minirec_pl.preference import pair_weights, preference_loss
-from minirec_pl.recpo import item_loss
 
 WastedGroups = Literal["keep", "dynamic_sampling", "preference_pairs"]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minirec_pl.generation import Batch, Generation, RolloutBatch, step_totals, take_rows
-from minirec_pl.objective import Objective
+from minirec_pl.grpo.buffer import Batch, Generation, RolloutBatch, step_totals, take_rows
+from minirec_pl.grpo.objective import Objective
 
 
 @dataclass

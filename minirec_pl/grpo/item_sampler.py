@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from minirec_pl.generation import Batch, RolloutBatch, scoring_numbers, take_rows
-from minirec_pl.grpo import flat_groups
+from minirec_pl.grpo.buffer import Batch, RolloutBatch, scoring_numbers, take_rows
+from minirec_pl.grpo.loss import flat_groups
 from minirec_pl.policy import GenerativePolicy, Rollouts
 from minirec_pl.policy.distinct import sample_distinct
 from minirec_pl.policy.language_models.sampling import Prompt, evaluation_mode
@@ -21,7 +21,7 @@ from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.utils.cost import Cost
 
 if TYPE_CHECKING:
-    from minirec_pl.objective import Objective
+    from minirec_pl.grpo.objective import Objective
 
 
 @dataclass

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from minirec_pl.item_rollouts import ItemSampler
+from minirec_pl.grpo.item_sampler import ItemSampler
+from minirec_pl.grpo.reasoning_sampler import ReasoningSampler
 from minirec_pl.policy import RetrievalPolicy
-from minirec_pl.recpo import ReasoningSampler
 from minirec_pl.rewards.calls import Rewarder
 
 if TYPE_CHECKING:

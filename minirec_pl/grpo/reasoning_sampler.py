@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minirec_pl.generation import Batch, RolloutBatch, scoring_numbers, take_rows
-from minirec_pl.grpo import flat_groups, group_advantages
+from minirec_pl.grpo.buffer import Batch, RolloutBatch, scoring_numbers, take_rows
+from minirec_pl.grpo.loss import flat_groups, group_advantages
 from minirec_pl.policy import RetrievalPolicy, Sampling
 from minirec_pl.policy.item_index import Ranking, draw_negatives
 from minirec_pl.policy.language_models.sampling import evaluation_mode
@@ -30,7 +30,7 @@ from minirec_pl.utils.cost import Cost
 from minirec_pl.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from minirec_pl.objective import Objective
+    from minirec_pl.grpo.objective import Objective
 
 SIGNAL_NEGATIVES = 64
 

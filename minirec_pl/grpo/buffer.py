@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minirec_pl.data.loader import REPEATED
-from minirec_pl.grpo import flat_groups
+from minirec_pl.grpo.loss import flat_groups
 from minirec_pl.selection.signals import SampleSignals
 
 Batch = Mapping[str, Tensor]

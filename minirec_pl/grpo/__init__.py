@@ -1,0 +1,23 @@
+"""Group Relative Policy Optimization: loss, objective, rollouts and the reference policy."""
+
+from minirec_pl.grpo.loss import (
+    PolicyLoss,
+    eos_mask,
+    flat_groups,
+    group_advantages,
+    kl_k3,
+    pair_weights,
+    policy_loss,
+    preference_loss,
+)
+
+__all__ = [
+    "PolicyLoss",
+    "eos_mask",
+    "flat_groups",
+    "group_advantages",
+    "kl_k3",
+    "pair_weights",
+    "policy_loss",
+    "preference_loss",
+]
