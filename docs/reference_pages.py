@@ -21,7 +21,7 @@ PAGES = {  # page: title, introduction, what is on it
     "modules": (
         "Modules and data",
         "`model` and `data` of a config, and its section `warm_start`.",
-        ["minirec_pl", "minirec_pl.stages:WarmStart", "minirec_pl.recommender:RecModule"],
+        ["minirec_pl", "minirec_pl.stages:WarmStart", "minirec_pl.trainers.recommender:RecModule"],
     ),
     "callbacks": (
         "Callbacks",

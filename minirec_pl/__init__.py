@@ -6,17 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from minirec_pl.data.datamodule import RecDataModule
-    from minirec_pl.module import GRPORecModule, WarmStartModule
+    from minirec_pl.trainers.grpo import GRPORecModule
+    from minirec_pl.trainers.warm_start import WarmStartModule
     from minirec_pl.utils.errors import InputError
 
 __version__ = "0.1.0"
 __all__ = ["GRPORecModule", "InputError", "RecDataModule", "WarmStartModule"]
 
 _HOMES = {
-    "GRPORecModule": "minirec_pl.module",
+    "GRPORecModule": "minirec_pl.trainers.grpo",
     "InputError": "minirec_pl.utils.errors",
     "RecDataModule": "minirec_pl.data.datamodule",
-    "WarmStartModule": "minirec_pl.module",
+    "WarmStartModule": "minirec_pl.trainers.warm_start",
 }
 
 

@@ -22,9 +22,9 @@ from minirec_pl.data.columns import Columns
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.sampler import OrderedSampler
 from minirec_pl.data.samples import Catalogue
-from minirec_pl.recommender import RecModule
 from minirec_pl.selection.fingerprints import weights_fingerprint
 from minirec_pl.serving import Requests, read_candidates, read_history
+from minirec_pl.trainers.recommender import RecModule
 from minirec_pl.utils.files import write_atomically
 
 REASONING = "reasoning"

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from minirec_pl.metrics.evaluation import ranking_figures
-from minirec_pl.recommender import RecModule
+from minirec_pl.trainers.recommender import RecModule
 from minirec_pl.utils.checkpoints import policy_of
 from minirec_pl.utils.files import write_atomically, write_json
 from minirec_pl.utils.run_folder import run_folder

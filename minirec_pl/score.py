@@ -12,12 +12,12 @@ from torch import Tensor
 
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.predictions import PartWriter, RequestData, merge_parts
-from minirec_pl.recommender import RecModule
 from minirec_pl.selection.fingerprints import fingerprints_of
 from minirec_pl.selection.merge import merge_stores
 from minirec_pl.selection.selectors.protocol import signal_options
 from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.selection.store import SignalStore
+from minirec_pl.trainers.recommender import RecModule
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import write_atomically, write_json
 from minirec_pl.utils.run_folder import run_folder

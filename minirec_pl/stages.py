@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.splits import random_part
 from minirec_pl.metrics.evaluation import Row, popularity_row, ranking_figures, stage_table
-from minirec_pl.recommender import RecModule
+from minirec_pl.trainers.recommender import RecModule
+from minirec_pl.trainers.warm_start import WarmStartModule
 from minirec_pl.utils.checkpoints import load_policy_weights
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import write_json
 from minirec_pl.utils.seeds import isolated_random_state
-from minirec_pl.warm_start import WarmStartModule
 
 RESULTS, STAGES, WARM_START = "results.json", "stages.json", "warm_start"
 PIPE_WIDTH = 120

@@ -437,7 +437,7 @@ def test_a_warm_start_on_sequences_is_refused(make_policy, text_data, make_train
 def test_evaluation_goes_through_a_large_batch_in_portions(folder, monkeypatch):
     policy = text_policy(folder, max_completion_length=2)
     sizes = []
-    monkeypatch.setattr("minirec_pl.recommender._SCORES", 25)
+    monkeypatch.setattr("minirec_pl.trainers.recommender._SCORES", 25)
     module, batch = scored(policy), toy_batch(5)
     whole = policy.item_logps
     policy.item_logps = lambda part: sizes.append(len(part["target"])) or whole(part)

@@ -23,7 +23,6 @@ from minirec_pl.grpo.loss import flat_groups, group_advantages, kl_k3, pair_weig
 from minirec_pl.grpo.samplers import sampler_of
 from minirec_pl.metrics.evaluation import sample_ranks
 from minirec_pl.metrics.ranking import MRR, NDCG, Coverage, HitRate, SampleRanks, target_rank, top_items
-from minirec_pl.module import GRPORecModule
 from minirec_pl.predictions import merge_parts, rows_of, table_of
 from minirec_pl.rewards import FormatReward, NDCGReward, ReciprocalRankReward, SoftmaxMixReward, hit, rank_penalty
 from minirec_pl.rewards.calls import Rewarder, ranking_columns
@@ -31,6 +30,7 @@ from minirec_pl.selection.probes.gradients import HeadStep, head_gradient, head_
 from minirec_pl.selection.probes.head import HeadProbe
 from minirec_pl.selection.probes.per_sample import per_sample_gradients, project
 from minirec_pl.selection.probes.trajectory import head_alignment
+from minirec_pl.trainers.grpo import GRPORecModule
 
 pytestmark = pytest.mark.filterwarnings("ignore:No reward of")
 

@@ -25,11 +25,11 @@ from minirec_pl.compare.study import Cell, Data, Study, as_words, seeded
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.sources.assemble import Samples, Source
 from minirec_pl.metrics.evaluation import sample_ranks
-from minirec_pl.module import GRPORecModule
-from minirec_pl.recommender import RecModule
 from minirec_pl.selection.session.session import session_of
 from minirec_pl.sentences import sentence_of
 from minirec_pl.stages import Stages, WarmStart
+from minirec_pl.trainers.grpo import GRPORecModule
+from minirec_pl.trainers.recommender import RecModule
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import replace_folder
 

@@ -10,7 +10,7 @@ from minirec_pl.policy import RetrievalPolicy
 from minirec_pl.rewards.calls import Rewarder
 
 if TYPE_CHECKING:
-    from minirec_pl.module import GRPORecModule
+    from minirec_pl.trainers.grpo import GRPORecModule
 
 
 def sampler_of(module: GRPORecModule) -> ItemSampler | ReasoningSampler:

@@ -17,9 +17,9 @@ from minirec_pl.callbacks import MiniRec
 from minirec_pl.policy.language_models.generation import generate
 from minirec_pl.policy.language_models.logps import completion_logps
 from minirec_pl.policy.semantic_ids import SemanticIds
-from minirec_pl.recommender import RecModule
 from minirec_pl.rewards import hit
 from minirec_pl.selection import MiniRecSelector
+from minirec_pl.trainers.recommender import RecModule
 
 GPU = "cuda"
 pytestmark = [

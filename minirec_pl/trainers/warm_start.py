@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from minirec_pl.policy import Recommender, RetrievalPolicy
-from minirec_pl.recommender import EVALUATION_K, RecModule
+from minirec_pl.trainers.recommender import EVALUATION_K, RecModule
 from minirec_pl.utils.errors import InputError
 
 

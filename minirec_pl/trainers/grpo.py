@@ -19,7 +19,15 @@ from minirec_pl.grpo.objective import Objective, WastedGroups
 from minirec_pl.grpo.reasoning_sampler import with_negatives
 from minirec_pl.grpo.reference import adapters_off, check_sync, frozen_copy, is_fresh_lora, mix_into
 from minirec_pl.grpo.samplers import sampler_of
-from minirec_pl.options import (
+from minirec_pl.policy import Recommender, RetrievalPolicy
+from minirec_pl.policy.language_models.sampling import evaluation_mode
+from minirec_pl.rewards.calls import RewardFunction
+from minirec_pl.rewards.functions import SoftmaxMixReward, hit
+from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace
+from minirec_pl.selection.probes.trajectory import Trajectory
+from minirec_pl.selection.session.resume import position as batch_position
+from minirec_pl.selection.signals import SampleSignals
+from minirec_pl.trainers.options import (
     check_kind,
     check_sampling,
     check_schedule,
@@ -27,20 +35,9 @@ from minirec_pl.options import (
     check_single,
     check_wasted_groups,
 )
-from minirec_pl.policy import Recommender, RetrievalPolicy
-from minirec_pl.policy.language_models.sampling import evaluation_mode
-from minirec_pl.recommender import EVALUATION_K, RecModule
-from minirec_pl.rewards.calls import RewardFunction
-from minirec_pl.rewards.functions import SoftmaxMixReward, hit
-from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace
-from minirec_pl.selection.probes.trajectory import Trajectory
-from minirec_pl.selection.session.resume import position as batch_position
-from minirec_pl.selection.signals import SampleSignals
+from minirec_pl.trainers.recommender import EVALUATION_K, RecModule
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.ranks import gather_states, own_state
-from minirec_pl.warm_start import WarmStartModule
-
-__all__ = ["GRPORecModule", "WarmStartModule"]
 
 
 class GRPORecModule(RecModule):
@@ -326,7 +323,7 @@ class GRPORecModule(RecModule):
     ) -> SampleSignals:
         """Everything selection wants to know of a batch, from one forward pass in evaluation mode.
 
-        What follows is for a GenerativePolicy; a RetrievalPolicy has `minirec_pl.grpo.reasoning_sampler.ReasoningSampler.signals`.
+        What follows is for a GenerativePolicy; a RetrievalPolicy has `ReasoningSampler.signals`.
 
         Args:
             batch: prompts with `history`, `seen`, `target` and `sample_id`.
