@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 from measuring import machine
 
-from minirec_pl.compare.report import at_equal_cost, cell, comparison
-from minirec_pl.compare.results import chosen_gains
-from minirec_pl.compare.statistics import Interval, user_bootstrap
-from minirec_pl.compare.study import Study
-from minirec_pl.compare.tasks import cell_path
+from minirec_pl.cli.compare.intervals import Interval, user_bootstrap
+from minirec_pl.cli.compare.report import at_equal_cost, cell, comparison
+from minirec_pl.cli.compare.results import chosen_gains
+from minirec_pl.cli.compare.study import Study
+from minirec_pl.cli.compare.tasks import cell_path
 
 STUDIES = Path(__file__).resolve().parent / "studies"
 RESULTS = Path(__file__).resolve().parent / "results"

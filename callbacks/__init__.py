@@ -9,9 +9,9 @@ from minirec_pl.callbacks.minirec import MiniRec
 from minirec_pl.callbacks.moving_target_curriculum import MovingTargetCurriculum
 from minirec_pl.callbacks.rescore_samples import RescoreSamples
 from minirec_pl.callbacks.reward_history import RewardHistory
+from minirec_pl.callbacks.run_folder import RunFolder
 from minirec_pl.callbacks.select_samples import SelectSamples
 from minirec_pl.callbacks.selection_dashboard import SelectionDashboard
-from minirec_pl.run_folder import RunFolder
 
 __all__ = [
     "CompletionsTable",

@@ -9,8 +9,8 @@ import pandas as pd
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import WandbLogger
 
-from minirec_pl.completions import Row, completion_rows, print_completions
 from minirec_pl.policy import RetrievalPolicy
+from minirec_pl.reporting.completions import Row, completion_rows, print_completions
 from minirec_pl.trainers.grpo import GRPORecModule
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import write_atomically

@@ -61,7 +61,7 @@ class Curriculum(SessionCallback, ABC):
         session = session_of(trainer)
         if trainer.is_global_zero and session.plan_easiness:
             try:
-                from minirec_pl.plots import draw_curriculum
+                from minirec_pl.reporting.plots import draw_curriculum
             except ModuleNotFoundError:
                 warnings.warn("curriculum.png needs matplotlib: pip install 'minirec-pl[report]'", stacklevel=2)
                 return

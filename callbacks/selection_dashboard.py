@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
 
-from minirec_pl.dashboard_rows import phases, term_histograms, totals, wandb_row
+from minirec_pl.reporting.dashboard_rows import phases, term_histograms, totals, wandb_row
 from minirec_pl.selection.session.session import session_of
 from minirec_pl.utils.cost import Cost
 from minirec_pl.utils.errors import InputError

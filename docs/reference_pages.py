@@ -21,7 +21,7 @@ PAGES = {  # page: title, introduction, what is on it
     "modules": (
         "Modules and data",
         "`model` and `data` of a config, and its section `warm_start`.",
-        ["minirec_pl", "minirec_pl.stages:WarmStart", "minirec_pl.trainers.recommender:RecModule"],
+        ["minirec_pl", "minirec_pl.cli.stages:WarmStart", "minirec_pl.trainers.recommender:RecModule"],
     ),
     "callbacks": (
         "Callbacks",
@@ -184,10 +184,10 @@ def _prose(text: str | None) -> str:
 
 def _commands() -> str:
     """The help of every command, as the terminal shows it."""
-    from minirec_pl.__main__ import TRAINER_COMMANDS, _parser
-    from minirec_pl.describe import parser as describe
-    from minirec_pl.score import ScoringTrainer
-    from minirec_pl.select import parser as select
+    from minirec_pl.cli.describe import parser as describe
+    from minirec_pl.cli.main import TRAINER_COMMANDS, _parser
+    from minirec_pl.cli.score import ScoringTrainer
+    from minirec_pl.cli.select import parser as select
 
     parts = [
         "# Commands",
@@ -198,7 +198,7 @@ def _commands() -> str:
     for name in TRAINER_COMMANDS:
         method = vars(ScoringTrainer).get(name)
         if method is not None:
-            parts += [f"## minirec {name}", *_entry(f"minirec_pl.score.ScoringTrainer.{name}", method)]
+            parts += [f"## minirec {name}", *_entry(f"minirec_pl.cli.score.ScoringTrainer.{name}", method)]
     for title, parser in (("minirec select", select()), ("minirec data describe", describe()), ("minirec", _parser())):
         parts += [f"## {title}", f"```text\n{parser.format_help().strip()}\n```"]
     return "\n\n".join(parts) + "\n"

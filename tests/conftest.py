@@ -92,7 +92,7 @@ def command(tmp_path_factory):
     """The `minirec` command on a toy dataset, with a warm start in place."""
     from cli_tools import Command, write_toy
 
-    from minirec_pl.__main__ import main
+    from minirec_pl.cli.main import main
 
     folder = tmp_path_factory.mktemp("command")
     write_toy(folder / "data")

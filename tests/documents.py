@@ -14,8 +14,8 @@ from cli_tools import REPOSITORY, write_toy
 from own_tables import item_frame, log_frame, sequence_frame
 from text_policy import write_model
 
-from minirec_pl.__main__ import main
-from minirec_pl.cli import MiniRecCLI, parsed, run
+from minirec_pl.cli.fit import MiniRecCLI, parsed, run
+from minirec_pl.cli.main import main
 
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", flags=re.MULTILINE | re.DOTALL)
 OVERLAID = "configs/ml-100k/quickstart.yaml"  # what a YAML snippet changes
@@ -102,8 +102,8 @@ def run_block(block):
 
 def parse(words):
     """Refuses a command that does not exist or has no such options."""
-    from minirec_pl.__main__ import TRAINER_COMMANDS, _parser
-    from minirec_pl.select import parser as select
+    from minirec_pl.cli.main import TRAINER_COMMANDS, _parser
+    from minirec_pl.cli.select import parser as select
 
     if words[0] in TRAINER_COMMANDS:
         parsed(words)

@@ -8,7 +8,7 @@ import torch
 import yaml
 from cli_tools import CONFIGS, Command, interrupt, sentence, write_toy
 
-from minirec_pl.__main__ import main
+from minirec_pl.cli.main import main
 
 
 def rejected(arguments, root, capsys, *fragments):
@@ -97,7 +97,7 @@ OPTIONS = {
     "model is a function": ("--model=os.path.join", "model", "subclass of RecModule"),
     "wrong selector": ("--selection.selector=minirec_pl.selection.Nothing", "selection.selector", "Nothing"),
     "selection is another callback": (
-        "--selection=minirec_pl.run_folder.RunFolder",
+        "--selection=minirec_pl.callbacks.run_folder.RunFolder",
         "selection",
         "subclass of SessionCallback",
     ),

@@ -11,11 +11,11 @@ from tiny_llm import longrope
 from toy_data import random_rows, write_dataset
 from transformers import AutoTokenizer
 
-from minirec_pl.__main__ import main
-from minirec_pl.check import Preflight
-from minirec_pl.cli import parsed
+from minirec_pl.cli.check import Preflight
+from minirec_pl.cli.estimates import Load, memory_of, peak
+from minirec_pl.cli.fit import parsed
+from minirec_pl.cli.main import main
 from minirec_pl.data.samples import Catalogue
-from minirec_pl.estimates import Load, memory_of, peak
 from minirec_pl.policy import GenerativePolicy, LanguageModel, Lora
 from minirec_pl.policy.language_models.tiny import build_tiny
 

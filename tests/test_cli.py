@@ -13,7 +13,7 @@ import yaml
 from cli_tools import CONFIGS, REPOSITORY, equal_weights, results, sentence
 from safetensors.torch import load_file
 
-from minirec_pl.__main__ import main
+from minirec_pl.cli.main import main
 
 MINIREC = [sys.executable, "-m", "minirec_pl"]
 
@@ -28,7 +28,7 @@ def fitted(command):
 
 def test_help_is_quick_and_imports_nothing_heavy():
     code = (
-        "import sys; from minirec_pl.__main__ import main\n"
+        "import sys; from minirec_pl.cli.main import main\n"
         "try: main(['--help'])\n"
         "except SystemExit as stop: assert stop.code == 0\n"
         "heavy = {'torch', 'lightning', 'transformers', 'pandas', 'numpy', 'matplotlib'} & set(sys.modules)\n"

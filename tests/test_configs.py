@@ -11,10 +11,10 @@ from cli_tools import REPOSITORY
 from lightning.pytorch import Trainer
 from text_policy import write_model
 
-from minirec_pl.__main__ import main
-from minirec_pl.cli import MiniRecCLI, run
+from minirec_pl.cli.fit import MiniRecCLI, run
+from minirec_pl.cli.main import main
+from minirec_pl.cli.stages import WarmStart
 from minirec_pl.policy import LanguageModel, Lora, PromptTemplate
-from minirec_pl.stages import WarmStart
 
 FILES = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 STRUCTURE = {"class_path", "init_args", "model", "data", "trainer"}

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from minirec_pl.__main__ import main
+from minirec_pl.cli.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 GO = ["dashboard", "--entity", "me", "--project", "minirec"]

@@ -97,8 +97,8 @@ def test_every_public_name_is_in_the_reference(package, reference):
 def test_every_option_of_a_config_is_explained_in_the_reference(reference):
     from minirec_pl import GRPORecModule, RecDataModule
     from minirec_pl.callbacks import MiniRec
+    from minirec_pl.cli.stages import WarmStart
     from minirec_pl.selection import MiniRecSelector
-    from minirec_pl.stages import WarmStart
 
     for thing in (GRPORecModule, RecDataModule, MiniRec, MiniRecSelector, WarmStart):
         (page,) = [text for text in reference.values() if f"\n## {thing.__name__}\n" in text]
@@ -148,7 +148,7 @@ def test_the_sentences_of_troubleshooting_are_said_by_the_code():
 
 
 def test_every_logged_figure_is_in_the_glossary(workplace, tmp_path):
-    from minirec_pl.__main__ import main
+    from minirec_pl.cli.main import main
 
     options = ["--model.beta=0.1", "--trainer.log_every_n_steps=1", f"--trainer.default_root_dir={tmp_path}/runs"]
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.logger=null"]

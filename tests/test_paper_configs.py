@@ -10,7 +10,7 @@ from own_tables import write_amazon
 from text_policy import write_model
 from toy_data import random_rows
 
-from minirec_pl.__main__ import main
+from minirec_pl.cli.main import main
 from minirec_pl.policy import RetrievalPolicy
 
 CONFIGS = {"gemma-2-2b": "gemma2", "qwen2.5-3b": "qwen2"}

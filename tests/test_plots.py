@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from minirec_pl.plots import draw_curriculum
+from minirec_pl.reporting.plots import draw_curriculum
 from minirec_pl.utils.errors import InputError
 
 

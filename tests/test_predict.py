@@ -9,7 +9,7 @@ import torch
 from cli_tools import sentence
 
 from minirec_pl import GRPORecModule
-from minirec_pl.__main__ import main
+from minirec_pl.cli.main import main
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.policy import GenerativePolicy
 
@@ -167,7 +167,7 @@ def test_parts_of_another_request_are_not_taken(checkpoint, data, tmp_path, caps
 
 @pytest.mark.slow
 def test_nothing_is_left_to_do(checkpoint, data, tmp_path, capsys, monkeypatch):
-    import minirec_pl.score as score
+    import minirec_pl.cli.score as score
 
     monkeypatch.setattr(score, "merge_parts", lambda *args: None)
     assert predict(checkpoint, tmp_path / "top.parquet") == 0
@@ -179,13 +179,13 @@ def test_nothing_is_left_to_do(checkpoint, data, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_parts_are_written_while_it_runs(checkpoint, data, tmp_path, monkeypatch):
-    import minirec_pl.predictions as predictions
+    import minirec_pl.cli.predict as predictions
 
     found = []
     merge = predictions.merge_parts
     monkeypatch.setattr(predictions, "SECONDS_A_PART", 0.0)
     monkeypatch.setattr(
-        "minirec_pl.score.merge_parts",
+        "minirec_pl.cli.score.merge_parts",
         lambda requests, path: (found.extend(requests.finished()), merge(requests, path)),
     )
     assert predict(checkpoint, tmp_path / "top.parquet", "--data.eval_batch_size=50") == 0

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from minirec_pl import GRPORecModule
-from minirec_pl.predictions import write_predictions
+from minirec_pl.cli.predict import write_predictions
 
 
 def test_predictions_carry_external_ids_and_log_probabilities(toy_data, tiny_policy, make_trainer, tmp_path):

@@ -7,7 +7,7 @@ import torch
 import yaml
 from cli_tools import CONFIGS, REPOSITORY, equal_weights, write_toy
 
-from minirec_pl.__main__ import main
+from minirec_pl.cli.main import main
 
 METHODS = ["popularity", "warm_start", "grpo_full", "grpo_random", "grpo_minirec"]
 COSTS = {

@@ -44,7 +44,7 @@ def test_the_first_program_runs_on_the_data_and_policy_it_names(tmp_path, monkey
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"^    minirec (\w+)", README, flags=re.MULTILINE))))
 def test_every_command_of_the_readme_exists(command):
-    from minirec_pl.__main__ import main
+    from minirec_pl.cli.main import main
 
     with pytest.raises(SystemExit) as stop:
         sys.exit(main([command, "--help"]))

@@ -11,8 +11,8 @@ import torch
 import yaml
 from cli_tools import sentence
 
-from minirec_pl.__main__ import main
-from minirec_pl.report.runs import read_runs
+from minirec_pl.cli.main import main
+from minirec_pl.reporting.runs import read_runs
 from minirec_pl.selection import MiniRecSelector, SampleSignals, SignalStore
 
 SECTIONS = ["headline", "quality", "rewards", "learnability", "terms", "map", "plan", "samples", "cost", "config"]
@@ -297,7 +297,7 @@ def test_bad_input_is_one_sentence(runs, tmp_path, capsys):
 def test_without_the_extra(package, runs, monkeypatch, capsys):
     import sys
 
-    for name in [name for name in sys.modules if name.startswith(("minirec_pl.report.", "minirec_pl.plots"))]:
+    for name in [name for name in sys.modules if name.startswith("minirec_pl.reporting.")]:
         monkeypatch.delitem(sys.modules, name)
     for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
         monkeypatch.setitem(sys.modules, name, None)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import ndcg_score
 
-from minirec_pl.__main__ import main
+from minirec_pl.cli.main import main
 from minirec_pl.rewards import (
     FormatReward,
     NDCGReward,

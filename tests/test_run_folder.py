@@ -8,8 +8,8 @@ import pytest
 import torch
 from cli_tools import equal_weights, interrupt, results, sentence
 
-from minirec_pl.__main__ import main
-from minirec_pl.run_folder import RunFolder
+from minirec_pl.callbacks.run_folder import RunFolder
+from minirec_pl.cli.main import main
 
 EPOCHS = "--trainer.max_epochs=3"
 

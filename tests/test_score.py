@@ -12,8 +12,8 @@ import torch
 from cli_tools import REPOSITORY, results, sentence
 
 from minirec_pl import RecDataModule
-from minirec_pl.__main__ import main
 from minirec_pl.callbacks import EasyToHardCurriculum
+from minirec_pl.cli.main import main
 from minirec_pl.selection import SelectionLedger, SignalStore
 
 

@@ -11,7 +11,7 @@ import torch
 from cli_tools import sentence
 from matplotlib.image import imread
 
-from minirec_pl.__main__ import main
+from minirec_pl.cli.main import main
 from minirec_pl.selection import SampleSignals, SelectionLedger, SignalStore, fold_curriculum, maxmin_select
 
 GOLDEN = Path(__file__).resolve().parents[1].parent / "shared" / "golden" / "published_cds_and_vinyl.npz"

@@ -14,10 +14,10 @@ from cli_tools import TINY, equal_weights, interrupt, results, sentence
 from safetensors import safe_open
 
 from minirec_pl import RecDataModule, WarmStartModule
-from minirec_pl.__main__ import main
+from minirec_pl.cli.main import main
+from minirec_pl.cli.stages import WarmStart
 from minirec_pl.policy import GenerativePolicy
 from minirec_pl.selection.fingerprints import weights_fingerprint
-from minirec_pl.stages import WarmStart
 from minirec_pl.utils.errors import InputError
 
 WARM = {"epochs": 2, "batch_size": 8, "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}}

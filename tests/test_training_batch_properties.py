@@ -14,6 +14,7 @@ from batch_policies import N_ITEMS, generative, pad_samples, retriever, samples
 from hypothesis import strategies as st
 from torch import nn
 
+from minirec_pl.cli.predict import merge_parts, rows_of, table_of
 from minirec_pl.data.batches import SampleDataset, identity
 from minirec_pl.data.loader import ResumableLoader
 from minirec_pl.data.sampler import OrderedSampler
@@ -23,7 +24,6 @@ from minirec_pl.grpo.loss import flat_groups, group_advantages, kl_k3, pair_weig
 from minirec_pl.grpo.samplers import sampler_of
 from minirec_pl.metrics.evaluation import sample_ranks
 from minirec_pl.metrics.ranking import MRR, NDCG, Coverage, HitRate, SampleRanks, target_rank, top_items
-from minirec_pl.predictions import merge_parts, rows_of, table_of
 from minirec_pl.rewards import FormatReward, NDCGReward, ReciprocalRankReward, SoftmaxMixReward, hit, rank_penalty
 from minirec_pl.rewards.calls import Rewarder, ranking_columns
 from minirec_pl.selection.probes.gradients import HeadStep, head_gradient, head_hvp, head_signal

@@ -207,7 +207,7 @@ def test_dynamic_sampling_averages_over_what_is_trained_on(policy, toy_data, mak
 def test_samples_and_distinct_samples_of_a_run_are_those_trained_on(command, tmp_path):
     import json
 
-    from minirec_pl.__main__ import main
+    from minirec_pl.cli.main import main
 
     options = ["--model.wasted_groups=dynamic_sampling", "--model.oversample=2", "--model.num_iterations=2"]
     arguments = [word for word in command.grpo(tmp_path / "runs", *options) if not word.startswith("--selection")]

@@ -14,7 +14,7 @@ from minirec_pl.utils.errors import InputError
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-CONFIG = "config.yaml"
+CONFIG, EVALUATIONS = "config.yaml", "evaluations.csv"
 RUN_DIR_VARIABLE = "MINIREC_RUN_DIR"
 
 

@@ -9,7 +9,6 @@ from cli_tools import CONFIGS
 from lightning.pytorch import Callback
 
 from minirec_pl import GRPORecModule, InputError
-from minirec_pl.__main__ import main
 from minirec_pl.callbacks import (
     EasyToHardCurriculum,
     GaussianCurriculum,
@@ -19,7 +18,8 @@ from minirec_pl.callbacks import (
     RescoreSamples,
     SelectSamples,
 )
-from minirec_pl.cli import MiniRecCLI, run
+from minirec_pl.cli.fit import MiniRecCLI, run
+from minirec_pl.cli.main import main
 from minirec_pl.selection import RandomSelector, gaussian_curriculum, session_of
 
 CURRICULA = [EasyToHardCurriculum, HardToEasyCurriculum, MovingTargetCurriculum, GaussianCurriculum]

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from wandb_file import history, read_run, step_metrics
 
 from minirec_pl import InputError
-from minirec_pl.__main__ import main
 from minirec_pl.callbacks import MiniRec, SelectionDashboard
-from minirec_pl.dashboard_rows import table_rows
+from minirec_pl.cli.main import main
 from minirec_pl.probes import HeadProbe
+from minirec_pl.reporting.dashboard_rows import table_rows
 
 TERMS = ("difficulty", "learnability", "representativeness", "novelty")
 TOTALS = {"cost/rollouts", "cost/tokens", "cost/seconds"}

@@ -13,10 +13,10 @@ import torch
 from cli_tools import sentence
 from compare_tools import write_study
 
-from minirec_pl.__main__ import main
-from minirec_pl.compare.results import read_cell
-from minirec_pl.compare.study import Study
-from minirec_pl.compare.tasks import cell_path, warm_folder
+from minirec_pl.cli.compare.results import read_cell
+from minirec_pl.cli.compare.study import Study
+from minirec_pl.cli.compare.tasks import cell_path, warm_folder
+from minirec_pl.cli.main import main
 
 
 def cells_of(to):

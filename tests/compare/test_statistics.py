@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from minirec_pl.compare.statistics import paired_interval, quality_at, t_interval, user_bootstrap
+from minirec_pl.cli.compare.intervals import paired_interval, quality_at, t_interval, user_bootstrap
 
 
 def test_interval_of_a_mean_is_that_of_scipy():

@@ -5,7 +5,7 @@ import json
 import pytest
 from compare_tools import STUDY, write_study
 
-from minirec_pl.compare.study import Study, as_words
+from minirec_pl.cli.compare.study import Study, as_words
 from minirec_pl.utils.errors import InputError
 
 

@@ -6,10 +6,10 @@ import pytest
 import yaml
 from own_tables import item_frame, log_frame, sequence_frame
 
-from minirec_pl.__main__ import main
+from minirec_pl.cli.describe import facts_of, history_text, token_facts
+from minirec_pl.cli.main import main
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.sources import InteractionTable, Sequences
-from minirec_pl.data.statistics import facts_of, history_text, token_facts
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from own_tables import item_frame, log_frame, sequence_frame, write_amazon
 from test_amazon import random_dump
 from tiny_config import TINY
 
-from minirec_pl.__main__ import main
+from minirec_pl.cli.main import main
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.sources import InteractionTable, Sequences
 from minirec_pl.utils.errors import InputError

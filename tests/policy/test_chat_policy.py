@@ -11,9 +11,9 @@ from plain_policy import batch_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minirec_pl import GRPORecModule, InputError, WarmStartModule
-from minirec_pl.__main__ import main
+from minirec_pl.cli.export import export
+from minirec_pl.cli.main import main
 from minirec_pl.data.samples import Catalogue
-from minirec_pl.export import export
 from minirec_pl.policy import GenerativePolicy, LanguageModel, Lora
 from minirec_pl.policy.language_models.sampling import CompletionStates, evaluation_mode
 from minirec_pl.policy.prompt import PromptTemplate

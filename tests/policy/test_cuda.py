@@ -12,8 +12,8 @@ from text_policy import text_policy, write_model
 from tiny_llm import prompts, tiny_llm
 
 from minirec_pl import GRPORecModule, WarmStartModule
-from minirec_pl.__main__ import main
 from minirec_pl.callbacks import MiniRec
+from minirec_pl.cli.main import main
 from minirec_pl.policy.language_models.generation import generate
 from minirec_pl.policy.language_models.logps import completion_logps
 from minirec_pl.policy.semantic_ids import SemanticIds

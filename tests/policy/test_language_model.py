@@ -10,8 +10,8 @@ from tiny_llm import prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minirec_pl import InputError
+from minirec_pl.cli.export import export
 from minirec_pl.data.samples import Catalogue
-from minirec_pl.export import export
 from minirec_pl.grpo.reference import adapters_off
 from minirec_pl.policy import GenerativePolicy, Sampling, completion_logps, generate
 from minirec_pl.policy.language_models.adapters import PROJECTIONS, Lora

@@ -10,7 +10,7 @@ from chat_models import chat_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minirec_pl import InputError
-from minirec_pl.__main__ import main
+from minirec_pl.cli.main import main
 from minirec_pl.policy.language_models import smollm2
 from minirec_pl.policy.language_models.smollm2 import fetch_smollm2
 

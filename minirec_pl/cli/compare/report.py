@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from rich.table import Table
 
-from minirec_pl.compare.statistics import Interval, paired_interval, quality_at, t_interval
+from minirec_pl.cli.compare.intervals import Interval, paired_interval, quality_at, t_interval
 
 FIGURE = "ndcg@10"
 RUN = ["dataset", "window", "method", "setting", "budget", "seed"]
@@ -22,7 +22,7 @@ def chosen_points(frame: pd.DataFrame) -> pd.DataFrame:
     """One row per run: the evaluation point with the best validation NDCG@10, the earliest of equals.
 
     Args:
-        frame: tidy table, see `minirec_pl.compare.results.tidy`.
+        frame: tidy table, see `minirec_pl.cli.compare.results.tidy`.
 
     Returns:
         `RUN`, the point's `epoch`, `validation` and `test` (NaN where test was left alone), `hit_rate` of the same

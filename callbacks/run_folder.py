@@ -19,13 +19,12 @@ from minirec_pl.metrics.evaluation import ranking_figures
 from minirec_pl.trainers.recommender import RecModule
 from minirec_pl.utils.checkpoints import policy_of
 from minirec_pl.utils.files import write_atomically, write_json
-from minirec_pl.utils.run_folder import run_folder
+from minirec_pl.utils.run_folder import EVALUATIONS, run_folder
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 INTERRUPTED = "interrupted.ckpt"
-EVALUATIONS = "evaluations.csv"
 
 
 class RunFolder(Callback):

@@ -10,8 +10,8 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
+from minirec_pl.cli.predict import PartWriter, RequestData, merge_parts
 from minirec_pl.data.datamodule import RecDataModule
-from minirec_pl.predictions import PartWriter, RequestData, merge_parts
 from minirec_pl.selection.fingerprints import fingerprints_of
 from minirec_pl.selection.merge import merge_stores
 from minirec_pl.selection.selectors.protocol import signal_options

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from minirec_pl.sentences import check_yaml
+from minirec_pl.cli.sentences import check_yaml
 from minirec_pl.utils.errors import InputError
 
 FORMAT = 1

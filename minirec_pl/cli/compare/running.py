@@ -12,11 +12,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from minirec_pl.compare.report import tables_of
-from minirec_pl.compare.results import read_cell, tidy, write_tidy
-from minirec_pl.compare.study import Cell, Study
-from minirec_pl.compare.tasks import cell_path, check, run_cell, warm_folder, warm_start
-from minirec_pl.compare.workers import Workers
+from minirec_pl.cli.compare.report import tables_of
+from minirec_pl.cli.compare.results import read_cell, tidy, write_tidy
+from minirec_pl.cli.compare.study import Cell, Study
+from minirec_pl.cli.compare.tasks import cell_path, check, run_cell, warm_folder, warm_start
+from minirec_pl.cli.compare.workers import Workers
 from minirec_pl.utils.errors import InputError
 
 PIPE_WIDTH = 160

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from minirec_pl.check_report import Finding, Prompts
+from minirec_pl.cli.check_report import Finding, Prompts
 from minirec_pl.policy.language_models.adapters import Lora, adapter_coverage
 from minirec_pl.policy.language_models.causal_lm import decoder_of
 from minirec_pl.policy.language_models.generation import eos_token_ids

@@ -71,7 +71,7 @@ def draw_selection(signals: Signals, ledger: SelectionLedger, plan: pd.DataFrame
     Args:
         signals: [N] of the pool.
         ledger: of the selection.
-        plan: columns `sample_id` and `fold`, see `minirec_pl.select.plan_table`.
+        plan: columns `sample_id` and `fold`, see `minirec_pl.cli.select.plan_table`.
         path: PNG file to write, replaced whole or not at all.
     """
     figure = Figure(figsize=(11, 4.6), layout="constrained")

@@ -163,7 +163,7 @@ def write_selection(
 
 def _draw(signals: Signals, ledger: SelectionLedger, plan: pd.DataFrame, path: Path) -> None:
     try:
-        from minirec_pl.plots import draw_selection
+        from minirec_pl.reporting.plots import draw_selection
     except ModuleNotFoundError:
         warnings.warn("selection.png needs matplotlib: pip install 'minirec-pl[report]'", stacklevel=2)
         return

@@ -1,5 +1,5 @@
 """Methods compared at equal cost: a study is a YAML file, its cells are runs, its result is one tidy table."""
 
-from minirec_pl.compare.study import Cell, Study
+from minirec_pl.cli.compare.study import Cell, Study
 
 __all__ = ["Cell", "Study"]

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from minirec_pl.estimates import Load, Memory, peak
+from minirec_pl.cli.estimates import Load, Memory, peak
 
 Level = Literal["ok", "warning", "fails"]
 GIB = 2**30

@@ -19,7 +19,7 @@ def run(args: Sequence[str]) -> int:
         InputError: for a study, cell, pattern or folder that cannot be used.
     """
     options = _parser().parse_args(args)
-    from minirec_pl.compare.running import run_study
+    from minirec_pl.cli.compare.running import run_study
 
     return run_study(options)
 

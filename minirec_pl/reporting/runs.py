@@ -13,14 +13,13 @@ import yaml
 
 from minirec_pl.metrics.evaluation import FIGURES
 from minirec_pl.policy.folder import SIDE_FILE
-from minirec_pl.run_folder import EVALUATIONS
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.session.run_files import DIAGNOSTICS, EXAMPLES, LEDGER, PLAN, SIGNALS
 from minirec_pl.selection.signals import Signals
 from minirec_pl.selection.store import SignalStore
 from minirec_pl.utils.cost import PHASES
 from minirec_pl.utils.errors import InputError
-from minirec_pl.utils.run_folder import CONFIG
+from minirec_pl.utils.run_folder import CONFIG, EVALUATIONS
 
 RESULTS = "results.json"
 Row = dict[str, Any]
@@ -34,7 +33,7 @@ class Run:
         name: how the report calls it.
         folder: where it is.
         rows: of the headline table, as `results.json` has them, each with `label` and `part` (test or validation).
-        evaluations: a row per validation, see `minirec_pl.run_folder.RunFolder`.
+        evaluations: a row per validation, see `minirec_pl.callbacks.run_folder.RunFolder`.
         ledger: of the last selection.
         plan: of the last planned epoch, see `minirec_pl.selection.session.run_files.plan_of`.
         signals: of the pool.

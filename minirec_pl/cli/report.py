@@ -18,7 +18,7 @@ def report(folders: Sequence[str | Path], to: str | Path | None = None) -> Path:
     The page holds its pictures, loads nothing and runs no script. The same folders give the same page.
 
     Args:
-        folders: see `minirec_pl.report.runs.read_runs`.
+        folders: see `minirec_pl.reporting.runs.read_runs`.
         to: file to write; None takes `report.html` in the first folder.
 
     Returns:
@@ -34,15 +34,15 @@ def report(folders: Sequence[str | Path], to: str | Path | None = None) -> Path:
     try:
         import jinja2
 
-        from minirec_pl.report.sections import sections
+        from minirec_pl.reporting.sections import sections
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("minirec_pl"):
             raise
         raise InputError(f"minirec report needs {error.name}: pip install 'minirec-pl[report]'") from error
-    from minirec_pl.report.runs import read_runs
+    from minirec_pl.reporting.runs import read_runs
 
     rows, runs = read_runs([Path(folder) for folder in folders])
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    loader = jinja2.PackageLoader("minirec_pl.reporting", "")
     pages = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

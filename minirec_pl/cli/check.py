@@ -17,11 +17,13 @@ from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from torch import nn
 
-from minirec_pl.check_model import describe_family, describe_language_model
-from minirec_pl.check_report import GIB, Finding, Level, Prompts, report
+from minirec_pl.cli.check_model import describe_family, describe_language_model
+from minirec_pl.cli.check_report import GIB, Finding, Level, Prompts, report
+from minirec_pl.cli.estimates import Load, Memory, memory_of, peak
+from minirec_pl.cli.sentences import one_sentence, sentence_of
+from minirec_pl.cli.stages import PIPE_WIDTH, WarmStart
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.samples import Catalogue
-from minirec_pl.estimates import Load, Memory, memory_of, peak
 from minirec_pl.policy import GenerativePolicy, RetrievalPolicy
 from minirec_pl.policy.catalogue_text import encode_texts
 from minirec_pl.policy.folder import SIDE_FILE
@@ -33,8 +35,6 @@ from minirec_pl.policy.prompt import PromptTemplate
 from minirec_pl.policy.retriever_folder import RetrieverText
 from minirec_pl.selection.budget import budget_count
 from minirec_pl.selection.session.callback import SessionCallback
-from minirec_pl.sentences import one_sentence, sentence_of
-from minirec_pl.stages import PIPE_WIDTH, WarmStart
 from minirec_pl.utils.errors import InputError
 
 T = TypeVar("T")
@@ -224,7 +224,7 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         InputError: if the config cannot be parsed.
     """
-    from minirec_pl.cli import parsed
+    from minirec_pl.cli.fit import parsed
 
     preflight = Preflight(parsed(["fit", *arguments]))
     preflight.run()

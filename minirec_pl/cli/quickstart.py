@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from minirec_pl.cli import run
+from minirec_pl.cli.fit import run
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.metrics.evaluation import FIGURES, popularity_row
 from minirec_pl.utils.errors import InputError

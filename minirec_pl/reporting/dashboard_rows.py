@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from minirec_pl.dashboard import LEDGER, PLAN, TERMS
+from minirec_pl.reporting.workspace import LEDGER, PLAN, TERMS
 from minirec_pl.selection.session.run_files import plan_of
 from minirec_pl.utils.cost import Cost
 
@@ -78,7 +78,7 @@ def wandb_row(session: SelectionSession, histograms: Histograms | None, step: in
     """
     import wandb
 
-    from minirec_pl.wandb_table import FrameTable
+    from minirec_pl.reporting.wandb_table import FrameTable
 
     row: dict[str, Any] = {"epoch": session.plan_epoch, "trainer/global_step": step}
     if histograms is not None:

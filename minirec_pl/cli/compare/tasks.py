@@ -19,15 +19,15 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import Tensor
 
-from minirec_pl.cli import CLI_OPTIONS, MiniRecCLI, ParserError, config_after_warm_start
-from minirec_pl.compare.results import Point, points_of, read_cell, write_cell
-from minirec_pl.compare.study import Cell, Data, Study, as_words, seeded
+from minirec_pl.cli.compare.results import Point, points_of, read_cell, write_cell
+from minirec_pl.cli.compare.study import Cell, Data, Study, as_words, seeded
+from minirec_pl.cli.fit import CLI_OPTIONS, MiniRecCLI, ParserError, config_after_warm_start
+from minirec_pl.cli.sentences import sentence_of
+from minirec_pl.cli.stages import Stages, WarmStart
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.sources.assemble import Samples, Source
 from minirec_pl.metrics.evaluation import sample_ranks
 from minirec_pl.selection.session.session import session_of
-from minirec_pl.sentences import sentence_of
-from minirec_pl.stages import Stages, WarmStart
 from minirec_pl.trainers.grpo import GRPORecModule
 from minirec_pl.trainers.recommender import RecModule
 from minirec_pl.utils.errors import InputError

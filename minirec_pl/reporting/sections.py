@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 
 from minirec_pl.metrics.evaluation import FIGURES
-from minirec_pl.report import figures
-from minirec_pl.report.figures import Floats, Picture
-from minirec_pl.report.runs import Row, Run
+from minirec_pl.reporting import figures
+from minirec_pl.reporting.figures import Floats, Picture
+from minirec_pl.reporting.runs import Row, Run
 from minirec_pl.selection.diagnostics import ease_of, notable
 from minirec_pl.selection.reasons import TOO_EASY, TOO_HARD
 from minirec_pl.utils.cost import PHASES
@@ -84,7 +84,7 @@ def sections(rows: Sequence[Row], runs: Sequence[Run]) -> list[Section]:
 
     Args:
         rows: of the headline table.
-        runs: see `minirec_pl.report.runs`.
+        runs: see `minirec_pl.reporting.runs`.
     """
 
     def each(make: Callable[[Run], Part | str]) -> list[Part]:

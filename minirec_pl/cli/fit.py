@@ -19,13 +19,13 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer.states import TrainerStatus
 
-from minirec_pl.arguments import config_of_checkpoint, configs_first, values_of
-from minirec_pl.process import finish_wandb, own_process_state
-from minirec_pl.run_folder import RunFolder, best_checkpoint
-from minirec_pl.score import ScoringTrainer
+from minirec_pl.callbacks.run_folder import RunFolder, best_checkpoint
+from minirec_pl.cli.arguments import config_of_checkpoint, configs_first, values_of
+from minirec_pl.cli.process import finish_wandb, own_process_state
+from minirec_pl.cli.score import ScoringTrainer
+from minirec_pl.cli.sentences import check_yaml, sentence_of
+from minirec_pl.cli.stages import STAGES, WARM_START, Stages, WarmStart
 from minirec_pl.selection.session.callback import SessionCallback
-from minirec_pl.sentences import check_yaml, sentence_of
-from minirec_pl.stages import STAGES, WARM_START, Stages, WarmStart
 from minirec_pl.trainers.recommender import RecModule
 from minirec_pl.utils.checkpoints import AtomicCheckpointIO, check_checkpoint, policy_of
 from minirec_pl.utils.errors import InputError

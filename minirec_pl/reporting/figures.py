@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from minirec_pl.plots import plot_map, plot_plan
+from minirec_pl.reporting.plots import plot_map, plot_plan
 
 Floats = npt.NDArray[np.float64]
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"  # of the palette of Okabe and Ito
@@ -84,7 +84,7 @@ def quality(evaluations: Mapping[str, pd.DataFrame], figure_name: str, over: str
     """A figure of validation over what was spent, a line per run that spent anything.
 
     Args:
-        evaluations: of each run, see `minirec_pl.run_folder.RunFolder`.
+        evaluations: of each run, see `minirec_pl.callbacks.run_folder.RunFolder`.
         figure_name: a column of them.
         over: another: rollouts, tokens or seconds.
         label: the x axis in words.
@@ -191,7 +191,7 @@ def value_by_rank(value: Floats) -> Picture:
 
 
 def vector_map(vectors: torch.Tensor, sample_id: torch.Tensor, plan: pd.DataFrame, what: str) -> Picture:
-    """Vectors on their two principal components, see `minirec_pl.plots.plot_map`.
+    """Vectors on their two principal components, see `minirec_pl.reporting.plots.plot_map`.
 
     Args:
         vectors: [N, D].

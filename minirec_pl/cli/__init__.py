@@ -1,0 +1,1 @@
+"""The `minirec` command: a file a subcommand, each imported when it is asked for."""
