@@ -23,20 +23,20 @@ EXAMPLES = int(os.environ.get("MINIREC_PROPERTY_EXAMPLES", "100"))
 MOST_ROWS = 9
 SHAPES = ("equal", "nearly", "wild", "shortest", "longest", "extremes", "mixed")
 LIMITS = {
-    "policy.causal_lm": {"_MAX_PADDING": (0.0, 0.6, 1.0, 0.2)},
-    "policy.logps": {"_TILE_TOKENS": (5, 40, 1024), "_TILE_ENTRIES": (1_500, 2**20)},
-    "policy.rollout": {"_LONG_ROW": (1, 4096), "_BLOCK": (2, 7, 256)},
+    "policy.language_models.causal_lm": {"_MAX_PADDING": (0.0, 0.6, 1.0, 0.2)},
+    "policy.language_models.logps": {"_TILE_TOKENS": (5, 40, 1024), "_TILE_ENTRIES": (1_500, 2**20)},
+    "policy.language_models.sampling": {"_LONG_ROW": (1, 4096), "_BLOCK": (2, 7, 256)},
     "policy.item_index": {"_TOKENS": (1, 20, 8192), "_SCORES": (1, 30, 2**24), "_VALUES": (1, 70, 2**24)},
     "policy.text_states": {"_TOKENS": (1, 30, 4096)},
     "policy.ranking": {"_LOGITS": (40, 120, 2**22), "_CACHE_BYTES": (2_000, 40_000, 2**28)},
-    "recommender": {"_SCORES": (30, 60, 2**24)},
-    "gradients": {"_OWN_VECTORS": (1, 60, 5 * 2**19), "_LOGITS": (1, 30, 2**24)},
-    "probes": {"_TOKENS": (12, 30, 1024), "_VALUES": (1, 2**26)},
+    "trainers.recommender": {"_SCORES": (30, 60, 2**24)},
+    "selection.probes.gradients": {"_OWN_VECTORS": (1, 60, 5 * 2**19), "_LOGITS": (1, 30, 2**24)},
+    "selection.probes.target": {"_TOKENS": (12, 30, 1024), "_VALUES": (1, 2**26)},
     "selection.representativeness": {"_BLOCK": (1, 9, 2**18)},
-    "selection.score_rivals": {"_ROWS": (1, 4, 16_384)},
+    "selection.selectors.score_based": {"_ROWS": (1, 4, 16_384)},
     "selection.signals": {"_ROWS": (1, 4, 65_536)},
-    "selection.unit_rows": {"_BLOCK": (1, 40, 2**22)},
-    "selection.lazy_greedy": {"_CANDIDATES": (1, 40, 2**20)},
+    "selection.maxmin.unit_rows": {"_BLOCK": (1, 40, 2**22)},
+    "selection.maxmin.lazy": {"_CANDIDATES": (1, 40, 2**20)},
 }
 _BOUNDS = [
     (importlib.import_module(f"minirec_pl.{module}"), name, values)

@@ -206,7 +206,11 @@ def signals(case):
         with torch.no_grad():
             found = module.sample_signals(batch, gradient)
         names = ("sample_id", "rewards", "gradient", "embedding", "solve_probability")
-        return {name: getattr(found, name) for name in names if getattr(found, name) is not None}
+        results = {name: getattr(found, name) for name in names if getattr(found, name) is not None}
+        if kind == "retriever":  # advantages of nearly equal rewards, divided by their deviation, magnify its rounding
+            deviation = results["rewards"].std(dim=1, keepdim=True) + 1e-4
+            results["gradient"] = results["gradient"] * (100 * deviation).clamp(max=1.0)
+        return results
 
     return Entry(run, samples(case), pad_samples(case))
 

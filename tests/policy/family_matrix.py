@@ -59,7 +59,7 @@ GenerativePolicy = _from_package("policy", "GenerativePolicy")
 PromptTemplate = _from_package("policy", "PromptTemplate")
 RetrievalPolicy = _from_package("policy", "RetrievalPolicy")
 Sampling = _from_package("policy", "Sampling")
-SemanticIds = _from_package("policy.item_codes", "SemanticIds")
+SemanticIds = _from_package("policy.semantic_ids", "SemanticIds")
 raw_completion_logps = _from_package("policy", "completion_logps")
 raw_generate = _from_package("policy", "generate")
 
