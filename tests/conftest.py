@@ -1,15 +1,11 @@
 import os
 import signal
-import sys
-from pathlib import Path
 
 import pytest
-from tiny_config import TINY
+from helpers.tiny_config import TINY
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
-for folder in ("data", "callbacks", "policy"):
-    sys.path.insert(0, str(Path(__file__).parent / folder))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,7 +24,7 @@ def ctrl_c():
 @pytest.fixture
 def toy_path(tmp_path):
     """A folder with the dataset `toy`, whose pool has some 200 samples."""
-    from toy_data import random_rows, write_dataset
+    from helpers.toy_data import random_rows, write_dataset
 
     write_dataset(tmp_path / "data", random_rows(n=1500, n_users=25, n_moments=600, n_items=80))
     return tmp_path / "data"
@@ -90,7 +86,7 @@ def make_trainer(tmp_path):
 @pytest.fixture(scope="session")
 def command(tmp_path_factory):
     """The `minirec` command on a toy dataset, with a warm start in place."""
-    from cli_tools import Command, write_toy
+    from helpers.cli_tools import Command, write_toy
 
     from minirec_pl.cli.main import main
 
@@ -104,8 +100,8 @@ def command(tmp_path_factory):
 @pytest.fixture(scope="session")
 def dashboard_run(tmp_path_factory):
     """A small fit with `SelectionDashboard` on an offline W&B run and CSV: (folder, its rows in W&B, what was seen)."""
-    from dashboard_run import logged_run
-    from wandb_file import history, read_run
+    from helpers.dashboard_run import logged_run
+    from helpers.wandb_file import history, read_run
 
     folder = tmp_path_factory.mktemp("dashboard")
     seen = logged_run(folder)

@@ -1,14 +1,14 @@
 """The committed study says what its raw table holds, and the page can be made from any study."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.paths import BENCHMARKS
 from scipy import stats
 
-RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+RESULTS = BENCHMARKS / "results"
 TABLE, PAGE = RESULTS / "data_efficiency.parquet", RESULTS / "data_efficiency.md"
 NUMBER = r"[-+]?\d\.\d+"
 
@@ -77,8 +77,8 @@ def made_up():
 
 
 def test_the_page_of_a_study_holds_its_figures(tmp_path):
-    from compare_tools import STUDY, write_study
     from data_efficiency import main
+    from helpers.compare_tools import STUDY, write_study
 
     frame = made_up()
     methods = {**STUDY["methods"], "random_redraw": {}, "minirec_dynamic": {}}

@@ -1,13 +1,12 @@
 """The benchmark runs, at a small size; its plain greedy is checked by a float64 loop that shares no code with it."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.paths import BENCHMARKS
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = {
     "selection_maxmin": {"n": 400, "d": 8, "k": 40, "repeats": 1},
     "selection_million": {"n": 3_000, "d": 8, "k": 40, "repeats": 1},
@@ -21,7 +20,7 @@ SMALL = {
 
 @pytest.fixture
 def load(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     threads = torch.get_num_threads()
     yield lambda name: __import__(name)
     torch.set_num_threads(threads)

@@ -1,9 +1,9 @@
 import importlib.util
-from pathlib import Path
 
 import pytest
+from helpers.paths import BENCHMARKS
 
-FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "selection_hvp.py"
+FILE = BENCHMARKS / "selection_hvp.py"
 
 
 @pytest.fixture

@@ -1,10 +1,9 @@
 """One callback in projects that know nothing of us: whatever the loader, batches stay what they were."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from foreign import Classifier, Data, N, Points, loader_of, x_and_y
+from helpers.foreign import Classifier, Data, N, Points, loader_of, x_and_y
+from helpers.paths import REPOSITORY
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Subset, WeightedRandomSampler
@@ -319,7 +318,7 @@ def test_what_install_touches_of_lightning_is_there(make_trainer):
 def test_only_install_touches_what_lightning_keeps_private():
     import re
 
-    package = Path(__file__).parents[2]
+    package = REPOSITORY
     files = [*(package / "minirec_pl").rglob("*.py"), *(package / "callbacks").glob("*.py")]
     touched = {}
     for path in files:

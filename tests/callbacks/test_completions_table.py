@@ -6,8 +6,8 @@ import statistics
 import pandas as pd
 import pytest
 import torch
+from helpers.text_policy import text_policy, write_model
 from lightning.pytorch.loggers import WandbLogger
-from text_policy import text_policy, write_model
 
 from minirec_pl import GRPORecModule, InputError, WarmStartModule
 from minirec_pl.callbacks import CompletionsTable

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import yaml
-from cli_tools import CONFIGS
+from helpers.cli_tools import CONFIGS
 from lightning.pytorch import Callback
 
 from minirec_pl import GRPORecModule, InputError

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from foreign import Classifier, loader_of
+from helpers.foreign import Classifier, loader_of
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 

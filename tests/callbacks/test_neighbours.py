@@ -4,7 +4,7 @@ import lightning.pytorch as lp
 import pytest
 import pytorch_lightning as pl
 import torch
-from foreign import Classifier, Points, loader_of
+from helpers.foreign import Classifier, Points, loader_of
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn

@@ -1,7 +1,7 @@
 """Plans that get shorter and longer between epochs: no batch is cut or skipped, and every validation runs."""
 
 import pytest
-from foreign import Classifier, Points, loader_of
+from helpers.foreign import Classifier, Points, loader_of
 from torch.utils.data import DataLoader
 
 from minirec_pl.callbacks import MiniRec

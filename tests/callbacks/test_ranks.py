@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from foreign import Classifier, N, loader_of
+from helpers.foreign import Classifier, N, loader_of
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from foreign import Classifier, loader_of
+from helpers.foreign import Classifier, loader_of
 from lightning.pytorch import Callback
 
 from minirec_pl import InputError

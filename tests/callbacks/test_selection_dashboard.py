@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from cli_tools import CONFIGS, equal_weights, results
-from dashboard_run import EPOCHS, run
+from helpers.cli_tools import CONFIGS, equal_weights, results
+from helpers.dashboard_run import EPOCHS, run
+from helpers.wandb_file import history, read_run, step_metrics
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader, TensorDataset
-from wandb_file import history, read_run, step_metrics
 
 from minirec_pl import InputError
 from minirec_pl.callbacks import MiniRec, SelectionDashboard

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from foreign import Classifier, Points, loader_of
+from helpers.foreign import Classifier, Points, loader_of
 from torch.utils.data import DataLoader
 
 from minirec_pl.callbacks import MiniRec, RescoreSamples, SelectSamples

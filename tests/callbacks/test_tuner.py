@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from foreign import Classifier, loader_of
+from helpers.foreign import Classifier, loader_of
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 

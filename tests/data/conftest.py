@@ -1,9 +1,8 @@
-from pathlib import Path
-
 import pytest
-from toy_data import random_rows, write_dataset
+from helpers.paths import REPOSITORY
+from helpers.toy_data import random_rows, write_dataset
 
-ML_100K = Path(__file__).resolve().parents[2] / "data" / "ml-100k"
+ML_100K = REPOSITORY / "data" / "ml-100k"
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from toy_data import random_rows
+from helpers.toy_data import random_rows
 
 from minirec_pl.data.batches import SampleDataset
 from minirec_pl.data.samples import SampleTable

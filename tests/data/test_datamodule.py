@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from toy_data import known_before, random_rows, write_dataset
+from helpers.toy_data import known_before, random_rows, write_dataset
 
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.loader import ResumableLoader

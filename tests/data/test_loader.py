@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from helpers.toy_data import random_rows, write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import RandomSampler
-from toy_data import random_rows, write_dataset
 
 from minirec_pl.data.batches import identity
 from minirec_pl.data.datamodule import RecDataModule

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from toy_data import known_before, random_rows, write_dataset
+from helpers.toy_data import known_before, random_rows, write_dataset
 
 from minirec_pl.data.datamodule import RecDataModule
 

@@ -1,22 +1,22 @@
 """Users' data from file to training to predictions, and the options of RecDataModule that go with it."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from own_tables import item_frame, log_frame, sequence_frame, write_amazon
+from helpers.own_tables import item_frame, log_frame, sequence_frame, write_amazon
+from helpers.paths import CONFIGS
+from helpers.tiny_config import TINY
 from test_amazon import random_dump
-from tiny_config import TINY
 
 from minirec_pl.cli.main import main
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.sources import InteractionTable, Sequences
 from minirec_pl.utils.errors import InputError
 
-TEMPLATE = Path(__file__).resolve().parents[2] / "configs" / "own-data" / "template.yaml"
+TEMPLATE = CONFIGS / "own-data" / "template.yaml"
 QUIET = ["--trainer.logger=null", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 SMALL = [
     f"--model.policy.config={json.dumps(TINY)}",

@@ -1,9 +1,9 @@
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.toy_data import known_before, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_data import known_before, random_rows
 
 from minirec_pl.data.samples import Catalogue, SampleTable, split_by_time
 from minirec_pl.utils.errors import InputError

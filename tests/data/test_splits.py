@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from helpers.toy_data import random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_data import random_rows
 
 from minirec_pl.data.samples import SampleTable
 from minirec_pl.data.sequence_table import SequenceTable

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from chat_models import CHATML, NO_SYSTEM, chat_folder, chat_tokenizer
+from helpers.chat_models import CHATML, NO_SYSTEM, chat_folder, chat_tokenizer
+from helpers.tokenizers_of_all_kinds import END, KINDS, NAMES, PAD, START, plain_ids, tokenizer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models
-from tokenizers_of_all_kinds import END, KINDS, NAMES, PAD, START, plain_ids, tokenizer_of
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from minirec_pl import InputError

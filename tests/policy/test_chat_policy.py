@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from chat_models import CATALOGUE, LORA, NO_SYSTEM, PROMPT, TITLES, PlainChat, chat_folder, chat_policy
+from helpers.chat_models import CATALOGUE, LORA, NO_SYSTEM, PROMPT, TITLES, PlainChat, chat_folder, chat_policy
+from helpers.plain_policy import batch_of
 from jsonargparse import ArgumentParser
-from plain_policy import batch_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minirec_pl import GRPORecModule, InputError, WarmStartModule

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from plain_policy import PlainPolicy, batch_of, many_token_policy, one_token_policy
+from helpers.plain_policy import PlainPolicy, batch_of, many_token_policy, one_token_policy
 
 from minirec_pl.policy.distinct import sample_distinct
 from minirec_pl.policy.language_models.sampling import evaluation_mode

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from chat_models import CATALOGUE, PROMPT, TITLES, chat_folder, chat_policy, chat_tokenizer
+from helpers.chat_models import CATALOGUE, PROMPT, TITLES, chat_folder, chat_policy, chat_tokenizer
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import yaml
-from chat_models import CATALOGUE, CHATML, NO_SYSTEM, PROMPT, chat_tokenizer
+from helpers.chat_models import CATALOGUE, CHATML, NO_SYSTEM, PROMPT, chat_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser

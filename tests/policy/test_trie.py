@@ -1,6 +1,6 @@
 import pytest
 import torch
-from plain_policy import padded, unequal_ids
+from helpers.plain_policy import padded, unequal_ids
 
 from minirec_pl import InputError
 from minirec_pl.policy.trie import TokenTrie

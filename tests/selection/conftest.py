@@ -1,9 +1,6 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "published_cds_and_vinyl.npz"
+from helpers.paths import GOLDEN
 
 
 @pytest.fixture(scope="session")

@@ -2,18 +2,16 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers.paths import GOLDEN
 from test_selectors import random_pool
 
 from minirec_pl.selection import MiniRecSelector, RandomSelector, diagnose
 from minirec_pl.utils.errors import InputError
-
-GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "published_cds_and_vinyl.npz"
 
 
 def test_figures_equal_a_loop():

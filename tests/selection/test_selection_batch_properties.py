@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from batch_cases import Case, Entry, close, drawn, laws, limits, rows
+from helpers.batch_cases import Case, Entry, close, drawn, laws, limits, rows
 from hypothesis import strategies as st
 
 from minirec_pl.selection import (
