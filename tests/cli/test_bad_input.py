@@ -101,7 +101,7 @@ OPTIONS = {
         "selection",
         "subclass of SessionCallback",
     ),
-    "wrong reward": ("--model.rewards=[cli_tools.nothing]", "model.rewards", "no attribute 'nothing'"),
+    "wrong reward": ("--model.rewards=[helpers.cli_tools.nothing]", "model.rewards", "no attribute 'nothing'"),
     "wrong module of a reward": ("--model.rewards=[nowhere.reward]", "model.rewards", "nowhere"),
     "accelerator": ("--trainer.accelerator=abacus", "accelerator", "abacus", "cpu"),
     "missing policy": ("--model.policy.pretrained=runs/none", "runs/none", "warm-start.yaml"),
@@ -125,7 +125,7 @@ def test_options(name, command, tmp_path, capsys):
 @pytest.mark.parametrize(("reward", "what"), [("nan_reward", "nan"), ("short_reward", "1 values for")])
 def test_a_bad_reward_is_named_with_its_samples(reward, what, command, tmp_path, capsys):
     capsys.readouterr()
-    assert main(command.grpo(tmp_path / "runs", f"--model.rewards=[cli_tools.{reward}]")) == 2
+    assert main(command.grpo(tmp_path / "runs", f"--model.rewards=[helpers.cli_tools.{reward}]")) == 2
     said = sentence(capsys)
     assert reward in said
     assert what in said
@@ -135,7 +135,7 @@ def test_a_bad_reward_is_named_with_its_samples(reward, what, command, tmp_path,
 
 
 def test_a_bad_reward_while_scoring_leaves_nothing(command, tmp_path, capsys):
-    arguments = command.grpo(tmp_path / "runs", "--model.rewards=[cli_tools.nan_reward]")
+    arguments = command.grpo(tmp_path / "runs", "--model.rewards=[helpers.cli_tools.nan_reward]")
     rejected([*arguments, "--model.scoring_generations=2"], tmp_path / "runs", capsys, "nan_reward", "sample_id")
 
 
@@ -224,7 +224,7 @@ def test_a_full_disk(limit, what, command, tmp_path, capsys):
 def test_ctrl_c_before_training_and_while_scoring(command, tmp_path, capsys):
     root = tmp_path / "runs"
     rejected(command.warm(root, *interrupt("on_fit_start")), root, capsys, "interrupted", "nothing to resume")
-    reward = ["--model.rewards=[cli_tools.interrupting_reward]", "--model.scoring_generations=2"]
+    reward = ["--model.rewards=[helpers.cli_tools.interrupting_reward]", "--model.scoring_generations=2"]
     rejected(command.grpo(root, *reward), root, capsys, "interrupted", "nothing to resume")
     checkpoint = command.folder / "warm" / "version_0" / "checkpoints" / "best.ckpt"
     arguments = ["test", "--ckpt_path", str(checkpoint), f"--trainer.default_root_dir={root}"]
