@@ -20,10 +20,10 @@ from minirec_pl.callbacks import EasyToHardCurriculum, MiniRec
 from minirec_pl.metrics.evaluation import FIGURES, ranking_figures
 from minirec_pl.metrics.ranking import target_rank
 from minirec_pl.policy import GenerativePolicy
-from minirec_pl.policy.language_models.sampling import evaluation_mode
 from minirec_pl.selection import MiniRecSelector, RandomSelector
 from minirec_pl.selection.session.session import session_of
 from minirec_pl.utils.cost import Cost
+from minirec_pl.utils.modules import evaluation_mode
 
 METHODS = ("minirec", "minirec 0.1", "random", "full")
 RESCORED = {"minirec": 1.0, "minirec 0.1": 0.1}

@@ -9,7 +9,6 @@ import pandas as pd
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import WandbLogger
 
-from minirec_pl.policy import RetrievalPolicy
 from minirec_pl.reporting.completions import Row, completion_rows, print_completions
 from minirec_pl.trainers.grpo import GRPORecModule
 from minirec_pl.utils.errors import InputError
@@ -71,8 +70,7 @@ class CompletionsTable(Callback):
         assert pl_module.generation is not None
         self._shown = step
         rollouts = pl_module.generation.at(pl_module.generation.position)
-        words = pl_module.policy.words if isinstance(pl_module.policy, RetrievalPolicy) else None
-        made = completion_rows(rollouts, pl_module.item_ids, self.num_prompts, words)
+        made = completion_rows(rollouts, pl_module.item_ids, self.num_prompts, pl_module.policy.words)
         rows = [{"step": step, **row} for row in made]
         self._rows += rows
         if self.print_table and rows:

@@ -9,7 +9,7 @@ from minirec_pl.callbacks.easy_to_hard_curriculum import EasyToHardCurriculum
 from minirec_pl.callbacks.rescore_samples import RescoreSamples
 from minirec_pl.callbacks.reward_history import RewardHistory
 from minirec_pl.callbacks.select_samples import SelectSamples
-from minirec_pl.selection.probes.target import HeadProbe
+from minirec_pl.selection.probes.head import HeadProbe
 from minirec_pl.selection.selectors.protocol import Selector
 from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.utils.errors import InputError

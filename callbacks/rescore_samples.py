@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from minirec_pl.selection.probes.target import HeadProbe
+from minirec_pl.selection.probes.head import HeadProbe
 from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.selection.session.scoring import refuse_sharded
 from minirec_pl.selection.session.session import SelectionSession, session_of

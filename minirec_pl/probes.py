@@ -1,5 +1,6 @@
-"""The public path of the probes, see `minirec_pl.selection.probes`."""
+"""The public path of `HeadProbe` and `target_signals`."""
 
-from minirec_pl.selection.probes import HeadProbe, TargetSignals, target_signals
+from minirec_pl.policy.target_signals import TargetSignals, target_signals
+from minirec_pl.selection.probes import HeadProbe
 
 __all__ = ["HeadProbe", "TargetSignals", "target_signals"]

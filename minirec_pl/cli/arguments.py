@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 from minirec_pl.utils.checkpoints import check_checkpoint
 from minirec_pl.utils.errors import InputError
@@ -44,3 +46,9 @@ def values_of(args: Sequence[str], *options: str) -> list[str]:
     """What is given to an option, as `--option VALUE` or `--option=VALUE`."""
     words = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--") else [arg])]
     return [value for option, value in pairwise(words) if option in options]
+
+
+def class_of(class_path: str) -> Any:
+    """The class that a config names."""
+    place, _, name = class_path.rpartition(".")
+    return getattr(import_module(place), name)

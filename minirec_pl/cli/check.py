@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +16,7 @@ from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from torch import nn
 
+from minirec_pl.cli.arguments import class_of
 from minirec_pl.cli.check_model import describe_family, describe_language_model
 from minirec_pl.cli.check_report import GIB, Finding, Level, Prompts, report
 from minirec_pl.cli.estimates import Load, Memory, memory_of, peak
@@ -24,7 +24,7 @@ from minirec_pl.cli.sentences import one_sentence, sentence_of
 from minirec_pl.cli.stages import PIPE_WIDTH, WarmStart
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.samples import Catalogue
-from minirec_pl.policy import GenerativePolicy, RetrievalPolicy
+from minirec_pl.policy import GenerativePolicy, Policy, RetrievalPolicy
 from minirec_pl.policy.catalogue_text import encode_texts
 from minirec_pl.policy.folder import SIDE_FILE
 from minirec_pl.policy.item_ids import title_ids
@@ -32,7 +32,6 @@ from minirec_pl.policy.language_models.model_config import text_setting
 from minirec_pl.policy.language_models.pretrained import LanguageModel
 from minirec_pl.policy.language_models.tiny import SPECIAL_TOKENS, build_tiny
 from minirec_pl.policy.prompt import PromptTemplate
-from minirec_pl.policy.retriever_folder import RetrieverText
 from minirec_pl.selection.budget import budget_count
 from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.utils.errors import InputError
@@ -66,6 +65,9 @@ class Preflight:
         self._try("run folder", self._folder)
         data = self._try("data", self._data)
         policy = self._policy_options()
+        if not issubclass(_kind_of(policy), GenerativePolicy | RetrievalPolicy):
+            self._add("ok", "policy", f"{policy['class_path']} is your own: of it, only the options were checked")
+            return
         prompt = self._try("policy", lambda: _prompt_of(policy))
         if self.fails and self.findings[-1].what == "policy":
             return
@@ -107,7 +109,10 @@ class Preflight:
 
     def _options(self) -> None:
         """Makes module, selection and warm start, with a policy that loads nothing in place of the real one."""
-        _make_module(_plain(self.config.model), _stand_in(self._policy_options()))
+        policy = self._policy_options()
+        _make_module(
+            _plain(self.config.model), _kind_of(policy).unloaded({k: v for k, v in policy.items() if k != "class_path"})
+        )
         _made(SessionCallback | None, _plain(self.config.get("selection")))
         _made(WarmStart | None, _plain(self.config.get("warm_start")))
 
@@ -268,8 +273,7 @@ def _prompt_of(policy: Mapping[str, Any]) -> PromptTemplate | None:
 
 
 def _make_module(config: Mapping[str, Any], policy: nn.Module) -> None:
-    place, _, name = config["class_path"].rpartition(".")
-    kind = getattr(import_module(place), name)
+    kind = class_of(config["class_path"])
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "model", skip={"policy"}, instantiate=False)
     options = {key: value for key, value in config.get("init_args", {}).items() if key != "policy"}
@@ -280,18 +284,14 @@ def _make_module(config: Mapping[str, Any], policy: nn.Module) -> None:
         raise InputError(sentence_of(error)) from error
 
 
-def _stand_in(policy: Mapping[str, Any]) -> nn.Module:
-    """A policy of the same kind that has loaded nothing."""
-    if not _retrieves(policy):
-        return GenerativePolicy(config={})
-    made = RetrievalPolicy.__new__(RetrievalPolicy)
-    nn.Module.__init__(made)
-    made.training_cost, made.text = {}, RetrieverText().updated(max_completion_length=policy["max_completion_length"])
-    return made
+def _kind_of(policy: Mapping[str, Any]) -> type[Policy]:
+    """The class of a policy."""
+    kind: type[Policy] = class_of(policy["class_path"])
+    return kind
 
 
 def _retrieves(policy: Mapping[str, Any]) -> bool:
-    return str(policy["class_path"]).endswith("RetrievalPolicy")
+    return issubclass(_kind_of(policy), RetrievalPolicy)
 
 
 def _language_model(policy: Mapping[str, Any]) -> LanguageModel:

@@ -20,11 +20,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer.states import TrainerStatus
 
 from minirec_pl.callbacks.run_folder import RunFolder, best_checkpoint
-from minirec_pl.cli.arguments import config_of_checkpoint, configs_first, values_of
+from minirec_pl.cli.arguments import class_of, config_of_checkpoint, configs_first, values_of
 from minirec_pl.cli.process import finish_wandb, own_process_state
 from minirec_pl.cli.score import ScoringTrainer
 from minirec_pl.cli.sentences import check_yaml, sentence_of
 from minirec_pl.cli.stages import STAGES, WARM_START, Stages, WarmStart
+from minirec_pl.policy import Policy
 from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.trainers.recommender import RecModule
 from minirec_pl.utils.checkpoints import AtomicCheckpointIO, check_checkpoint, policy_of
@@ -224,10 +225,8 @@ def config_after_warm_start(config: dict[str, Any], policy: Path) -> dict[str, A
         policy: folder of the warm policy.
     """
     given = config["model"]["init_args"]["policy"]
-    made_of = ["config", "language_model", "semantic_ids"]
-    if given["class_path"].endswith("GenerativePolicy"):
-        made_of.append("prompt")  # which the folder has
-    given["init_args"] |= dict.fromkeys(set(made_of) & set(given["init_args"]))
+    kind: type[Policy] = class_of(given["class_path"])
+    given["init_args"] |= dict.fromkeys(kind.made_of & set(given["init_args"]))
     given["init_args"]["pretrained"] = str(policy)
     return {**config, "warm_start": None}
 

@@ -372,6 +372,38 @@ def preference_loss(
     return -(weights * torch.nn.functional.logsigmoid(margin)).sum(dim=-1)
 
 
+def best_rollouts(advantages: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k rollouts of each group with the largest advantages, the first of equals.
+
+    Args:
+        advantages: float [B, G].
+        k: at most G.
+
+    Returns:
+        Positions int64 [B, k] and advantages float [B, k].
+    """
+    best = advantages.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return best, advantages.gather(1, best)
+
+
+def item_loss(logps: Tensor, advantages: Tensor, epsilon: float, epsilon_high: float | None = None) -> Tensor:
+    """Sum of the item losses of RecPO (R2ec, arXiv 2505.16994): rollouts that rank the catalogue learn their target.
+
+    l = -min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A), rho = p / stop_gradient(p), p being the softmax
+    probability of the target among the items that it is compared with.
+
+    Args:
+        logps: float [R], log p of R rollouts, with gradient.
+        advantages: A, R values of any shape.
+        epsilon: lower clip width of the ratio.
+        epsilon_high: upper clip width; None takes `epsilon`.
+    """
+    advantages = advantages.flatten().to(logps.device)
+    ratio = (logps - logps.detach()).exp()
+    clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
+    return -torch.minimum(ratio * advantages, clipped * advantages).sum()
+
+
 def pair_weights(items: Tensor) -> Tensor:
     """Weights that count each different item of a group once: 1 / (times drawn * different items).
 

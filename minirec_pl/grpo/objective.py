@@ -15,17 +15,19 @@ from minirec_pl.grpo.loss import (
     ImportanceSamplingLevel,
     LossType,
     ScaleRewards,
+    best_rollouts,
     check_objective,
     group_advantages,
+    item_loss,
     pair_weights,
     policy_loss,
     preference_loss,
 )
-from minirec_pl.grpo.reasoning_sampler import item_loss
-from minirec_pl.policy import Recommender, RetrievalPolicy
-from minirec_pl.policy.supervised import no_loss
+from minirec_pl.policy.interface import Policy
+from minirec_pl.utils.modules import no_loss
 
 WastedGroups = Literal["keep", "dynamic_sampling", "preference_pairs"]
+WASTED_GROUPS: tuple[WastedGroups, ...] = ("keep", "dynamic_sampling", "preference_pairs")
 
 
 class Update(NamedTuple):
@@ -97,7 +99,7 @@ class Objective:
         for batch, part in zip(batches, torch.split(advantages, [len(b) for b in batches]), strict=True):
             batch.advantages = part
 
-    def update(self, policy: Recommender, rollouts: RolloutBatch, shares: Tensor, temperature: float) -> Update:
+    def update(self, policy: Policy, rollouts: RolloutBatch, shares: Tensor, temperature: float) -> Update:
         """One pass over the groups that the loss depends on; the others add nothing to it and are not run.
 
         Args:
@@ -111,22 +113,20 @@ class Objective:
         on_policy = rollouts.old_logps is None
         known = torch.zeros_like(rollouts.entropy) if rollouts.old_logps is None else rollouts.old_logps
         logps, entropy, loss, tokens = known, rollouts.entropy, no_loss(policy), 0
-        of_items = torch.zeros_like(loss.detach()) if isinstance(policy, RetrievalPolicy) else None
+        of_items = torch.zeros_like(loss.detach()) if policy.ranks_catalogue else None
         if len(rows):
             part = rollouts if len(rows) == len(rollouts) else rollouts.take(rows)
-            if isinstance(policy, RetrievalPolicy):
-                sampled, new_entropy, extra, tokens = self._read(policy, part, rollouts.batch["target"], temperature)
-                extra = extra / shares[1]
-                of_items = extra.detach()
-            else:
-                with_target = bool(part.pairs.any())
-                items = torch.cat([part.batch["target"][:, None], part.items], dim=1) if with_target else part.items
-                new, _, new_entropy = policy.completion_logps(part.batch, items, temperature)
-                tokens = policy.prompt_tokens(part.batch) + policy.fed_tokens(items)
-                sampled, new_entropy = (values[:, -part.items.shape[1] :] for values in (new, new_entropy))
-                extra = new.new_zeros(())
-                if with_target:
-                    extra = self._pair_loss(part, new[:, 0], sampled).sum() / shares[2]
+            with_target = bool(part.pairs.any())
+            passed = policy.completion_pass(part.batch, part.items, part.texts, temperature, with_target=with_target)
+            sampled, new_entropy, tokens = passed.logps, passed.entropy, passed.tokens
+            extra = sampled.new_zeros(())
+            if passed.target_logps is not None:
+                extra = self._pair_loss(part, passed.target_logps, sampled).sum() / shares[2]
+            if passed.rank_target is not None:
+                best, advantages = best_rollouts(part.advantages, self.relabel_topk)
+                ranked, more = passed.rank_target(best, rollouts.batch["target"])
+                extra = item_loss(ranked, advantages, self.epsilon, self.epsilon_high) / shares[1]
+                of_items, tokens = extra.detach(), tokens + more
             loss = extra
             logps, entropy = _place(sampled, rows, known), _place(new_entropy, rows, entropy)
         parts = policy_loss(
@@ -147,15 +147,6 @@ class Objective:
         )
         mean_entropy = entropy.masked_fill(~rollouts.mask, 0.0).sum() / rollouts.mask.sum().clamp(min=1)
         return Update(parts.loss + loss, parts.clip_low, parts.clip_high, parts.kl, mean_entropy, of_items, tokens)
-
-    def _read(
-        self, policy: RetrievalPolicy, part: RolloutBatch, batch_items: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Log-probabilities and entropy [B, G, L], the sum of the item losses, and the tokens run."""
-        assert part.texts is not None
-        passed = policy.read(policy.encode(part.batch, part.texts.shape[-1]), part.texts, temperature)
-        loss = item_loss(policy, part, passed.states, batch_items, self.relabel_topk, self.epsilon, self.epsilon_high)
-        return passed.logps, passed.entropy, loss, passed.tokens + policy.batch_tokens(batch_items)
 
     def _pair_loss(self, part: RolloutBatch, target: Tensor, sampled: Tensor) -> Tensor:
         pairs = part.pairs

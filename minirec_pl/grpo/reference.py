@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from minirec_pl.policy import Recommender
+from minirec_pl.policy.interface import Policy
 from minirec_pl.utils.errors import InputError
 
 
-def frozen_copy(policy: Recommender) -> Recommender:
+def frozen_copy(policy: Policy) -> Policy:
     """A copy in evaluation mode that is never trained."""
     return copy.deepcopy(policy).requires_grad_(False).eval()
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.samples import IntArray
 from minirec_pl.metrics.ranking import target_rank
-from minirec_pl.policy import Recommender
-from minirec_pl.policy.language_models.sampling import evaluation_mode
+from minirec_pl.policy.interface import Policy
 from minirec_pl.utils.cost import Cost
+from minirec_pl.utils.modules import evaluation_mode
 from minirec_pl.utils.seeds import isolated_random_state
 
 K = 10
@@ -100,7 +100,7 @@ def stage_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def sample_ranks(policy: Recommender, data: RecDataModule, sample_ids: IntArray) -> Tensor:
+def sample_ranks(policy: Policy, data: RecDataModule, sample_ids: IntArray) -> Tensor:
     """Rank of the target of each sample among the whole catalogue with what the user had masked, int64 [n], from 1.
 
     Neither the policy's mode nor any global random number generator is disturbed.

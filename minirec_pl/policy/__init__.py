@@ -1,6 +1,7 @@
 """What the language model is and how it recommends."""
 
 from minirec_pl.policy.generative import GenerativePolicy
+from minirec_pl.policy.interface import Policy
 from minirec_pl.policy.language_models.adapters import Lora
 from minirec_pl.policy.language_models.generation import Completions, Sampling, generate
 from minirec_pl.policy.language_models.logps import TokenLogps, completion_logps
@@ -9,15 +10,13 @@ from minirec_pl.policy.language_models.sampling import Rollouts, rollout_generat
 from minirec_pl.policy.prompt import PromptTemplate
 from minirec_pl.policy.retrieval import RetrievalPolicy
 
-Recommender = GenerativePolicy | RetrievalPolicy
-
 __all__ = [
     "Completions",
     "GenerativePolicy",
     "LanguageModel",
     "Lora",
+    "Policy",
     "PromptTemplate",
-    "Recommender",
     "RetrievalPolicy",
     "Rollouts",
     "Sampling",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from minirec_pl.policy.item_id_generator import ItemIdGenerator
 from minirec_pl.policy.language_models.causal_lm import head_of
 from minirec_pl.policy.language_models.sampling import Prompt, Rollouts
 from minirec_pl.policy.trie_head import child_logps
@@ -15,13 +15,10 @@ from minirec_pl.utils.errors import InputError
 
 _NEVER = -1e30  # log-probabilities below it stand for children that are not allowed
 
-if TYPE_CHECKING:
-    from minirec_pl.policy.generative import GenerativePolicy
-
 
 @torch.no_grad()
 def sample_distinct(
-    policy: GenerativePolicy,
+    policy: ItemIdGenerator,
     prompt: Prompt,
     batch: Mapping[str, Tensor],
     num_generations: int,

@@ -7,39 +7,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minirec_pl.data.samples import Catalogue
-from minirec_pl.policy.catalogue_text import rows_of
-from minirec_pl.policy.folder import Chat, StoredPolicy, read_policy, write_policy
-from minirec_pl.policy.item_ids import IdKind, check_id_options, load_with_ids
-from minirec_pl.policy.language_models.causal_lm import (
-    body_of,
-    cache_under_checkpointing,
-    head_of,
-    run_completions,
-    run_prompt,
-    run_prompts,
+from minirec_pl.policy.distinct import sample_distinct
+from minirec_pl.policy.folder import StoredPolicy, read_policy, write_policy
+from minirec_pl.policy.interface import (
+    ITEM_OPTIONS,
+    Batch,
+    CompletionPass,
+    DrawnGroups,
+    PolicySignals,
+    RolloutOptions,
+    SupervisedLoss,
+    uniform_numbers,
 )
-from minirec_pl.policy.language_models.decoding import TokenRows, decode, decode_beams
-from minirec_pl.policy.language_models.exact_buffers import ExactBuffers
+from minirec_pl.policy.item_id_generator import ItemIdGenerator
+from minirec_pl.policy.item_ids import IdKind, check_id_options, load_with_ids
+from minirec_pl.policy.language_models.causal_lm import head_of
+from minirec_pl.policy.language_models.decoding import decode_beams
 from minirec_pl.policy.language_models.model_config import text_setting
 from minirec_pl.policy.language_models.model_support import try_untrained
 from minirec_pl.policy.language_models.pretrained import LanguageModel
-from minirec_pl.policy.language_models.sampling import CompletionStates, Prompt, Rollouts, evaluation_mode
+from minirec_pl.policy.language_models.sampling import Prompt, Rollouts
 from minirec_pl.policy.language_models.tiny import SPECIAL_TOKENS, build_tiny, check_model
-from minirec_pl.policy.prompt import EncodedPrompts, PromptTemplate, encode_ids
-from minirec_pl.policy.ranking import item_scores
+from minirec_pl.policy.prompt import PromptTemplate
 from minirec_pl.policy.semantic_ids import SemanticIds
-from minirec_pl.policy.supervised import check_prompts, check_rules, sequence_nll, sequence_tokens
+from minirec_pl.policy.supervised import sequence_nll, sequence_tokens
+from minirec_pl.policy.target_signals import target_signals
 from minirec_pl.policy.trie import TokenTrie
-from minirec_pl.policy.trie_head import TrieHead, child_logps, item_logps
+from minirec_pl.policy.trie_head import TrieHead
+from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace
+from minirec_pl.selection.probes.trajectory import Trajectory
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.modules import evaluation_mode
 
-Batch = Mapping[str, Tensor]
+_LOGITS = 2**22  # of completions that are scored at a time
+_CACHE_BYTES = 2**28  # of the keys and values of their prompts
 
 
-class GenerativePolicy(ExactBuffers):
+class GenerativePolicy(ItemIdGenerator):
     """A causal language model that generates an item id constrained to the catalogue.
 
     Give one of `pretrained`, a folder that `save_pretrained` wrote; `language_model`, which is prompted in words by its
@@ -63,8 +70,8 @@ class GenerativePolicy(ExactBuffers):
             is missing or damaged, or transformers refuses the config.
     """
 
-    model: Any
-    trie: TokenTrie
+    extra_options = ITEM_OPTIONS
+    made_of = frozenset({"config", "language_model", "semantic_ids", "prompt"})
 
     def __init__(
         self,
@@ -90,11 +97,14 @@ class GenerativePolicy(ExactBuffers):
         self.semantic_ids = semantic_ids
         self.prompt = prompt or PromptTemplate()
         self.evaluation_beams = evaluation_beams
-        self.training_cost: dict[str, Any] = {}
-        self.catalogue: Catalogue | None = None
-        self.chat: Chat | None = None
+        self.chat = None
         if pretrained is not None:
             self._take(read_policy(Path(pretrained)))
+
+    @classmethod
+    def unloaded(cls, options: Mapping[str, Any]) -> GenerativePolicy:
+        """See `Policy.unloaded`."""
+        return cls(config={})
 
     def _take(self, stored: StoredPolicy) -> None:
         self.trie = TokenTrie(stored.item_tokens)
@@ -142,194 +152,13 @@ class GenerativePolicy(ExactBuffers):
         cost = dict(training_cost or self.training_cost)
         write_policy(Path(folder), StoredPolicy(self.model, self.catalogue, self.trie.item_tokens, cost, self.chat))
 
-    @property
-    def id_length(self) -> int:
-        """L, the largest number of tokens in an item id."""
-        return self.trie.depth
-
-    def encode(self, batch: Batch) -> EncodedPrompts:
-        """The different prompts of a batch as tokens, padded on the left, and which of them each sample has.
-
-        A language model's are words, see `PromptTemplate.encode`. The others are a start token, then the ids of the
-        history, oldest first; neighbours with the same history share one.
-
-        Args:
-            batch: with `history` int64 [B, W], item index padded with -1 anywhere.
-
-        Raises:
-            InputError: if prompt and item id together are longer than the model's positions, naming the sample, or a
-                prompt has a token that the model has no embedding for.
-        """
-        if self.chat is not None:
-            assert self.catalogue is not None
-            positions = text_setting(self.model, "max_position_embeddings")
-            longest = None if positions is None else positions - self.id_length + 1
-            tokenizer, prompt, ids = self.chat.tokenizer, self.chat.prompt, self.chat.id_texts
-            own_ids, rows = self.chat.kind != "title", rows_of(self.model)
-            encoded = prompt.encode(tokenizer, batch, self.catalogue, longest, ids, own_ids=own_ids, rows=rows)
-            check_rules(self.model, encoded, self.id_length, batch.get("sample_id"))
-            return encoded
-        encoded = encode_ids(batch["history"], self.trie.item_tokens, self.bos_token_id, self.pad_token_id)
-        check_prompts(self.model, encoded, self.id_length - 1, batch.get("sample_id"))
-        check_rules(self.model, encoded, self.id_length, batch.get("sample_id"))
-        return encoded
-
-    def prompt_states(self, batch: Batch) -> Tensor:
-        """Last hidden state of each prompt, float [B, D]; equal prompts are run once."""
-        return self.run_prompt(batch).states
-
-    def prompt_tokens(self, batch: Batch) -> int:
-        """Tokens that `run_prompt` feeds through the model, padding not counted."""
-        return int(self.encode(batch).mask.sum())
-
-    def run_prompt(self, batch: Batch) -> Prompt:
-        """Runs the prompts of a batch (see `encode`) through the model."""
-        run = run_prompt if self.chat is None else run_prompts
-        return run(body_of(self.model), *self.encode(batch), keep_cache=self.id_length > 1)
-
-    def completion_states(self, prompt: Prompt, items: Tensor) -> CompletionStates:
-        """Runs G completions on the cache of each prompt, differentiably, as far as their tokens are not certain.
-
-        Args:
-            prompt: from `run_prompt`.
-            items: int64 [B, G], item index.
-        """
-        n_rows, group = items.shape
-        length, width = self.trie.decided[items.flatten()] - 1, prompt.states.shape[-1]
-        most = int(length.max())
-        if most < 1:
-            return CompletionStates(prompt.states, prompt.states.new_zeros(n_rows, group, self.id_length - 1, width))
-        fed = torch.arange(most, device=items.device) < length[:, None]
-        tokens = torch.where(fed, self.trie.item_tokens[items.flatten(), :most], self.pad_token_id)
-        sample = torch.arange(n_rows, device=items.device).repeat_interleave(group)
-        rest = run_completions(prompt, sample, tokens, fed)
-        rest = nn.functional.pad(rest, (0, 0, 0, self.id_length - 1 - most))
-        return CompletionStates(prompt.states, rest.view(n_rows, group, self.id_length - 1, width))
-
-    def fed_tokens(self, items: Tensor) -> int:
-        """Tokens of the ids of `items` that are fed: all but the last one that is not certain, see `TokenTrie`."""
-        return int((self.trie.decided[items] - 1).sum())
-
-    def root_logps(self, states: Tensor, seen: Tensor, temperature: float = 1.0) -> Tensor:
-        """Log-probabilities of the first id token, float32 [B, n_first_tokens], of prompts with `states` [B, D]."""
-        counts = self.trie.available_below(seen)
-        low = torch.zeros(len(states), dtype=torch.int64, device=states.device)
-        return child_logps(head_of(self.model), self.trie, states, 0, low, low + self.trie.n_items, counts, temperature)
-
-    def head_logps(
-        self, states: CompletionStates, items: Tensor, seen: Tensor, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities of completions under the constrained policy, from their hidden states alone.
-
-        Each token's distribution is the softmax of logits / temperature over the tokens that lead to an item of the
-        catalogue the user has not seen.
-
-        Args:
-            states: from `completion_states`.
-            items: int64 [B, G], item index.
-            seen: int64 [B, S], item index padded with -1.
-            temperature: divides the logits, as in sampling.
-
-        Returns:
-            logps float32 [B, G, L] (0 where masked), mask bool [B, G, L], entropy float32 [B, G, L] in nats, without
-            gradient.
-        """
-        return item_logps(head_of(self.model), self.trie, states, items, seen, temperature)
-
-    def completion_logps(self, batch: Batch, items: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-        """`head_logps` of the batch's prompts: (logps, mask, entropy), each [B, G, L]."""
-        with cache_under_checkpointing(self.model) as shared:
-            if not shared and self.id_length > 1:
-                raise InputError(
-                    f"{type(self.model).__name__} has no cache under gradient checkpointing: set "
-                    "language_model.gradient_checkpointing to false"
-                )
-            states = self.completion_states(self.run_prompt(batch), items)
-        return self.head_logps(states, items, batch["seen"], temperature)
-
-    def generate(
-        self,
-        batch: Batch,
-        num_generations: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Rollouts:
-        """Samples `num_generations` items per prompt with replacement, in evaluation mode and without gradients.
-
-        Args:
-            batch: with `history` [B, W] and `seen` [B, S].
-            num_generations: G.
-            temperature: divides the logits.
-            top_k: keep the k most likely tokens at each step; None keeps all.
-            top_p: keep the smallest set of tokens with this mass; None keeps all.
-            generator: the random numbers; None uses torch's global generator.
-        """
-        with evaluation_mode(self):
-            prompt = self.run_prompt(batch)
-            size = (len(prompt.states), num_generations, self.id_length)
-            uniform = torch.rand(size, dtype=torch.float64, generator=generator, device=prompt.states.device)
-            return self.sample(prompt, batch["seen"], uniform, temperature=temperature, top_k=top_k, top_p=top_p)
-
-    @torch.no_grad()
-    def sample(
-        self,
-        prompt: Prompt,
-        seen: Tensor,
-        uniform: Tensor,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-    ) -> Rollouts:
-        """As `generate`, from prompts that have been run and given random numbers.
-
-        Args:
-            prompt: from `run_prompt`.
-            seen: int64 [B, S], items that may not be generated, padded with -1.
-            uniform: float64 [B, G, L] in [0, 1), one number per token of a rollout.
-            temperature: divides the logits.
-            top_k: as in `generate`.
-            top_p: as in `generate`.
-        """
-        head = TrieHead(head_of(self.model), self.trie, seen, temperature, top_k, top_p)
-        group, length = uniform.shape[1:]
-        return self._rollouts(decode(prompt, head, group, length, uniform), group)
-
-    @torch.no_grad()
-    def beams(self, prompt: Prompt, seen: Tensor, num_generations: int, temperature: float = 1.0) -> Rollouts:
-        """The `num_generations` items that a beam search of that width ends with, the most likely first.
-
-        Args:
-            prompt: from `run_prompt`.
-            seen: as in `sample`.
-            num_generations: G, different items for each prompt.
-            temperature: divides the logits.
-
-        Raises:
-            InputError: if fewer than G items are left for a sample.
-        """
-        head = TrieHead(head_of(self.model), self.trie, seen, temperature)
-        rollouts = self._rollouts(decode_beams(prompt, head, num_generations, self.id_length), num_generations)
-        fewest = int((rollouts.items >= 0).sum(dim=1).min())
-        if fewest < num_generations:
-            raise InputError(f"a sample has {fewest} items left for {num_generations} beams: lower num_generations")
-        return rollouts
-
-    def _rollouts(self, rows: TokenRows, group: int) -> Rollouts:
-        items = self.trie.items_of(rows.tokens.masked_fill(~rows.mask, -1)).view(-1, group)
-        mask = (self.trie.item_tokens[items] >= 0) & (items >= 0)[..., None]
-        return Rollouts(items, rows.logps.view_as(mask), mask)
-
     def item_logps(self, batch: Batch, chunk: int = 4096) -> Tensor:
         """Log-probability of every item, float32 [B, n_items]; seen items get the lowest finite value.
 
         Exact: one forward pass for one-token ids; longer ids are teacher-forced, at most `chunk` completions at a time,
         on the cache of the prompts. With `evaluation_beams` longer ids that no beam ends with get the lowest value too.
         """
-        return item_scores(self, batch, chunk)
+        return _item_scores(self, batch, chunk)
 
     def supervised_loss(self, batch: Batch) -> tuple[Tensor, int]:
         """The loss of a warm start on single samples with `target` int64 [B], and the tokens that were run for it.
@@ -341,6 +170,18 @@ class GenerativePolicy(ExactBuffers):
         nothing = torch.full((len(target), 1), -1, device=target.device)
         logps, _, _ = self.completion_logps({**batch, "seen": nothing}, target[:, None])
         return -logps.sum() / len(target), self.prompt_tokens(batch) + self.fed_tokens(target)
+
+    def warm_start_loss(self, batch: Batch, dropout: float, step: int) -> SupervisedLoss:
+        """See `Policy.warm_start_loss`: `supervised_loss` of single samples, `sequence_nll` of sequences.
+
+        Raises:
+            InputError: if the batch has neither.
+        """
+        if "history" in batch:
+            return SupervisedLoss(*self.supervised_loss(batch))
+        if "sequence" not in batch:
+            raise InputError("WarmStartModule trains on sequences: set data.train_on to `warm`")
+        return SupervisedLoss(self.sequence_nll(batch, dropout), self.sequence_tokens(batch))
 
     def sequence_tokens(self, batch: Batch) -> int:
         """Tokens that `sequence_nll` feeds through the model, padding not counted."""
@@ -356,3 +197,116 @@ class GenerativePolicy(ExactBuffers):
                 embeddings where a `config` was given; for one-token ids only.
         """
         return sequence_nll(self, batch, dropout)
+
+    def rollout_length(self, options: RolloutOptions) -> int:
+        """See `Policy.rollout_length`."""
+        return self.id_length
+
+    def roll_out(self, batch: Batch, options: RolloutOptions, random: torch.Generator | Tensor) -> DrawnGroups:
+        """See `Policy.roll_out`: items with replacement, without, or those that a beam search ends with."""
+        target, seen = batch["target"][:, None], batch["seen"]
+        with evaluation_mode(self):
+            prompt = self.run_prompt(batch)
+            drawn = self._draw(prompt, batch, options, random)
+            states = self.completion_states(prompt, target)
+
+        def measure(rows: Tensor) -> tuple[Tensor, Tensor, int]:
+            with evaluation_mode(self):
+                part, items = prompt._replace(states=prompt.states[rows], row=prompt.row[rows]), drawn.items[rows]
+                found = self.completion_states(part, items)
+                logps, _, entropy = self.head_logps(found, items, seen[rows], options.temperature)
+            return logps, entropy, self.fed_tokens(items)
+
+        def target_logps() -> tuple[Tensor, Tensor]:
+            with evaluation_mode(self):
+                logps, mask, _ = self.head_logps(states, target, seen, options.temperature)
+            return logps[:, 0], mask[:, 0]
+
+        tokens = self.prompt_tokens(batch) + self.fed_tokens(drawn.items) + self.fed_tokens(target)
+        return DrawnGroups(drawn.items, drawn.logps, drawn.mask, tokens, measure, target_logps, context=states)
+
+    def _draw(
+        self, prompt: Prompt, batch: Batch, options: RolloutOptions, random: torch.Generator | Tensor
+    ) -> Rollouts:
+        group, temperature = options.num_generations, options.temperature
+        if options.distinct_rollouts:
+            assert isinstance(random, torch.Generator)
+            return sample_distinct(self, prompt, batch, group, random, temperature)
+        if options.rollouts == "beam":
+            return self.beams(prompt, batch["seen"], group, temperature)
+        numbers = uniform_numbers(random, (len(batch["target"]), group, self.id_length))
+        return self.sample(
+            prompt, batch["seen"], numbers, temperature=temperature, top_k=options.top_k, top_p=options.top_p
+        )
+
+    def completion_pass(
+        self, batch: Batch, items: Tensor, texts: Tensor | None, temperature: float, *, with_target: bool = False
+    ) -> CompletionPass:
+        """See `Policy.completion_pass`."""
+        if with_target:
+            items = torch.cat([batch["target"][:, None], items], dim=1)
+        logps, _, entropy = self.completion_logps(batch, items, temperature)
+        tokens = self.prompt_tokens(batch) + self.fed_tokens(items)
+        if not with_target:
+            return CompletionPass(logps, entropy, tokens)
+        return CompletionPass(logps[:, 1:], entropy[:, 1:], tokens, target_logps=logps[:, 0])
+
+    def signals(
+        self,
+        batch: Batch,
+        drawn: DrawnGroups | None,
+        advantages: Tensor | None,
+        *,
+        temperature: float,
+        gradient: GradientKind,
+        space: GradientSpace,
+        seed: int,
+        trajectory: Trajectory,
+    ) -> PolicySignals:
+        """See `Policy.signals`: all of them by the target's exact probability, whatever the rollouts found."""
+        if drawn is None:
+            target = batch["target"][:, None]
+            with evaluation_mode(self):
+                states = self.completion_states(self.run_prompt(batch), target)
+            forward = self.prompt_tokens(batch) + self.fed_tokens(target)
+        else:
+            states, forward = drawn.context, drawn.tokens
+        found = target_signals(self, states, batch, temperature, gradient, space, trajectory)
+        solved, embedding = found.logp.exp(), states.prompt.detach()
+        return PolicySignals(
+            found.gradient, embedding, solved, found.alignment, forward + found.tokens, backward=found.tokens
+        )
+
+
+def _item_scores(policy: GenerativePolicy, batch: Mapping[str, Tensor], chunk: int) -> Tensor:
+    with evaluation_mode(policy):
+        prompt, seen = policy.run_prompt(batch), batch["seen"]
+        if policy.id_length == 1:
+            scores = policy.root_logps(prompt.states, seen)[:, policy.trie.child_of[:, 0]]
+        elif policy.evaluation_beams is not None:
+            scores = _of_beams(policy, prompt, seen, min(policy.evaluation_beams, policy.trie.n_items))
+        else:
+            most = max(1, min(chunk, _most_completions(policy, prompt)) // len(seen))
+            every = torch.arange(policy.trie.n_items, device=seen.device).expand(len(seen), -1)
+            parts = []
+            for items in torch.split(every, most, dim=1):
+                states = policy.completion_states(prompt, items)
+                parts.append(policy.head_logps(states, items, seen)[0].sum(dim=-1))
+            scores = torch.cat(parts, dim=1)
+        return scores.clamp(min=torch.finfo(torch.float32).min)
+
+
+def _most_completions(policy: GenerativePolicy, prompt: Prompt) -> int:
+    """Completions at a time that keep within the bounds of memory above."""
+    layers: list[Any] = prompt.cache.layers
+    cached: int = sum(layer.keys[0].nbytes + layer.values[0].nbytes for layer in layers)
+    return max(1, min(_CACHE_BYTES // cached, _LOGITS // policy.trie.widest))
+
+
+def _of_beams(policy: GenerativePolicy, prompt: Prompt, seen: Tensor, width: int) -> Tensor:
+    n_items, lowest = policy.trie.n_items, torch.finfo(torch.float32).min
+    rows = decode_beams(prompt, TrieHead(head_of(policy.model), policy.trie, seen), width, policy.id_length)
+    found = policy.trie.items_of(rows.tokens.masked_fill(~rows.mask, -1)).view(-1, width)
+    logps = rows.logps.sum(dim=1).float().view(-1, width)
+    scores = torch.full((len(seen), n_items + 1), lowest, dtype=torch.float32, device=seen.device)
+    return scores.scatter_(1, found.where(found >= 0, n_items), logps)[:, :n_items]

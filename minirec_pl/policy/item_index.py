@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from minirec_pl.policy.interface import Ranking
 from minirec_pl.policy.language_models.causal_lm import body_of, by_length, pad_left, run_prompt
 from minirec_pl.policy.language_models.exact_buffers import ExactBuffers
 from minirec_pl.policy.reasoning import unit
@@ -17,21 +18,6 @@ from minirec_pl.policy.reasoning import unit
 _TOKENS = 8192  # through the model at a time
 _SCORES = 2**24  # scores that exist at a time
 _VALUES = 2**24  # values of item vectors that are widened at a time
-
-
-class Ranking(NamedTuple):
-    """What R users' ranking of the whole catalogue says of their targets.
-
-    Attributes:
-        rank: int64 [R], of the target among the unseen items, from 1, ties in the order of the catalogue; 0 where the
-            user has seen it.
-        probability: float32 [R], softmax probability of the target over the unseen items; 0 where it was seen.
-        best: int64 [R], the item ranked first.
-    """
-
-    rank: Tensor
-    probability: Tensor
-    best: Tensor
 
 
 class ItemIndex(ExactBuffers):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy.catalogue_text import Text, check_rows, encode_texts, joined
-from minirec_pl.policy.language_models.causal_lm import pad_left
+from minirec_pl.policy.language_models.causal_lm import decoder_of, pad_left
+from minirec_pl.policy.language_models.model_config import text_setting
+from minirec_pl.policy.language_models.positions import position_rules
 from minirec_pl.utils.errors import InputError
 
 _UNITS = (("year", 31_557_600), ("month", 2_629_800), ("day", 86_400), ("hour", 3_600), ("minute", 60))
@@ -391,3 +393,47 @@ def _spread(around: Sequence[str], inner: Sequence[tuple[str, bool]]) -> list[tu
     for text in around[1:]:
         parts += [*inner, (text, False)]
     return parts
+
+
+def check_positions(model: Any, length: int) -> None:
+    """Refuses `length` tokens if the model has fewer positions.
+
+    Raises:
+        InputError: if it has.
+    """
+    _refuse(model, length, lambda: "")
+
+
+def check_prompts(model: Any, prompts: EncodedPrompts, room: int, sample_ids: Tensor | None) -> None:
+    """As `check_positions`, for prompts that leave less than `room` positions; names the sample_id [B] if known."""
+
+    def name() -> str:
+        if sample_ids is None:
+            return ""
+        return f" of sample {int(sample_ids[prompts.mask.sum(dim=1)[prompts.row].argmax()])}"
+
+    _refuse(model, prompts.mask.shape[1] + room, name)
+
+
+def check_rules(model: Any, prompts: EncodedPrompts, room: int, sample_ids: Tensor | None) -> None:
+    """Refuses prompts that do not keep to the rules of the model's positions with `room` more tokens.
+
+    Raises:
+        InputError: naming the sample_id [B] if known.
+    """
+
+    def name(row: int) -> str:
+        if sample_ids is None:
+            return f"prompt {row} of the batch"
+        return f"the prompt of sample {int(sample_ids[(prompts.row == row).nonzero()[0, 0]])}"
+
+    position_rules(decoder_of(model)).check(prompts.mask.sum(dim=1), room, name)
+
+
+def _refuse(model: Any, length: int, name: Callable[[], str]) -> None:
+    longest = text_setting(model, "max_position_embeddings")
+    if longest is not None and length > longest:
+        raise InputError(
+            f"prompt and item id{name()} take {length} tokens and the model has {longest} positions: lower "
+            "data.history_window, or train a policy with a larger max_position_embeddings"
+        )

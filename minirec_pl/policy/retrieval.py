@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,24 +12,39 @@ from torch import Tensor, nn
 
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy.catalogue_text import check_rows, encode_texts, rows_of
-from minirec_pl.policy.item_index import ItemIndex, Ranking, draw_negatives
+from minirec_pl.policy.interface import (
+    TEXT_OPTIONS,
+    Batch,
+    CompletionPass,
+    DrawnGroups,
+    Policy,
+    PolicySignals,
+    Ranking,
+    RolloutOptions,
+    SupervisedLoss,
+    uniform_numbers,
+)
+from minirec_pl.policy.item_index import ItemIndex, draw_negatives
 from minirec_pl.policy.language_models.causal_lm import body_of, run_prompts, same_in_training
-from minirec_pl.policy.language_models.exact_buffers import ExactBuffers
 from minirec_pl.policy.language_models.generation import Sampling, eos_token_ids, generate
 from minirec_pl.policy.language_models.model_config import text_setting
 from minirec_pl.policy.language_models.model_support import check_support
 from minirec_pl.policy.language_models.pretrained import LanguageModel
-from minirec_pl.policy.language_models.sampling import Prompt, evaluation_mode
-from minirec_pl.policy.prompt import EncodedPrompts, PromptTemplate
+from minirec_pl.policy.language_models.sampling import Prompt
+from minirec_pl.policy.prompt import EncodedPrompts, PromptTemplate, check_rules
 from minirec_pl.policy.reasoning import Reasoning, ReasoningPass, kept_tokens, read_reasoning, unit
 from minirec_pl.policy.retriever_folder import RetrieverText, read_retriever, stored_vectors, write_retriever
-from minirec_pl.policy.supervised import check_rules
+from minirec_pl.rewards.calls import RewardFunction, reward_name
+from minirec_pl.rewards.functions import SoftmaxMixReward, hit, rank_penalty
+from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace, head_gradient, head_hvp
+from minirec_pl.selection.probes.trajectory import Trajectory
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.modules import evaluation_mode
 
-Batch = Mapping[str, Tensor]
+SIGNAL_NEGATIVES = 64  # items that a sample's signal compares the target with, where training compares with none
 
 
-class RetrievalPolicy(ExactBuffers):
+class RetrievalPolicy(Policy):
     """A language model that thinks about a user in words and then ranks the catalogue (R2ec, arXiv 2505.16994).
 
     A chat prompt with the history is answered by a reasoning, which ends with the model's end of sequence or at
@@ -62,6 +77,9 @@ class RetrievalPolicy(ExactBuffers):
             or an option is out of range.
     """
 
+    extra_options = TEXT_OPTIONS
+    ranks_catalogue = True
+    made_of = frozenset({"language_model"})
     index: ItemIndex
     marker: Tensor
 
@@ -84,7 +102,6 @@ class RetrievalPolicy(ExactBuffers):
         super().__init__()
         self.folder = None if pretrained is None else Path(pretrained)
         text = RetrieverText()
-        self.training_cost: dict[str, Any] = {}
         if self.folder is not None and language_model is None:
             stored = read_retriever(self.folder)
             language_model, text, self.training_cost = stored.language_model, stored.text, stored.training_cost
@@ -110,11 +127,18 @@ class RetrievalPolicy(ExactBuffers):
         self.refresh_items_every_n_steps = refresh_items_every_n_steps
         self.refresh_budget = refresh_budget
         self.item_dtype = getattr(torch, item_dtype)
-        self.catalogue: Catalogue | None = None
         self.model: Any = None
         self.tokenizer: Any = None
         if self.folder is not None:
             self._load()
+
+    @classmethod
+    def unloaded(cls, options: Mapping[str, Any]) -> RetrievalPolicy:
+        """See `Policy.unloaded`."""
+        made = cls.__new__(cls)
+        super(RetrievalPolicy, made).__init__()
+        made.text = RetrieverText().updated(max_completion_length=options["max_completion_length"])
+        return made
 
     def _load(self) -> None:
         self.model, self.tokenizer = self.language_model.load()
@@ -341,6 +365,19 @@ class RetrievalPolicy(ExactBuffers):
         """Tokens that `target_logps` feeds through the model for the batch's items int64 [n]."""
         return int(self.index.lengths[torch.unique(items).cpu()].sum())
 
+    def warm_start_loss(self, batch: Batch, dropout: float, step: int) -> SupervisedLoss:
+        """See `Policy.warm_start_loss`.
+
+        Raises:
+            InputError: for sequences.
+        """
+        if "history" not in batch:
+            raise InputError(
+                "a RetrievalPolicy learns from single samples: set data.train_on to one with a history each"
+            )
+        refreshed = self.refresh_items(step) if self.cached_negatives else 0
+        return SupervisedLoss(*self.supervised_loss(batch), forward=refreshed)
+
     def supervised_loss(self, batch: Batch) -> tuple[Tensor, int]:
         """Contrastive loss of a warm start: mean of -log p of each target, see `target_logps`.
 
@@ -362,3 +399,149 @@ class RetrievalPolicy(ExactBuffers):
         sampled = passed.tokens - len(target) * len(self.marker) if length else 0
         shared = 0 if ran is None else int(prompts.mask.sum())
         return -logps.mean(), passed.tokens + sampled + shared + self.batch_tokens(target)
+
+    def default_rewards(self) -> list[RewardFunction]:
+        """See `Policy.default_rewards`."""
+        return [SoftmaxMixReward()]
+
+    def check_options(self, options: RolloutOptions, rewards: Sequence[RewardFunction]) -> None:
+        """See `Policy.check_options`."""
+        super().check_options(options, rewards)
+        for reward in rewards:
+            if reward in (hit, rank_penalty):
+                raise InputError(
+                    f"the reward {reward_name(reward)} compares completions with the target, and those of a "
+                    "RetrievalPolicy are texts: take minirec_pl.rewards.SoftmaxMixReward or NDCGReward, which go by "
+                    "the target's rank"
+                )
+        if options.scoring_generations == 0:
+            raise InputError(
+                "scoring_generations is 0: a RetrievalPolicy is scored by its rollouts, so give at least 2"
+            )
+        if not 1 <= options.relabel_topk <= options.num_generations:
+            raise InputError(
+                f"relabel_topk is {options.relabel_topk}: give 1 to num_generations ({options.num_generations}) "
+                "rollouts"
+            )
+        if self.rollout_length(options) < 1:
+            raise InputError(
+                "max_completion_length is 0: rollouts without a text are all the same, so give at least 1 token to "
+                "train on"
+            )
+
+    def rollout_length(self, options: RolloutOptions) -> int:
+        """See `Policy.rollout_length`."""
+        length = options.max_completion_length
+        return self.max_completion_length if length is None else length
+
+    def roll_out(self, batch: Batch, options: RolloutOptions, random: torch.Generator | Tensor) -> DrawnGroups:
+        """See `Policy.roll_out`: reasonings, each with the ranking of the catalogue that follows from it."""
+        length = self.rollout_length(options)
+        numbers = uniform_numbers(random, (len(batch["target"]), options.num_generations, length))
+        sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+        with evaluation_mode(self):
+            prompts = self.encode(batch, length)
+            ran = self.run(prompts)
+            texts, logps = self.reason(
+                prompts, numbers.shape[1], length=length, sampling=sampling, uniform=numbers, ran=ran
+            )
+            passed = self.read(prompts, texts, sampling.temperature, ran=ran)
+            ranking = self.rank(passed.states, batch["target"], batch["seen"])
+        mask = texts >= 0
+        if options.mask_truncated_completions:
+            mask = mask & ~self.truncated(texts)[..., None]
+        markers = len(texts) * texts.shape[1] * len(self.marker)
+        tokens = int(prompts.mask.sum()) + 2 * passed.tokens - markers
+
+        def measure(rows: Tensor) -> tuple[Tensor, Tensor, int]:
+            return passed.logps[rows], passed.entropy[rows], 0
+
+        return DrawnGroups(
+            ranking.best, logps, mask, tokens, measure, texts=texts, ranking=ranking, context=passed.states
+        )
+
+    def completion_pass(
+        self, batch: Batch, items: Tensor, texts: Tensor | None, temperature: float, *, with_target: bool = False
+    ) -> CompletionPass:
+        """See `Policy.completion_pass`."""
+        assert texts is not None
+        assert not with_target
+        passed = self.read(self.encode(batch, texts.shape[-1]), texts, temperature)
+
+        def rank_target(rollouts: Tensor, batch_items: Tensor) -> tuple[Tensor, int]:
+            places = rollouts[..., None].expand(-1, -1, passed.states.shape[-1])
+            states = passed.states.gather(1, places).flatten(0, 1)
+            target, negatives = (
+                batch[name].repeat_interleave(rollouts.shape[1], 0) for name in ("target", "negatives")
+            )
+            return self.target_logps(states, target, batch_items, negatives), self.batch_tokens(batch_items)
+
+        return CompletionPass(passed.logps, passed.entropy, passed.tokens, rank_target=rank_target)
+
+    def signals(
+        self,
+        batch: Batch,
+        drawn: DrawnGroups | None,
+        advantages: Tensor | None,
+        *,
+        temperature: float,
+        gradient: GradientKind,
+        space: GradientSpace,
+        seed: int,
+        trajectory: Trajectory,
+    ) -> PolicySignals:
+        """See `Policy.signals`.
+
+        With h_n the state of rollout n behind the answer marker and l_n its item loss, whose negatives come from the
+        item cache: u = (1/G) sum_n A_n d l_n / d h_n for `first`; for `hvp` the published Hessian-vector product of the
+        first rollout with A = 1. The embedding is the mean of h_n / |h_n|.
+
+        Raises:
+            InputError: if the gradient is `trajectory` or the space `lora`.
+        """
+        if gradient == "trajectory" or space == "lora":
+            raise InputError(
+                "a RetrievalPolicy has gradient signals at the hidden state of the answer: set the selector's gradient "
+                "to first or hvp, and its gradient_space to answer"
+            )
+        assert drawn is not None
+        assert advantages is not None
+        states, target = drawn.context, batch["target"]
+        size = self.cached_negatives or SIGNAL_NEGATIVES
+        others = draw_negatives(len(self.index), target, batch["sample_id"], (seed,), size)
+        vectors = self.index.vectors[torch.cat([target[:, None], others], dim=1)]
+        first = torch.zeros_like(target)
+        options: dict[str, Any] = {"temperature": self.similarity_temperature, "cosine": True}
+        if gradient == "hvp":
+            signal = head_hvp(states[:, 0], vectors, first, **options)
+        else:
+            slopes = [head_gradient(states[:, g], vectors, first, **options) for g in range(states.shape[1])]
+            signal = (torch.stack(slopes, dim=1) * advantages[..., None]).mean(dim=1)
+        embedding = unit(states).mean(dim=1).float()
+        return PolicySignals(signal.float(), embedding, None, None, forward=drawn.tokens, backward=0)
+
+    def with_negatives(
+        self,
+        batches: Sequence[Batch],
+        words: Sequence[int],
+        ranks: tuple[int, int] | None,
+        reduce: Callable[[Tensor], Tensor],
+    ) -> list[dict[str, Any]]:
+        """Batches with a column `negatives` int64 [B, K]: items from the cache, and the targets of other ranks."""
+        elsewhere = None
+        if ranks is not None:
+            target = torch.cat([batch["target"] for batch in batches])
+            table = torch.zeros(ranks[1], len(target), dtype=torch.float64, device=target.device)
+            table[ranks[0]] = target.to(table)
+            table = reduce(table).to(target)
+            elsewhere = torch.cat([table[: ranks[0]], table[ranks[0] + 1 :]])
+        made, start = [], 0
+        for batch in batches:
+            target = batch["target"]
+            negatives = draw_negatives(len(self.index), target, batch["sample_id"], words, self.cached_negatives)
+            if elsewhere is not None:
+                there = elsewhere[:, start : start + len(target)].flatten()
+                negatives = torch.cat([negatives, there.expand(len(target), -1)], dim=1)
+            start += len(target)
+            made.append({**batch, "negatives": negatives})
+        return made

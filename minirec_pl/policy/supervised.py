@@ -2,71 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from minirec_pl.policy.item_id_generator import ItemIdGenerator
 from minirec_pl.policy.language_models.causal_lm import body_of, decoder_of, head_of, places
-from minirec_pl.policy.language_models.model_config import text_setting
 from minirec_pl.policy.language_models.positions import position_rules
-from minirec_pl.policy.prompt import EncodedPrompts
+from minirec_pl.policy.prompt import EncodedPrompts, check_positions
 from minirec_pl.utils.errors import InputError
-
-if TYPE_CHECKING:
-    from minirec_pl.policy.generative import GenerativePolicy
-
-
-def no_loss(policy: nn.Module) -> Tensor:
-    """Zero with a gradient of zero for every trained parameter, so that optimizers and other ranks go on as usual."""
-    return torch.stack([p.flatten()[:1].sum() for p in policy.parameters() if p.requires_grad]).sum() * 0.0
-
-
-def check_positions(model: Any, length: int) -> None:
-    """Refuses `length` tokens if the model has fewer positions.
-
-    Raises:
-        InputError: if it has.
-    """
-    _refuse(model, length, lambda: "")
-
-
-def check_prompts(model: Any, prompts: EncodedPrompts, room: int, sample_ids: Tensor | None) -> None:
-    """As `check_positions`, for prompts that leave less than `room` positions; names the sample_id [B] if known."""
-
-    def name() -> str:
-        if sample_ids is None:
-            return ""
-        return f" of sample {int(sample_ids[prompts.mask.sum(dim=1)[prompts.row].argmax()])}"
-
-    _refuse(model, prompts.mask.shape[1] + room, name)
-
-
-def check_rules(model: Any, prompts: EncodedPrompts, room: int, sample_ids: Tensor | None) -> None:
-    """Refuses prompts that do not keep to the rules of the model's positions with `room` more tokens.
-
-    Raises:
-        InputError: naming the sample_id [B] if known.
-    """
-
-    def name(row: int) -> str:
-        if sample_ids is None:
-            return f"prompt {row} of the batch"
-        return f"the prompt of sample {int(sample_ids[(prompts.row == row).nonzero()[0, 0]])}"
-
-    position_rules(decoder_of(model)).check(prompts.mask.sum(dim=1), room, name)
-
-
-def _refuse(model: Any, length: int, name: Callable[[], str]) -> None:
-    longest = text_setting(model, "max_position_embeddings")
-    if longest is not None and length > longest:
-        raise InputError(
-            f"prompt and item id{name()} take {length} tokens and the model has {longest} positions: lower "
-            "data.history_window, or train a policy with a larger max_position_embeddings"
-        )
+from minirec_pl.utils.modules import no_loss
 
 
 def pairs_as_prompts(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -119,7 +68,7 @@ def stretches(prompts: EncodedPrompts, switch: int | None = None) -> Stretches:
     return Stretches(prompts.input_ids[ran], prompts.mask[ran], row, column)
 
 
-def sequence_tokens(policy: GenerativePolicy, batch: Mapping[str, Tensor]) -> int:
+def sequence_tokens(policy: ItemIdGenerator, batch: Mapping[str, Tensor]) -> int:
     """See `GenerativePolicy.sequence_tokens`."""
     if not len(batch["target"]):
         return 0
@@ -130,11 +79,11 @@ def sequence_tokens(policy: GenerativePolicy, batch: Mapping[str, Tensor]) -> in
     return int(_stretches(policy, batch).mask.sum())
 
 
-def _stretches(policy: GenerativePolicy, batch: Mapping[str, Tensor]) -> Stretches:
+def _stretches(policy: ItemIdGenerator, batch: Mapping[str, Tensor]) -> Stretches:
     return stretches(policy.encode(pairs_as_prompts(batch)), position_rules(decoder_of(policy.model)).switch)
 
 
-def sequence_nll(policy: GenerativePolicy, batch: Mapping[str, Tensor], dropout: float) -> Tensor:
+def sequence_nll(policy: ItemIdGenerator, batch: Mapping[str, Tensor], dropout: float) -> Tensor:
     """See `GenerativePolicy.sequence_nll`."""
     sequence, row, position, target = (batch[key] for key in ("sequence", "row", "position", "target"))
     if not len(target):

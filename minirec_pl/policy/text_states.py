@@ -10,8 +10,8 @@ from torch import Tensor
 
 from minirec_pl.policy.catalogue_text import encode_catalogue
 from minirec_pl.policy.language_models.causal_lm import body_of, by_length, pad_left, places
-from minirec_pl.policy.language_models.sampling import evaluation_mode
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.modules import evaluation_mode
 
 _TOKENS = 4096  # of a batch, padding included
 _LONGEST = 256  # tokens of a text

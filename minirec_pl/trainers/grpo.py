@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,28 +17,18 @@ from minirec_pl.data.loader import GENERATION, GenerationSchedule, in_hand
 from minirec_pl.grpo.buffer import Generation, RolloutBatch, figures_of, signals_of
 from minirec_pl.grpo.collector import RolloutCollector
 from minirec_pl.grpo.loss import Baseline, ImportanceSamplingLevel, LossType, ScaleRewards
-from minirec_pl.grpo.objective import Objective, WastedGroups
-from minirec_pl.grpo.reasoning_sampler import with_negatives
+from minirec_pl.grpo.objective import WASTED_GROUPS, Objective, WastedGroups
 from minirec_pl.grpo.reference import adapters_off, check_sync, frozen_copy, is_fresh_lora, mix_into
-from minirec_pl.grpo.samplers import sampler_of
-from minirec_pl.policy import Recommender, RetrievalPolicy
-from minirec_pl.policy.language_models.sampling import evaluation_mode
-from minirec_pl.rewards.calls import RewardFunction
-from minirec_pl.rewards.functions import SoftmaxMixReward, hit
+from minirec_pl.grpo.sampler import RolloutSampler
+from minirec_pl.policy.interface import Policy, RolloutKind, RolloutOptions
+from minirec_pl.rewards.calls import Rewarder, RewardFunction
 from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace
 from minirec_pl.selection.probes.trajectory import Trajectory
 from minirec_pl.selection.session.resume import position as batch_position
 from minirec_pl.selection.signals import SampleSignals
-from minirec_pl.trainers.options import (
-    check_kind,
-    check_sampling,
-    check_schedule,
-    check_selectors,
-    check_single,
-    check_wasted_groups,
-)
 from minirec_pl.trainers.recommender import EVALUATION_K, RecModule
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.modules import evaluation_mode
 from minirec_pl.utils.ranks import gather_states, own_state
 
 
@@ -100,11 +92,11 @@ class GRPORecModule(RecModule):
 
     def __init__(
         self,
-        policy: Recommender,
+        policy: Policy,
         rewards: Sequence[RewardFunction] | None = None,
         reward_weights: list[float] | None = None,
         num_generations: int = 8,
-        rollouts: Literal["sample", "beam"] = "sample",
+        rollouts: RolloutKind = "sample",
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -147,12 +139,17 @@ class GRPORecModule(RecModule):
             baseline=baseline,
             relabel_topk=relabel_topk,
         )
-        check_sampling(num_generations, scoring_generations, temperature, top_k, top_p)
         check_schedule(num_iterations, steps_per_generation)
-        check_wasted_groups(wasted_groups, oversample, distinct_rollouts, top_k, top_p)
         check_sync(beta, sync_ref_model, ref_model_sync_steps, ref_model_mixup_alpha)
-        usual = SoftmaxMixReward() if isinstance(policy, RetrievalPolicy) else hit
-        self.rewards = [usual] if rewards is None else list(rewards)
+        if wasted_groups not in WASTED_GROUPS:
+            raise InputError(f"wasted_groups is {wasted_groups!r}: choose one of {', '.join(WASTED_GROUPS)}")
+        if not 1 <= oversample < math.inf:
+            raise InputError(f"oversample is {oversample}: it is a multiple of data.batch_size, at least 1")
+        self.rewards = policy.default_rewards() if rewards is None else list(rewards)
+        if reward_weights is not None and len(reward_weights) != len(self.rewards):
+            raise InputError(
+                f"reward_weights has {len(reward_weights)} numbers for {len(self.rewards)} rewards: give one each"
+            )
         self.reward_weights = reward_weights
         self.num_generations = num_generations
         self.rollouts = rollouts
@@ -172,14 +169,27 @@ class GRPORecModule(RecModule):
         self.ref_model_sync_steps = ref_model_sync_steps
         self.ref_model_mixup_alpha = ref_model_mixup_alpha
         self.scoring_generations = scoring_generations
-        check_kind(self)
+        policy.check_options(self.rollout_options, self.rewards)
         self.rollout_seed = torch.initial_seed()
         self.rollout_step = 0
-        self.reference: Recommender | None = None
+        self.reference: Policy | None = None
         self.trajectory = Trajectory()
         self.generation: Generation | None = None
         self._adapter_is_new = False
         self._generated_at = (-1, -1)
+
+    @property
+    def rollout_options(self) -> RolloutOptions:
+        """How groups of rollouts are drawn."""
+        names = [field.name for field in fields(RolloutOptions) if field.name != "preference_pairs"]
+        options = {name: getattr(self, name) for name in names}
+        return RolloutOptions(**options, preference_pairs=self.wasted_groups == "preference_pairs")
+
+    @property
+    def sampler(self) -> RolloutSampler:
+        """Draws and rewards groups of rollouts, with the options as they are now."""
+        rewarder = Rewarder(self.rewards, self.reward_weights, self.item_ids)
+        return RolloutSampler(self.policy, self.rollout_options, rewarder, self.objective, self.cost, self.trajectory)
 
     @property
     def generation_schedule(self) -> GenerationSchedule:
@@ -235,9 +245,9 @@ class GRPORecModule(RecModule):
         return torch.Generator(device=self.device).manual_seed(int(words.generate_state(1, np.uint64)[0]) & (2**63 - 1))
 
     def _reference_logps(self, rollouts: RolloutBatch) -> Tensor:
-        policy: Any = self.policy if self.reference is None else self.reference
+        policy = self.policy if self.reference is None else self.reference
         with evaluation_mode(policy), adapters_off(policy) if self._adapter_is_new else nullcontext():
-            return sampler_of(self).reference_logps(policy, rollouts)
+            return self.sampler.reference_logps(policy, rollouts)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
         """One forward pass of the objective; the first of a generation makes its rollouts.
@@ -282,13 +292,12 @@ class GRPORecModule(RecModule):
         accumulate = self.trainer.accumulate_grad_batches
         check_schedule(self.num_iterations, self.generation_schedule.steps, accumulate)
         several = self.trainer.world_size > 1
-        if isinstance(self.policy, RetrievalPolicy):
-            self.cost.add("training", forward=self.policy.refresh_items(self.trainer.global_step))
-            ranks = (self.global_rank, self.trainer.world_size) if several and self.negatives_across_ranks else None
-            words = (self.rollout_seed, self.rollout_step)
-            batches = with_negatives(self.policy, batches, words, ranks, self._sum_over_ranks)
+        self.cost.add("training", forward=self.policy.refresh_items(self.trainer.global_step))
+        ranks = (self.global_rank, self.trainer.world_size) if several and self.negatives_across_ranks else None
+        words = (self.rollout_seed, self.rollout_step)
+        batches = self.policy.with_negatives(batches, words, ranks, self._sum_over_ranks)
         collector = RolloutCollector(
-            roll_out=sampler_of(self).roll_out,
+            roll_out=self.sampler.roll_out,
             objective=self.objective,
             reference=self._reference_logps if self.objective.beta > 0 else None,
             oversample=self.oversample,
@@ -323,7 +332,7 @@ class GRPORecModule(RecModule):
     ) -> SampleSignals:
         """Everything selection wants to know of a batch, from one forward pass in evaluation mode.
 
-        What follows is for a GenerativePolicy; a RetrievalPolicy has `ReasoningSampler.signals`.
+        What follows is for a GenerativePolicy; see `RetrievalPolicy.signals` for the other.
 
         Args:
             batch: prompts with `history`, `seen`, `target` and `sample_id`.
@@ -341,9 +350,62 @@ class GRPORecModule(RecModule):
         Raises:
             InputError: if `hvp` is asked for in the space `lora`, or nothing that could be followed is trained.
         """
-        if isinstance(self.policy, RetrievalPolicy):
-            training = self._trainer is not None and self.trainer.state.fn == "fit"
-            forward = self.policy.refresh_items(self.trainer.global_step if training else None)
-            self.cost.add("scoring", forward=forward)
-        words = (self.rollout_seed, self.rollout_step)
-        return sampler_of(self).signals(batch, self.scoring_generations, words, gradient, gradient_space)
+        training = self._trainer is not None and self.trainer.state.fn == "fit"
+        forward = self.policy.refresh_items(self.trainer.global_step if training else None)
+        self.cost.add("scoring", forward=forward)
+        return self.sampler.signals(batch, (self.rollout_seed, self.rollout_step), gradient, gradient_space)
+
+
+def check_schedule(num_iterations: int, steps_per_generation: int | None, accumulate: int = 1) -> None:
+    """Refuses a schedule of rollouts in which an optimizer step is not known before its first backward pass.
+
+    Args:
+        num_iterations: times each rollout is trained on.
+        steps_per_generation: training batches that rollouts are made for at once, or None.
+        accumulate: the Trainer's `accumulate_grad_batches`.
+
+    Raises:
+        InputError: naming the option.
+    """
+    if num_iterations < 1:
+        raise InputError(f"num_iterations is {num_iterations}: each rollout is trained on at least once")
+    if steps_per_generation is None:
+        return
+    if steps_per_generation < 1:
+        raise InputError(f"steps_per_generation is {steps_per_generation}: give at least 1 training batch, or null")
+    if steps_per_generation % accumulate:
+        raise InputError(
+            f"steps_per_generation is {steps_per_generation} and trainer.accumulate_grad_batches {accumulate}: "
+            "rollouts are made for whole optimizer steps, so give a multiple, or null"
+        )
+
+
+def check_single(schedule: GenerationSchedule) -> None:
+    """Refuses a loader that serves single batches where rollouts are made for several.
+
+    Raises:
+        InputError: if the schedule is for more than single batches.
+    """
+    if schedule.steps * schedule.iterations > 1:
+        raise InputError(
+            "the training loader serves single batches, but accumulate_grad_batches, steps_per_generation or "
+            "num_iterations is above 1: train with RecDataModule, or on a ResumableLoader with steps and iterations"
+        )
+
+
+def check_selectors(callbacks: Sequence[Any]) -> None:
+    """Refuses `distinct_rollouts` or beams beside a selector in mode `official`, which goes by the mean reward.
+
+    Args:
+        callbacks: of the Trainer.
+
+    Raises:
+        InputError: if there is such a selector.
+    """
+    for callback in callbacks:
+        for part in (callback, *getattr(callback, "parts", ())):
+            if getattr(getattr(part, "selector", None), "mode", None) == "official":
+                raise InputError(
+                    "distinct_rollouts changes what a mean reward means, as do beams, and a selector in mode official "
+                    "goes by it: set distinct_rollouts to false and rollouts to sample, or the selector's mode to paper"
+                )

@@ -17,7 +17,7 @@ from torchmetrics import MetricCollection
 from minirec_pl.data.train_loader import keep_columns
 from minirec_pl.grpo.buffer import take_rows
 from minirec_pl.metrics.ranking import MRR, NDCG, Coverage, HitRate, SampleRanks, target_rank, top_items
-from minirec_pl.policy import Recommender, RetrievalPolicy
+from minirec_pl.policy.interface import Policy
 from minirec_pl.selection.session.resume import RUNNING_KEY, running_of
 from minirec_pl.utils.checkpoints import (
     keep_frozen,
@@ -59,7 +59,7 @@ class RecModule(LightningModule):
 
     def __init__(
         self,
-        policy: Recommender,
+        policy: Policy,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         predict_k: int = EVALUATION_K,
@@ -174,23 +174,13 @@ class RecModule(LightningModule):
     def _recommend(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         if self.keep_reasoning:
-            scores, found["reasoning"] = self._reasoned_scores(batch)
+            scores, found["reasoning"] = self.policy.reasoned_item_logps(batch)
         else:
             scores = self.policy.item_logps(batch)
         if self.candidates is not None:
             scores = scores.masked_fill(~self.candidates.to(scores.device), -torch.inf)
         items = top_items(scores, self.predict_k, batch["seen"])
         return {**found, "items": items, "scores": scores.gather(1, items.clamp(min=0))}
-
-    def _reasoned_scores(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, list[str]]:
-        reason: Any = getattr(self.policy, "reasoned_item_logps", None)
-        if reason is None:
-            raise InputError(
-                f"{type(self.policy).__name__} recommends without a text: leave out --reasoning, or take a "
-                "RetrievalPolicy"
-            )
-        scores, texts = reason(batch)
-        return scores, texts
 
     def on_train_start(self) -> None:
         """Puts back what a checkpoint was taken in the middle of, and starts the clock of the training phase."""
@@ -204,7 +194,7 @@ class RecModule(LightningModule):
     def _pass_over_validation(self) -> None:
         """Has the policy do what it would have done in a validation that the resumed run leaves out."""
         averaged = any(isinstance(c, WeightAveraging) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
-        if isinstance(self.policy, RetrievalPolicy) and not averaged:  # a validation leaves other weights' items alone
+        if not averaged:  # a validation leaves other weights' items alone
             self.policy.refresh_items()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

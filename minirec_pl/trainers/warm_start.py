@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from minirec_pl.policy import Recommender, RetrievalPolicy
+from minirec_pl.policy.interface import Policy
 from minirec_pl.trainers.recommender import EVALUATION_K, RecModule
 from minirec_pl.utils.errors import InputError
 
@@ -17,8 +16,8 @@ from minirec_pl.utils.errors import InputError
 class WarmStartModule(RecModule):
     """Supervised next-item training, every position of a sequence at once: the proxy policy that GRPO starts from.
 
-    Takes the batches of `RecDataModule(train_on="warm")`, or single samples where the policy has a `supervised_loss`,
-    as a RetrievalPolicy does. Logs `train/loss`, the mean negative log-likelihood in nats.
+    Takes the batches of `RecDataModule(train_on="warm")`, or single samples, as a RetrievalPolicy does. Logs
+    `train/loss`, the mean negative log-likelihood in nats.
 
     Args:
         policy: the recommender to train.
@@ -36,7 +35,7 @@ class WarmStartModule(RecModule):
 
     def __init__(
         self,
-        policy: Recommender,
+        policy: Policy,
         dropout: float = 0.0,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -49,22 +48,7 @@ class WarmStartModule(RecModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of the next item: at every position that has one, or of each sample's target."""
-        loss, tokens = self._loss(batch)
-        self.cost.add(self.training_phase, forward=tokens, backward=tokens)
+        loss, tokens, forward = self.policy.warm_start_loss(batch, self.dropout, self.trainer.global_step)
+        self.cost.add(self.training_phase, forward=tokens + forward, backward=tokens)
         self.log("train/loss", loss, on_step=True, on_epoch=False, batch_size=len(batch["target"]))
         return loss
-
-    def _loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-        policy: Any = self.policy
-        if "history" in batch and hasattr(policy, "supervised_loss"):
-            if isinstance(policy, RetrievalPolicy) and policy.cached_negatives:
-                self.cost.add(self.training_phase, forward=policy.refresh_items(self.trainer.global_step))
-            loss, tokens = policy.supervised_loss(batch)
-            return loss, tokens
-        if isinstance(policy, RetrievalPolicy):
-            raise InputError(
-                "a RetrievalPolicy learns from single samples: set data.train_on to one with a history each"
-            )
-        if "sequence" not in batch:
-            raise InputError("WarmStartModule trains on sequences: set data.train_on to `warm`")
-        return policy.sequence_nll(batch, self.dropout), policy.sequence_tokens(batch)

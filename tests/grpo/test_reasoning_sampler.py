@@ -11,10 +11,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from minirec_pl import GRPORecModule, InputError, WarmStartModule
 from minirec_pl.callbacks import MiniRec
 from minirec_pl.data.samples import Catalogue
-from minirec_pl.grpo.reasoning_sampler import SIGNAL_NEGATIVES, with_negatives
-from minirec_pl.grpo.samplers import sampler_of
 from minirec_pl.policy import RetrievalPolicy
 from minirec_pl.policy.item_index import draw_negatives
+from minirec_pl.policy.retrieval import SIGNAL_NEGATIVES
 from minirec_pl.rewards import NDCGReward, SoftmaxMixReward, hit
 
 pytestmark = [
@@ -245,11 +244,11 @@ def test_signals_are_those_of_autograd_on_each_sample_alone(folder, gradient):
         torch.testing.assert_close(alone.rewards[0], signals.rewards[row], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(alone.gradient[0], signals.gradient[row], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(alone.embedding[0], signals.embedding[row], rtol=1e-4, atol=1e-5)
-    numbers = sampler_of(module).draw(batch, torch.zeros(4, 3, 4, dtype=torch.float64)).texts
+    numbers = policy.roll_out(batch, module.rollout_options, torch.zeros(4, 3, 4, dtype=torch.float64)).texts
     assert numbers.shape == (4, 3, 4)
     from minirec_pl.grpo.buffer import scoring_numbers
 
-    texts = sampler_of(module).draw(batch, scoring_numbers((5, 0), batch["sample_id"], (3, 4))).texts
+    texts = policy.roll_out(batch, module.rollout_options, scoring_numbers((5, 0), batch["sample_id"], (3, 4))).texts
     others = draw_negatives(12, batch["target"], batch["sample_id"], [5], SIGNAL_NEGATIVES)
     for row in range(4):
         target, rewards = int(batch["target"][row]), signals.rewards[row].double()
@@ -292,8 +291,8 @@ def test_other_ranks_targets_are_negatives(folder):
         assert not bool(table[1].any())
         return table + torch.stack([torch.zeros(6), there.double()])
 
-    made = with_negatives(policy, batches, (3, 1), (0, 2), reduce)
-    plain = with_negatives(policy, batches, (3, 1), None, reduce)
+    made = policy.with_negatives(batches, (3, 1), (0, 2), reduce)
+    plain = policy.with_negatives(batches, (3, 1), None, reduce)
     for number in range(2):
         assert made[number]["negatives"].shape == (3, 5)
         assert torch.equal(made[number]["negatives"][:, :2], plain[number]["negatives"])

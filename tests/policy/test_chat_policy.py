@@ -15,12 +15,13 @@ from minirec_pl.cli.export import export
 from minirec_pl.cli.main import main
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy import GenerativePolicy, LanguageModel, Lora
-from minirec_pl.policy.language_models.sampling import CompletionStates, evaluation_mode
+from minirec_pl.policy.language_models.sampling import CompletionStates
 from minirec_pl.policy.prompt import PromptTemplate
 from minirec_pl.policy.semantic_ids import SemanticIds
 from minirec_pl.probes import target_signals
 from minirec_pl.selection.probes.per_sample import project_gradients
 from minirec_pl.selection.probes.trajectory import Trajectory
+from minirec_pl.utils.modules import evaluation_mode
 
 HISTORIES = [[3], [0, 5, 2, 7], [0, 5, 2, 7], [], [11, 1]]
 SEEN = [[3], [0, 5, 2, 7, 9], [0, 5, 2, 7, 4], [], [1, 11, 0, 2, 3, 4, 5, 6, 7, 8]]

@@ -7,8 +7,8 @@ import torch
 from helpers.plain_policy import PlainPolicy, batch_of, many_token_policy, one_token_policy
 
 from minirec_pl.policy.distinct import sample_distinct
-from minirec_pl.policy.language_models.sampling import evaluation_mode
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.modules import evaluation_mode
 
 HISTORY, SEEN, DRAWS = [1, 4], [0, 1], 6000
 

@@ -12,7 +12,7 @@ from minirec_pl import InputError
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy import LanguageModel, Lora, PromptTemplate, RetrievalPolicy, Sampling
 from minirec_pl.policy.item_index import ItemIndex, draw_negatives
-from minirec_pl.policy.language_models.sampling import evaluation_mode
+from minirec_pl.utils.modules import evaluation_mode
 
 EOS = 2
 

@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from minirec_pl import GRPORecModule
-from minirec_pl.grpo.samplers import sampler_of
 from minirec_pl.policy.language_models import logps
 from minirec_pl.rewards import SoftmaxMixReward
 
@@ -175,7 +174,7 @@ def test_a_rollout_runs_each_prompt_once_and_ended_texts_leave(folder):
     prompts = sum(len(plain.prompt(batch, row)) for row in range(3))
     uniform = torch.rand(3, 8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     fed = Fed(policy)
-    drawn = sampler_of(module).draw(batch, uniform)
+    drawn = module.policy.roll_out(batch, module.rollout_options, uniform)
     fed.hook.remove()
     texts = [[t for t in text if t >= 0] for text in drawn.texts.flatten(0, 1).tolist()]
     kept = sum(len(plain.before_end(text)) for text in texts)

@@ -10,8 +10,8 @@ from helpers.plain_policy import PlainPolicy, many_token_policy
 from lightning.pytorch import Callback
 
 from minirec_pl import GRPORecModule, InputError, WarmStartModule
-from minirec_pl.policy.language_models.sampling import evaluation_mode
 from minirec_pl.rewards import hit
+from minirec_pl.utils.modules import evaluation_mode
 
 
 def popular(completions, **columns):

@@ -21,7 +21,6 @@ from minirec_pl.data.sampler import OrderedSampler
 from minirec_pl.data.samples import SampleTable
 from minirec_pl.grpo.buffer import scoring_numbers
 from minirec_pl.grpo.loss import flat_groups, group_advantages, kl_k3, pair_weights, policy_loss, preference_loss
-from minirec_pl.grpo.samplers import sampler_of
 from minirec_pl.metrics.evaluation import sample_ranks
 from minirec_pl.metrics.ranking import MRR, NDCG, Coverage, HitRate, SampleRanks, target_rank, top_items
 from minirec_pl.rewards import FormatReward, NDCGReward, ReciprocalRankReward, SoftmaxMixReward, hit, rank_penalty
@@ -341,7 +340,7 @@ def test_an_update_does_not_depend_on_the_order_of_its_groups(data):
     module, batch = module_of(kind), samples(case, longest=12)
     if kind == "retriever":
         batch["negatives"] = case.integers(-1, N_ITEMS, case.n, 3)
-    sampler = sampler_of(module)
+    sampler = module.sampler
     with limits(case):
         rollouts = sampler.roll_out(batch, torch.Generator().manual_seed(case.count(0, 99)), True)
     rollouts.rewards = rewards_of(case, case.n, 3)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from minirec_pl.policy.language_models.kv_cache import branch_cache, join_prompts, recording_cache
 from minirec_pl.policy.language_models.model_config import text_config
 from minirec_pl.policy.language_models.positions import PositionRules, position_rules
-from minirec_pl.policy.language_models.sampling import Prompt, check_probabilities, evaluation_mode
+from minirec_pl.policy.language_models.sampling import Prompt, check_probabilities
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.modules import evaluation_mode
 
 _MAX_PADDING = 0.2  # of the tokens of a bucket
 _FEW_ROWS = 96

@@ -15,10 +15,11 @@ from minirec_pl.policy.language_models.decoding import TokenHead, decode, decode
 from minirec_pl.policy.language_models.model_config import text_config, text_setting
 from minirec_pl.policy.language_models.model_support import check_support
 from minirec_pl.policy.language_models.positions import position_rules
-from minirec_pl.policy.language_models.sampling import Prompt, evaluation_mode, warpers
+from minirec_pl.policy.language_models.sampling import Prompt, warpers
 from minirec_pl.policy.trie import TokenTrie
 from minirec_pl.policy.trie_head import TrieHead
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.modules import evaluation_mode
 
 Constraint = Callable[[int, list[int]], Sequence[int]]
 """(prompt's position in the batch, completion so far) -> the tokens that may follow, at least one."""

@@ -26,8 +26,8 @@ from minirec_pl.policy.language_models.causal_lm import (
 from minirec_pl.policy.language_models.decoding import Decoder
 from minirec_pl.policy.language_models.model_config import text_config, text_setting
 from minirec_pl.policy.language_models.positions import position_rules
-from minirec_pl.policy.language_models.sampling import evaluation_mode
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.modules import evaluation_mode
 
 _PROMPTS = (5, 3)  # tokens of each prompt that is tried
 _COMPLETIONS = ((3, 2), (2, 3))  # and of the completions of each

@@ -1,9 +1,7 @@
-"""Sampling of groups of completions, and the frame in which it happens."""
+"""Sampling of groups of completions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,19 +57,6 @@ class Rollouts(NamedTuple):
     items: Tensor
     logps: Tensor
     mask: Tensor
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """No gradients and no dropout inside; every submodule's own mode is put back, also after an exception."""
-    modes = {child: child.training for child in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for child, mode in modes.items():
-            child.training = mode
 
 
 def rollout_generator(*words: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -8,10 +8,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from minirec_pl.policy.language_models.sampling import evaluation_mode
 from minirec_pl.selection.probes.gradients import HeadStep, head_signal
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.modules import evaluation_mode
 from minirec_pl.utils.seeds import isolated_random_state
 
 Forward: TypeAlias = Callable[[Any, Any], object] | int | str

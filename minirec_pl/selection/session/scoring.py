@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 
 from minirec_pl.data.foreign_loader import ForeignLoader
 from minirec_pl.data.train_loader import prepared
-from minirec_pl.policy.language_models.sampling import evaluation_mode
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.modules import evaluation_mode
 from minirec_pl.utils.seeds import isolated_random_state
 
 if TYPE_CHECKING:

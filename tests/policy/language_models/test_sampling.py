@@ -6,7 +6,8 @@ from torch import nn
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from minirec_pl import InputError
-from minirec_pl.policy.language_models.sampling import draw, evaluation_mode, filter_logps, rollout_generator
+from minirec_pl.policy.language_models.sampling import draw, filter_logps, rollout_generator
+from minirec_pl.utils.modules import evaluation_mode
 
 
 def test_every_submodule_gets_its_own_mode_back_after_an_exception():

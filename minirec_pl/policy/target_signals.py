@@ -10,16 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minirec_pl.policy import GenerativePolicy
+from minirec_pl.policy.item_id_generator import ItemIdGenerator
 from minirec_pl.policy.language_models.causal_lm import body_of, head_of
-from minirec_pl.policy.language_models.sampling import CompletionStates, evaluation_mode
+from minirec_pl.policy.language_models.sampling import CompletionStates
 from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace, HeadStep, head_signal
-from minirec_pl.selection.probes.head import HeadProbe
 from minirec_pl.selection.probes.per_sample import PROJECTED_SIZE, per_sample_gradients, project_gradients
 from minirec_pl.selection.probes.trajectory import Trajectory, gradient_alignment, head_alignment
 from minirec_pl.utils.errors import InputError
-
-__all__ = ["HeadProbe", "TargetSignals", "Trajectory", "target_signals", "target_steps"]
+from minirec_pl.utils.modules import evaluation_mode
 
 _TOKENS = 1024  # tokens through a backward pass at a time
 _VALUES = 2**26  # values of per-sample gradients at a time
@@ -42,7 +40,7 @@ class TargetSignals(NamedTuple):
 
 
 def target_signals(
-    policy: GenerativePolicy,
+    policy: ItemIdGenerator,
     states: CompletionStates,
     batch: Mapping[str, Tensor],
     temperature: float,
@@ -98,7 +96,7 @@ def target_signals(
 
 
 def target_steps(
-    policy: GenerativePolicy, states: CompletionStates, batch: Mapping[str, Tensor], temperature: float
+    policy: ItemIdGenerator, states: CompletionStates, batch: Mapping[str, Tensor], temperature: float
 ) -> list[HeadStep]:
     """The choices, one for each token of the longest id, that lead to the target of each sample.
 
@@ -128,7 +126,7 @@ def target_steps(
 class _TargetLogp(nn.Module):
     """Log p of one sample's target, from its prompt and the known tokens of its id."""
 
-    def __init__(self, policy: GenerativePolicy, temperature: float) -> None:
+    def __init__(self, policy: ItemIdGenerator, temperature: float) -> None:
         super().__init__()
         self.policy = policy
         self.temperature = temperature
@@ -146,7 +144,7 @@ class _TargetLogp(nn.Module):
 
 
 def _on_parameters(
-    policy: GenerativePolicy,
+    policy: ItemIdGenerator,
     batch: Mapping[str, Tensor],
     steps: list[HeadStep],
     logp: Tensor,
@@ -199,7 +197,7 @@ def _places(module: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _equal_lengths(
-    policy: GenerativePolicy, batch: Mapping[str, Tensor], values: int
+    policy: ItemIdGenerator, batch: Mapping[str, Tensor], values: int
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Samples whose prompts and ids are of one length: (rows, unpadded tokens with the id but for its last, L)."""
     encoded = policy.encode(batch)

@@ -8,11 +8,11 @@ from helpers.plain_policy import PlainPolicy, batch_of, many_token_policy, one_t
 from peft import LoraConfig, inject_adapter_in_model
 
 from minirec_pl import InputError
-from minirec_pl.policy.language_models.sampling import evaluation_mode
+from minirec_pl.policy import target_signals as probes
 from minirec_pl.probes import target_signals
-from minirec_pl.selection.probes import target as probes
 from minirec_pl.selection.probes.per_sample import project_gradients
 from minirec_pl.selection.probes.trajectory import Trajectory
+from minirec_pl.utils.modules import evaluation_mode
 
 HISTORIES, SEEN = [[3], [0, 5, 2, 7], [], [11, 1], [4]], [[3], [0, 5, 2, 7, 9], [], [1, 11], [4, 10]]
 TARGETS = [0, 8, 6, 4, 10]  # the last one is among the seen items

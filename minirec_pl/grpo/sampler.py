@@ -1,0 +1,137 @@
+"""Groups of rollouts drawn from a policy: rewarded for training, and measured for selection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from minirec_pl.grpo.buffer import RolloutBatch, scoring_numbers, take_rows
+from minirec_pl.grpo.loss import flat_groups, group_advantages
+from minirec_pl.grpo.objective import Objective
+from minirec_pl.policy.interface import Batch, DrawnGroups, Policy, RolloutOptions
+from minirec_pl.rewards.calls import Rewarder, ranking_columns
+from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace
+from minirec_pl.selection.probes.trajectory import Trajectory
+from minirec_pl.selection.signals import SampleSignals
+from minirec_pl.utils.cost import Cost
+
+
+@dataclass
+class RolloutSampler:
+    """Draws groups of rollouts in evaluation mode and has them rewarded.
+
+    Attributes:
+        policy: what is sampled from.
+        options: how.
+        rewards: of the module.
+        objective: what the rollouts are for.
+        cost: what is run is booked here.
+        trajectory: remembers where training started.
+    """
+
+    policy: Policy
+    options: RolloutOptions
+    rewards: Rewarder
+    objective: Objective
+    cost: Cost
+    trajectory: Trajectory
+
+    def roll_out(self, batch: Batch, generator: torch.Generator, keep_logps: bool) -> RolloutBatch:
+        """Rewarded rollouts to train on.
+
+        Args:
+            batch: the prompts.
+            generator: of the random numbers.
+            keep_logps: whether an update needs the log-probabilities under the policy that sampled.
+        """
+        drawn = self.policy.roll_out(batch, self.options, generator)
+        target_logps, target_mask = (None, None) if drawn.target is None else drawn.target()
+        rewards, by_name = self._rewarded(batch, drawn)
+        applies = ~rewards.isnan()
+        rewards = rewards.nan_to_num(nan=0.0)
+        flat = flat_groups(rewards, applies)
+        pairs = torch.zeros_like(flat)
+        if self.options.preference_pairs:
+            pairs = flat & applies.any(dim=1) & (drawn.items != batch["target"][:, None]).all(dim=1)
+        learns = torch.ones_like(flat) if self.objective.beta > 0 else ~flat | pairs
+        rows = (torch.ones_like(flat) if keep_logps else ~learns).nonzero().flatten()
+        logps, entropy, measured = torch.zeros_like(drawn.logps), torch.zeros_like(drawn.logps), 0
+        if len(rows):
+            of_logps, of_entropy, measured = drawn.measure(rows)
+            logps, entropy = (v.new_zeros(logps.shape).index_copy(0, rows, v) for v in (of_logps, of_entropy))
+        self.cost.add("training", forward=drawn.tokens + measured, rollouts=drawn.items.numel())
+        return RolloutBatch(
+            batch=take_rows(batch, torch.arange(len(flat), device=flat.device)),
+            items=drawn.items,
+            rewards=rewards,
+            applies=applies,
+            rewards_by_name=by_name,
+            mask=drawn.mask,
+            entropy=entropy,
+            target_logps=target_logps,
+            target_mask=target_mask,
+            old_logps=logps if keep_logps else None,
+            ref_logps=None,
+            advantages=torch.zeros_like(rewards),
+            learns=learns,
+            pairs=pairs,
+            texts=drawn.texts,
+        )
+
+    def _rewarded(self, batch: Batch, drawn: DrawnGroups) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rewards float32 [B, G], NaN where none applies, and the single ones by name."""
+        words = None if drawn.texts is None else self.policy.words(drawn.texts)
+        columns = None if drawn.ranking is None else ranking_columns(*drawn.ranking, self.rewards.item_ids)
+        return self.rewards(batch, drawn.items, drawn.logps.sum(dim=-1), words, columns)
+
+    def reference_logps(self, policy: Policy, rollouts: RolloutBatch) -> Tensor:
+        """Log-probabilities [B, G, L] of rollouts under another policy."""
+        passed = policy.completion_pass(rollouts.batch, rollouts.items, rollouts.texts, self.options.temperature)
+        self.cost.add("training", forward=passed.tokens)
+        return passed.logps
+
+    def signals(
+        self, batch: Batch, words: tuple[int, int], gradient: GradientKind, space: GradientSpace
+    ) -> SampleSignals:
+        """See `GRPORecModule.sample_signals`; `scale_rewards="batch"` counts as `group`, since samples stand alone.
+
+        Args:
+            batch: the prompts.
+            words: seed of the random numbers, with the sample_id.
+            gradient: which signal.
+            space: where it is taken.
+        """
+        ids, group = batch["sample_id"], self.options.scoring_generations
+        drawn = rewards = advantages = None
+        if group:
+            options = replace(self.options, num_generations=group, rollouts="sample", distinct_rollouts=False)
+            numbers = scoring_numbers(words, ids, (group, self.policy.rollout_length(options)))
+            drawn = self.policy.roll_out(batch, options, numbers)
+            rewards, _ = self._rewarded(batch, drawn)
+            advantages = group_advantages(
+                rewards.nan_to_num(nan=0.0),
+                scale_rewards="none" if self.objective.scale_rewards == "none" else "group",
+                baseline=self.objective.baseline,
+                applies=~rewards.isnan(),
+            )
+        found = self.policy.signals(
+            batch,
+            drawn,
+            advantages,
+            temperature=self.options.temperature,
+            gradient=gradient,
+            space=space,
+            seed=words[0],
+            trajectory=self.trajectory,
+        )
+        self.cost.add("scoring", forward=found.forward, backward=found.backward, rollouts=group * len(ids))
+        return SampleSignals(
+            ids,
+            rewards=rewards,
+            gradient=found.gradient,
+            embedding=found.embedding,
+            solve_probability=found.solve_probability,
+            alignment=found.alignment,
+        )
