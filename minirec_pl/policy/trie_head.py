@@ -22,7 +22,6 @@ class TrieHead:
         temperature: divides the logits.
         top_k: keep the k most likely tokens at each step; None keeps all.
         top_p: keep the smallest set of tokens with this mass; None keeps all.
-        to_leaves: go on to the leaf although what follows is certain.
     """
 
     def __init__(
@@ -33,10 +32,8 @@ class TrieHead:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        to_leaves: bool = False,
     ) -> None:
         self.head, self.trie, self.temperature, self.top_k, self.top_p = head, trie, temperature, top_k, top_p
-        self.to_leaves = to_leaves
         self.counts, self.sample, self.depth = (
             trie.available_below(seen),
             torch.arange(len(seen), device=seen.device),
@@ -58,9 +55,7 @@ class TrieHead:
         self.depth += 1
         if self.depth == self.trie.depth:
             return tokens[candidates], torch.ones_like(candidates, dtype=torch.bool)
-        if not self.to_leaves:
-            return tokens[candidates], self.high - self.low == 1
-        return tokens[candidates], self.trie.child_of[self.trie.order[self.low], self.depth] < 0
+        return tokens[candidates], self.high - self.low == 1
 
     def select(self, source: Tensor) -> None:
         """See `TokenHead`."""

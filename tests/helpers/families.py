@@ -544,7 +544,7 @@ REFUSED: dict[str, Refusal] = {
     ),
     "phi3_longrope_crossed": Refusal(
         "frequencies change within a completion",
-        ("generate", "_logps", "retrieval: re", "beams", "title: prompt_states"),
+        ("generate", "_logps", "retrieval: re", "beams", "title: run_prompt"),
     ),
     "modernbert-decoder": Refusal("the head has more than one layer"),
     "bert": Refusal("the head has more than one layer"),

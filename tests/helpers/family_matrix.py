@@ -542,7 +542,7 @@ def check_retrieval(matrix: Matrix, label: str, policy: Any, truth: Truth) -> No
         matrix.check(f"{label}: {name}", pairs)
 
 
-GENERATIVE = ("prompt_states", "generate", "completion_logps", "item_logps", "beams")
+GENERATIVE = ("run_prompt", "generate", "completion_logps", "item_logps", "beams")
 
 
 def check_generative(matrix: Matrix, label: str, policy: Any, truth: Truth, names: Sequence[str]) -> None:
@@ -552,7 +552,7 @@ def check_generative(matrix: Matrix, label: str, policy: Any, truth: Truth, name
     ids = [tuple(token for token in row if token >= 0) for row in policy.trie.item_tokens.tolist()]
 
     def states() -> Iterator[Pair]:
-        got = policy.prompt_states(batch)
+        got = policy.run_prompt(batch).states
         for b, prompt in enumerate(prompts):
             yield f"prompt of {len(prompt)}", got[b], truth.run(prompt)[1][-1]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -11,18 +11,13 @@ import torch
 from torch import Tensor
 
 from minirec_pl.policy.language_models.causal_lm import Head, body_of, check_padding, decoder_of, head_of, run_prompts
-from minirec_pl.policy.language_models.decoding import TokenHead, decode, decode_beams
+from minirec_pl.policy.language_models.decoding import decode
 from minirec_pl.policy.language_models.model_config import text_config, text_setting
 from minirec_pl.policy.language_models.model_support import check_support
 from minirec_pl.policy.language_models.positions import position_rules
 from minirec_pl.policy.language_models.sampling import Prompt, warpers
-from minirec_pl.policy.trie import TokenTrie
-from minirec_pl.policy.trie_head import TrieHead
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.modules import evaluation_mode
-
-Constraint = Callable[[int, list[int]], Sequence[int]]
-"""(prompt's position in the batch, completion so far) -> the tokens that may follow, at least one."""
 
 
 class Completions(NamedTuple):
@@ -45,38 +40,29 @@ class Sampling:
     """How the next token is chosen. Names, defaults and order of the processors are those of transformers.
 
     Args:
-        strategy: `sample` draws with replacement; `greedy` takes the most likely token, the same for all of a group;
-            `beam` gives the group that a beam search of its width ends with, without a length penalty.
+        strategy: `sample` draws with replacement; `greedy` takes the most likely token, the same for all of a group.
         temperature: divides the logits.
         top_k: keep the k most likely tokens; None or 0 keeps all.
         top_p: keep the smallest set of tokens with this mass; None keeps all.
-        min_p: keep the tokens with at least this share of the most likely one's probability; None keeps all.
-        repetition_penalty: divides the positive logits of tokens that are in prompt or completion, multiplies the
-            negative ones.
 
     Raises:
         InputError: if an option is out of range.
     """
 
-    strategy: Literal["sample", "greedy", "beam"] = "sample"
+    strategy: Literal["sample", "greedy"] = "sample"
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.strategy not in ("sample", "greedy", "beam"):
-            raise InputError(f"strategy is {self.strategy!r}: choose one of sample, greedy, beam")
-        for name in ("temperature", "repetition_penalty"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} is {getattr(self, name)}: it divides the logits, so it must be above 0")
+        if self.strategy not in ("sample", "greedy"):
+            raise InputError(f"strategy is {self.strategy!r}: choose one of sample, greedy")
+        if not 0 < self.temperature < math.inf:
+            raise InputError(f"temperature is {self.temperature}: it divides the logits, so it must be above 0")
         if self.top_k is not None and self.top_k < 0:
             raise InputError(f"top_k is {self.top_k}: give at least 1, or null for all tokens")
-        for name in ("top_p", "min_p"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise InputError(f"{name} is {value}: it is above 0 and at most 1, or null for all tokens")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p}: it is above 0 and at most 1, or null for all tokens")
 
 
 class VocabularyHead:
@@ -85,62 +71,27 @@ class VocabularyHead:
     Args:
         head: of the model.
         sampling: what happens to the logits.
-        input_ids: int64 [B, T], the prompts, padded on the left.
-        attention_mask: [B, T], which tokens are real.
         eos_token_ids: every id that ends a completion.
-        constraint: narrows the candidates, or None.
     """
 
-    def __init__(
-        self,
-        head: Head,
-        sampling: Sampling,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        eos_token_ids: Sequence[int],
-        constraint: Constraint | None,
-    ) -> None:
-        from transformers import RepetitionPenaltyLogitsProcessor
-
-        self.head, self.constraint = head, constraint
-        self.processors = warpers(
-            temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p
-        )
-        if sampling.repetition_penalty != 1.0:
-            self.processors.insert(0, RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
-        self.eos = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=input_ids.device)
-        # The padding repeats the last token, which no processor can tell from the prompt alone.
-        self.sequence = torch.where(attention_mask.bool(), input_ids, input_ids[:, -1:])
-        self.sample, self.prompt_length = torch.arange(len(input_ids)), input_ids.shape[1]
+    def __init__(self, head: Head, sampling: Sampling, eos_token_ids: Sequence[int]) -> None:
+        self.head = head
+        self.processors = warpers(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+        self.eos = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=head.weight.device)
 
     def logps(self, states: Tensor) -> Tensor:
         """Log-probabilities, float [R, V]."""
         logits = self.head.logits(states)
-        if self.constraint is not None:
-            logits = logits + self._closed(logits, self.constraint)
         for processor in self.processors:
-            logits = processor(self.sequence, logits)
+            logits = processor(None, logits)
         return logits.log_softmax(dim=-1)
-
-    def _closed(self, logits: Tensor, constraint: Constraint) -> Tensor:
-        closed = torch.full_like(logits, -torch.inf)
-        completions = self.sequence[:, self.prompt_length :].tolist()
-        for row, (sample, completion) in enumerate(zip(self.sample.tolist(), completions, strict=True)):
-            allowed = list(constraint(sample, completion))
-            if not allowed:
-                raise InputError(f"the constraint allows no token after {completion}: let it allow an end of sequence")
-            closed[row, allowed] = 0.0
-        return closed
 
     def take(self, candidates: Tensor) -> tuple[Tensor, Tensor]:
         """See `TokenHead`."""
-        if self.processors or self.constraint is not None:
-            self.sequence = torch.cat([self.sequence, candidates[:, None]], dim=1)
         return candidates, torch.isin(candidates, self.eos)
 
     def select(self, source: Tensor) -> None:
-        """See `TokenHead`."""
-        self.sequence, self.sample = self.sequence[source], self.sample[source.cpu()]
+        """See `TokenHead`; the vocabulary is the same for every row."""
 
 
 def eos_token_ids(model: Any) -> list[int]:
@@ -165,7 +116,6 @@ def generate(
     sampling: Sampling | None = None,
     uniform: Tensor | None = None,
     generator: torch.Generator | None = None,
-    constraint: Constraint | TokenTrie | None = None,
     prompt: Prompt | None = None,
 ) -> Completions:
     """G completions of each prompt, in evaluation mode and without gradients; the mode is put back afterwards.
@@ -182,7 +132,6 @@ def generate(
         sampling: plain sampling if None.
         uniform: float64 [B, G, max_new_tokens] in [0, 1), one number for each token; drawn from `generator` if None.
         generator: e.g. from `rollout_generator(seed, epoch, step, rank)`; torch's global one if None.
-        constraint: the tokens that may follow, or a trie, whose leaves then end the completions.
         prompt: these prompts, run in evaluation mode already.
 
     Raises:
@@ -210,17 +159,8 @@ def generate(
         raise InputError(f"the random numbers have shape {tuple(uniform.shape)}: give {size}, one for each token")
     with evaluation_mode(model):
         prompt, ends = prompt or run_prompts(body_of(model), input_ids, attention_mask), eos_token_ids(model)
-        head: TokenHead
-        if isinstance(constraint, TokenTrie):
-            nothing = torch.full((len(input_ids), 1), -1, device=input_ids.device)
-            options = (sampling.temperature, sampling.top_k, sampling.top_p)
-            head = TrieHead(head_of(model), constraint, nothing, *options, to_leaves=True)
-        else:
-            head = VocabularyHead(head_of(model), sampling, input_ids, attention_mask, ends, constraint)
-        if sampling.strategy == "beam":
-            rows = decode_beams(prompt, head, num_generations, max_new_tokens)
-        else:
-            rows = decode(prompt, head, num_generations, max_new_tokens, uniform)
+        head = VocabularyHead(head_of(model), sampling, ends)
+        rows = decode(prompt, head, num_generations, max_new_tokens, uniform)
     longest = int(rows.mask.sum(dim=1).max())
     pad = text_setting(model, "pad_token_id")
     ids = rows.tokens.masked_fill(~rows.mask, (ends or [0])[0] if pad is None else pad)

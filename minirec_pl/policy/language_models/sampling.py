@@ -91,11 +91,9 @@ def filter_logps(logps: Tensor, top_k: int | None, top_p: float | None) -> Tenso
     return logps.log_softmax(dim=-1)
 
 
-def warpers(
-    *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
-) -> list[Any]:
+def warpers(*, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> list[Any]:
     """The logits processors of transformers for these options, in the order of its `generate`."""
-    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     made: list[Any] = []
     if temperature != 1.0:
@@ -104,8 +102,6 @@ def warpers(
         made.append(TopKLogitsWarper(top_k))
     if top_p is not None and top_p < 1.0:
         made.append(TopPLogitsWarper(top_p))
-    if min_p:
-        made.append(MinPLogitsWarper(min_p))
     return made
 
 

@@ -1,4 +1,3 @@
-import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -6,10 +5,8 @@ import torch
 from helpers.tiny_llm import EOS, KINDS, PAD, PlainModel, prompts, rows_of, tiny_llm
 from scipy.stats import chisquare
 from transformers import (
-    MinPLogitsWarper,
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
-    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -17,10 +14,14 @@ from transformers import (
 
 from minirec_pl import InputError
 from minirec_pl.grpo.loss import eos_mask
-from minirec_pl.policy.language_models.generation import Sampling, eos_token_ids, generate
+from minirec_pl.policy.language_models.causal_lm import body_of, head_of, run_prompts
+from minirec_pl.policy.language_models.decoding import decode, decode_beams
+from minirec_pl.policy.language_models.generation import Sampling, VocabularyHead, eos_token_ids, generate
 from minirec_pl.policy.language_models.model_support import support_of
 from minirec_pl.policy.language_models.sampling import rollout_generator
 from minirec_pl.policy.trie import TokenTrie
+from minirec_pl.policy.trie_head import TrieHead
+from minirec_pl.utils.modules import evaluation_mode
 
 GREEDY = Sampling("greedy")
 
@@ -70,8 +71,8 @@ def test_ended_completions_leave_the_batch():
 
 def test_a_batch_that_ends_early_is_as_short_as_its_longest_completion():
     ids, mask = prompts(3)
-    made = generate(tiny_llm(), ids, mask, 3, 9, constraint=lambda sample, tokens: [7] if len(tokens) < 2 else [5])
-    assert made.ids.tolist() == [[[7, 7, 5]] * 3]
+    made = sampled(tiny_llm(), ids, mask, group=3, length=200)
+    assert made.ids.shape[2] == int(made.mask.sum(dim=-1).max()) < 200
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,12 +117,11 @@ def test_frequencies_of_two_tokens_follow_the_exact_probabilities(options):
     assert chisquare(observed, [value * scale for value in wanted]).pvalue > 1e-3
 
 
-def filtered(logits, sequences, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0):
+def filtered(logits, sequences, temperature=1.0, top_k=None, top_p=None):
     """Probabilities after the processors of transformers, in its order."""
-    chain = [RepetitionPenaltyLogitsProcessor(repetition_penalty), TemperatureLogitsWarper(temperature)]
+    chain = [TemperatureLogitsWarper(temperature)]
     chain += [TopKLogitsWarper(top_k)] if top_k else []
     chain += [TopPLogitsWarper(top_p)] if top_p else []
-    chain += [MinPLogitsWarper(min_p)] if min_p else []
     for processor in chain:
         logits = processor(torch.tensor(sequences), logits)
     return logits.softmax(dim=-1)
@@ -133,9 +133,7 @@ def filtered(logits, sequences, temperature=1.0, top_k=None, top_p=None, min_p=N
         {"temperature": 0.7},
         {"top_k": 3},
         {"top_p": 0.5},
-        {"min_p": 0.2},
-        {"repetition_penalty": 1.8},
-        {"repetition_penalty": 0.6, "temperature": 1.3, "top_k": 12, "top_p": 0.9, "min_p": 0.02},
+        {"temperature": 1.3, "top_k": 12, "top_p": 0.9},
     ],
 )
 def test_log_probabilities_are_those_of_the_processors_of_transformers(options):
@@ -193,13 +191,16 @@ def test_dropout_plays_no_part_and_the_mode_is_put_back():
 def test_the_mode_is_put_back_after_an_exception():
     model = tiny_llm().train()
     ids, mask = prompts(4)
+    support_of(model)
 
-    def broken(sample, completion):
+    def broken(module, args, states):
         assert not model.training
-        raise KeyError("in the constraint")
+        raise KeyError("in the model")
 
+    hook = model.base_model.register_forward_hook(broken)
     with pytest.raises(KeyError):
-        generate(model, ids, mask, 2, 4, constraint=broken)
+        generate(model, ids, mask, 2, 4)
+    hook.remove()
     assert all(module.training for module in model.modules())
     assert torch.is_grad_enabled()
 
@@ -226,29 +227,17 @@ def test_bfloat16_is_close_to_float32():
     assert half.dtype == torch.bfloat16
 
 
-def test_a_constraint_sees_prompt_and_completion_and_is_kept():
-    ids, mask = prompts(3, 12)
-    known = set()
-
-    def constraint(sample, completion):
-        known.add((sample, *completion))
-        return [7, 8] if sample == 0 else [9, 5]
-
-    made = sampled(tiny_llm(), ids, mask, group=5, length=3, constraint=constraint)
-    assert set(made.ids[0].unique().tolist()) <= {7, 8}
-    assert set(made.ids[1][made.mask[1]].tolist()) <= {9, 5}
-    assert {(0,), (1,)} <= known
-    assert {(0, *row[:2]) for row in made.ids[0].tolist()} <= known
-    with pytest.raises(InputError, match="allows no token after"):
-        generate(tiny_llm(), ids, mask, 2, 3, constraint=lambda sample, completion: [])
-
-
 def test_a_trie_gives_items_with_their_exact_probabilities():
     model, n = tiny_llm(), 4000
     items = torch.tensor([[7, 8, -1], [7, 9, 10], [7, 9, 11], [12, -1, -1], [13, 8, 8]])
     ids, mask = prompts(5)
-    made = sampled(model, ids, mask, group=n, length=3, constraint=TokenTrie(items))
-    found = [tuple(row[real].tolist()) for row, real in zip(made.ids[0], made.mask[0], strict=True)]
+    trie = TokenTrie(items)
+    head = TrieHead(head_of(model), trie, torch.full((1, 1), -1))
+    with evaluation_mode(model):
+        numbers = torch.rand(1, n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        made = decode(run_prompts(body_of(model), ids, mask), head, n, 3, numbers)
+    drawn = items[trie.items_of(made.tokens.masked_fill(~made.mask, -1))]
+    found = [tuple(token for token in row if token >= 0) for row in drawn.tolist()]
     names = [tuple(token for token in row if token >= 0) for row in items.tolist()]
     assert set(found) <= set(names)
     plain, prompt, expected = PlainModel(model), rows_of(ids, mask)[0], []
@@ -261,6 +250,14 @@ def test_a_trie_gives_items_with_their_exact_probabilities():
                 share *= float(logps[allowed.index(token)].exp())
             expected.append(share * n)
     assert chisquare([found.count(name) for name in names], expected).pvalue > 1e-3
+
+
+def beams(model, ids, mask, width, length, temperature=1.0):
+    """Tokens, mask and log-probabilities [B, width, length] of a beam search over the vocabulary."""
+    head = VocabularyHead(head_of(model), Sampling(temperature=temperature), EOS)
+    with evaluation_mode(model):
+        made = decode_beams(run_prompts(body_of(model), ids, mask), head, width, length)
+    return [part.view(len(ids), width, length) for part in (made.tokens, made.mask, made.logps)]
 
 
 def enumerated(plain, prompt, length, vocabulary):
@@ -280,11 +277,11 @@ def enumerated(plain, prompt, length, vocabulary):
 def test_a_wide_beam_finds_the_most_likely_completions():
     model = tiny_llm(vocabulary=7)
     ids, mask = prompts(5, 3, vocabulary=7)
-    made = generate(model, ids, mask, 49, 3, sampling=Sampling("beam"))
+    tokens_of, real_of, logps_of = beams(model, ids, mask, 49, 3)
     for row, prompt in enumerate(rows_of(ids, mask)):
         with torch.no_grad():
             best = enumerated(PlainModel(model), prompt, 3, 7)[:49]
-        completions = zip(made.ids[row], made.mask[row], made.logps[row], strict=True)
+        completions = zip(tokens_of[row], real_of[row], logps_of[row], strict=True)
         found = [(tuple(tokens[real].tolist()), float(logps.sum())) for tokens, real, logps in completions]
         assert [tokens for tokens, _ in found] == [tokens for tokens, _ in best]
         assert [total for _, total in found] == pytest.approx([total for _, total in best], abs=1e-4)
@@ -293,30 +290,33 @@ def test_a_wide_beam_finds_the_most_likely_completions():
 def test_a_narrow_beam_is_that_of_a_plain_search():
     model, width, length = tiny_llm(), 4, 6
     ids, mask = prompts(5, 14)
-    made = generate(model, ids, mask, width, length, sampling=Sampling("beam", temperature=1.3))
+    tokens_of, real_of, _ = beams(model, ids, mask, width, length, 1.3)
     plain = PlainModel(model)
     for row, prompt in enumerate(rows_of(ids, mask)):
-        beams = [((), 0.0)]
+        best = [((), 0.0)]
         for _ in range(length):
             pool = []
-            for tokens, total in beams:
+            for tokens, total in best:
                 if tokens and tokens[-1] in EOS:
                     pool.append((tokens, total))
                     continue
                 with torch.no_grad():
                     logps = (plain.next_logits([*prompt, *tokens]) / 1.3).log_softmax(dim=-1)
                 pool += [((*tokens, token), total + float(logp)) for token, logp in enumerate(logps)]
-            beams = sorted(pool, key=lambda pair: -pair[1])[:width]
-        found = [tuple(t[real].tolist()) for t, real in zip(made.ids[row], made.mask[row], strict=True)]
-        assert found == [tokens for tokens, _ in beams]
+            best = sorted(pool, key=lambda pair: -pair[1])[:width]
+        found = [tuple(t[real].tolist()) for t, real in zip(tokens_of[row], real_of[row], strict=True)]
+        assert found == [tokens for tokens, _ in best]
 
 
 def test_a_beam_is_wider_than_what_a_trie_holds():
     ids, mask = prompts(5)
     items = torch.tensor([[7, 8], [7, 9], [12, 7]])
-    made = generate(tiny_llm(), ids, mask, 5, 2, sampling=Sampling("beam"), constraint=TokenTrie(items))
-    assert sorted(made.ids[0, :3].tolist()) == items.tolist()
-    assert made.mask[0].tolist() == [[True, True]] * 3 + [[False, False]] * 2
+    model, trie = tiny_llm(), TokenTrie(items)
+    with evaluation_mode(model):
+        head = TrieHead(head_of(model), trie, torch.full((1, 1), -1))
+        made = decode_beams(run_prompts(body_of(model), ids, mask), head, 5, 2)
+    assert sorted(trie.items_of(made.tokens.masked_fill(~made.mask, -1))[:3].tolist()) == [0, 1, 2]
+    assert made.mask.any(dim=1).tolist() == [True] * 3 + [False] * 2
 
 
 def test_works_inside_peft():
@@ -378,12 +378,10 @@ def test_bad_requests():
 
 def test_bad_options():
     for options, message in (
-        ({"strategy": "nucleus"}, "choose one of sample, greedy, beam"),
+        ({"strategy": "nucleus"}, "choose one of sample, greedy"),
         ({"temperature": 0.0}, "temperature is 0.0"),
-        ({"repetition_penalty": -1.0}, "repetition_penalty is -1.0"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 1.2}, "top_p is 1.2"),
-        ({"min_p": 0.0}, "min_p is 0.0"),
     ):
         with pytest.raises(InputError, match=message):
             Sampling(**options)
@@ -396,7 +394,7 @@ def test_a_model_without_a_cache_is_refused():
         generate(OpenAIGPTLMHeadModel(config), ids, mask, 2, 3)
 
 
-@pytest.mark.parametrize("strategy", ["sample", "greedy", "beam"])
+@pytest.mark.parametrize("strategy", ["sample", "greedy"])
 def test_diverged_weights_are_named(strategy):
     model = tiny_llm()
     with torch.no_grad():
@@ -406,11 +404,10 @@ def test_diverged_weights_are_named(strategy):
         generate(model, ids, mask, 2, 3, sampling=Sampling(strategy))
 
 
-def test_all_pairs_of_strategy_and_constraint_run_inside_inference_mode():
+def test_both_strategies_run_inside_inference_mode():
     model = tiny_llm()
     ids, mask = prompts(3, 9)
-    trie = TokenTrie(torch.tensor([[7, 8], [7, 9], [12, 7]]))
     with torch.inference_mode():
-        for strategy, constraint in itertools.product(("sample", "greedy", "beam"), (None, trie)):
-            made = generate(model, ids, mask, 2, 2, sampling=Sampling(strategy), constraint=constraint)
+        for strategy in ("sample", "greedy"):
+            made = generate(model, ids, mask, 2, 2, sampling=Sampling(strategy))
             assert made.mask.any(dim=-1).all()

@@ -16,7 +16,7 @@ from minirec_pl.grpo.reference import adapters_off
 from minirec_pl.policy import GenerativePolicy, Sampling, completion_logps, generate
 from minirec_pl.policy.language_models.adapters import PROJECTIONS, Lora
 from minirec_pl.policy.language_models.causal_lm import body_of, computes_bfloat16, head_of, same_in_training
-from minirec_pl.policy.language_models.generation import eos_token_ids
+from minirec_pl.policy.language_models.generation import VocabularyHead, eos_token_ids
 from minirec_pl.policy.language_models.model_config import text_config
 from minirec_pl.policy.language_models.pretrained import LanguageModel, grow, save_language_model
 from minirec_pl.utils.checkpoints import weights_digest, weights_under_adapters
@@ -452,14 +452,21 @@ def add_three(tokenizer):
     return tokenizer.convert_tokens_to_ids(["<a>", "<b>", "<c>"])
 
 
-def only(*tokens):
-    """A constraint that leaves no choice."""
-    return lambda row, text: [tokens[len(text)]]
+def write_only(monkeypatch, *tokens):
+    """Leaves generation no choice."""
+    steps = iter(tokens)
+
+    def logps(self, states):
+        only = torch.full((len(states), len(self.head.weight)), -torch.inf)
+        only[:, next(steps)] = 0.0
+        return only
+
+    monkeypatch.setattr(VocabularyHead, "logps", logps)
 
 
 @pytest.mark.parametrize("ends", [5, [5, 7], None])
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_either_end_of_a_text_ends_it(tmp_path, kind, ends):
+def test_either_end_of_a_text_ends_it(tmp_path, monkeypatch, kind, ends):
     """The tokenizer's is <|im_end|>, token 2, and the model's config names others, or none."""
     folder = family_folder(tmp_path / "base", kind, eos_token_id=ends)
     (folder / "generation_config.json").unlink(missing_ok=True)
@@ -469,7 +476,8 @@ def test_either_end_of_a_text_ends_it(tmp_path, kind, ends):
     its = [] if ends is None else [ends] if isinstance(ends, int) else ends
     model, tokenizer = loaded(folder, lora=Lora(dropout=0.0))
     for end in (2, *its):
-        made = generate(model, IDS, MASK, 1, 5, constraint=only(40, 41, end, 42, 43))
+        write_only(monkeypatch, 40, 41, end, 42, 43)
+        made = generate(model, IDS, MASK, 1, 5)
         assert made.mask.sum(dim=-1).tolist() == [[3]] * len(IDS)
         assert made.ids[:, 0].tolist() == [[40, 41, end]] * len(IDS)
     save_language_model(model, tokenizer, tmp_path / "merged", merge=True)
