@@ -49,7 +49,7 @@ def run_program(text, name):
 
 def commands(text):
     """The words after `minirec` of each such command of a shell text, its variables filled in."""
-    lines = re.sub(r"\\\n\s*", " ", text).splitlines()
+    lines = re.split(r"\n| && ", re.sub(r"\\\n\s*", " ", text))
     words = [shlex.split(os.path.expandvars(line), comments=True) for line in lines if not line.startswith("#!")]
     return [line[line.index("minirec") + 1 :] for line in words if "minirec" in line]
 
