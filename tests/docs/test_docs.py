@@ -19,7 +19,7 @@ from helpers.documents import blocks, check_session, make_classes, run_block, wr
 from helpers.paths import DOCS, GOLDEN, REPOSITORY
 
 PAGES = sorted(DOCS.glob("*.md"))
-SLOW = {"budget", "getting-started", "own-data", "scaling", "selector"}
+SLOW = {"compare", "extending", "getting-started", "offline-selection", "own-data", "scaling"}
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
