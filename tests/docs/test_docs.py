@@ -19,7 +19,7 @@ from helpers.documents import blocks, check_session, make_classes, run_block, wr
 from helpers.paths import DOCS, GOLDEN, REPOSITORY
 
 PAGES = sorted(DOCS.glob("*.md"))
-SLOW = {"budget", "getting-started", "own-data", "scaling", "selector"}
+SLOW = {"compare", "extending", "getting-started", "language-models", "offline-selection", "own-data", "scaling"}
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -124,6 +124,12 @@ def test_the_examples_that_the_reference_shows_are_true(tmp_path, monkeypatch):
             run += doctest.DocTestRunner().run(test, out=failed.append).attempted
             assert not failed, "".join(failed)
     assert run > 40
+
+
+def test_the_files_of_the_architecture_page_are_there():
+    named = set(re.findall(r"`((?:minirec_pl|callbacks)/[\w/.]*)`", (DOCS / "architecture.md").read_text()))
+    assert len(named) > 40
+    assert [path for path in sorted(named) if not (REPOSITORY / path).exists()] == []
 
 
 def constants():

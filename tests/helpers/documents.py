@@ -1,6 +1,8 @@
 """Markdown whose code runs: its blocks, its commands, and a folder in which both find what they name."""
 
+import contextlib
 import doctest
+import io
 import os
 import re
 import shlex
@@ -49,7 +51,7 @@ def run_program(text, name):
 
 def commands(text):
     """The words after `minirec` of each such command of a shell text, its variables filled in."""
-    lines = re.sub(r"\\\n\s*", " ", text).splitlines()
+    lines = re.split(r"\n| && ", re.sub(r"\\\n\s*", " ", text))
     words = [shlex.split(os.path.expandvars(line), comments=True) for line in lines if not line.startswith("#!")]
     return [line[line.index("minirec") + 1 :] for line in words if "minirec" in line]
 
@@ -57,7 +59,8 @@ def commands(text):
 def write_workplace(folder, warm_policy):
     """Toy data, configs and policies under the names that the texts use."""
     write_toy(folder / "data", name="ml-100k")
-    (folder / "configs").symlink_to(REPOSITORY / "configs")
+    for name in ("benchmarks", "configs"):
+        (folder / name).symlink_to(REPOSITORY / name)
     run_folder = folder / "runs" / "ml-100k" / "warm-start" / "version_0"
     shutil.copytree(warm_policy, run_folder / "policy")
     (run_folder.parent / "latest").symlink_to(run_folder.name)
@@ -104,14 +107,25 @@ def run_block(block):
 def parse(words):
     """Refuses a command that does not exist or has no such options."""
     from minirec_pl.cli.main import TRAINER_COMMANDS, _parser
-    from minirec_pl.cli.select import parser as select
 
     if words[0] in TRAINER_COMMANDS:
         parsed(words)
-    elif words[0] == "select":
-        select().parse_args(words[1:])
-    else:
+    elif words[0] in ("fetch", "quickstart"):
         _parser().parse_args(words)
+    else:
+        check_options(words)
+
+
+def check_options(words):
+    """Refuses a command that does not exist, or whose help does not name an option that is given."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        try:
+            code = main([*words[: 1 + (words[0] == "data")], "--help"])
+        except SystemExit as stop:
+            code = stop.code
+    assert code == 0
+    assert [word for word in words if word.startswith("--") and word not in shown.getvalue()] == []
 
 
 def make_classes(words):
