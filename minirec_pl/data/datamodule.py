@@ -15,8 +15,8 @@ from minirec_pl.data.loader import GenerationSchedule, ResumableLoader
 from minirec_pl.data.sampler import CurriculumSampler, OrderedSampler
 from minirec_pl.data.samples import Catalogue, IntArray, SampleTable, TimeSplit, digest
 from minirec_pl.data.sequence_table import SequenceTable, WarmSequenceDataset
-from minirec_pl.data.sources import AtomicFiles
 from minirec_pl.data.sources.assemble import Report, Source
+from minirec_pl.data.sources.atomic_files import AtomicFiles
 from minirec_pl.data.splits import Parts, random_part, split_table
 from minirec_pl.data.warm_batches import WarmChunkSampler, WarmDataset
 from minirec_pl.utils.errors import InputError
