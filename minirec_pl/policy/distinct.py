@@ -10,7 +10,7 @@ from torch import Tensor
 from minirec_pl.policy.item_id_generator import ItemIdGenerator
 from minirec_pl.policy.language_models.causal_lm import head_of
 from minirec_pl.policy.language_models.sampling import Prompt, Rollouts
-from minirec_pl.policy.trie_head import child_logps
+from minirec_pl.policy.trie import child_logps
 from minirec_pl.utils.errors import InputError
 
 _NEVER = -1e30  # log-probabilities below it stand for children that are not allowed

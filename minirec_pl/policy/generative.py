@@ -35,8 +35,7 @@ from minirec_pl.policy.prompt import PromptTemplate
 from minirec_pl.policy.semantic_ids import SemanticIds
 from minirec_pl.policy.supervised import sequence_nll, sequence_tokens
 from minirec_pl.policy.target_signals import target_signals
-from minirec_pl.policy.trie import TokenTrie
-from minirec_pl.policy.trie_head import TrieHead
+from minirec_pl.policy.trie import TokenTrie, TrieHead
 from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace
 from minirec_pl.selection.probes.trajectory import Trajectory
 from minirec_pl.utils.errors import InputError

@@ -22,8 +22,7 @@ from minirec_pl.policy.language_models.decoding import TokenRows, decode, decode
 from minirec_pl.policy.language_models.model_config import text_setting
 from minirec_pl.policy.language_models.sampling import CompletionStates, Prompt, Rollouts
 from minirec_pl.policy.prompt import EncodedPrompts, check_prompts, check_rules, encode_ids
-from minirec_pl.policy.trie import TokenTrie
-from minirec_pl.policy.trie_head import TrieHead, child_logps, item_logps
+from minirec_pl.policy.trie import TokenTrie, TrieHead, child_logps, item_logps
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.modules import evaluation_mode
 

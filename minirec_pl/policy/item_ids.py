@@ -12,16 +12,19 @@ from torch import Tensor
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy.catalogue_text import check_rows, encode_catalogue, rows_of
 from minirec_pl.policy.folder import Chat, StoredPolicy
+from minirec_pl.policy.language_models.causal_lm import body_of, by_length, pad_left, places
 from minirec_pl.policy.language_models.model_config import text_config
 from minirec_pl.policy.language_models.model_support import check_support
 from minirec_pl.policy.language_models.pretrained import LanguageModel, grow
 from minirec_pl.policy.language_models.tiny import item_token
 from minirec_pl.policy.prompt import PromptTemplate
 from minirec_pl.policy.semantic_ids import SemanticIds, code_names, read_embeddings, residual_codes
-from minirec_pl.policy.text_states import text_states
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.modules import evaluation_mode
 
 _START_LENGTH = 0.3
+_TOKENS = 4096  # of a batch, padding included
+_LONGEST = 256  # tokens of a text
 
 IdKind = Literal["title", "semantic", "token"]
 ID_KINDS = ("title", "semantic", "token")
@@ -184,3 +187,34 @@ def load_with_ids(
     return StoredPolicy(
         model, catalogue, made[0].tokens, {}, Chat(language_model, tokenizer, prompt, kind, made[0].texts)
     )
+
+
+def text_states(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """The mean of the last hidden states over the first 256 tokens of each text, in batches of similar length.
+
+    Args:
+        model: a causal language model of transformers, also inside peft.
+        tokenizer: its tokenizer.
+        texts: at least one; control tokens in them are plain text.
+
+    Returns:
+        float32 [n, D].
+
+    Raises:
+        InputError: if there is no text.
+    """
+    if not texts:
+        raise InputError("there is no text to encode: give at least one")
+    ids = [row[:_LONGEST] or [tokenizer.eos_token_id] for row in encode_catalogue(tokenizer, texts)]
+    device = model.get_input_embeddings().weight.device
+    with evaluation_mode(model):
+        body = body_of(model)
+
+        def means(rows: Tensor) -> Tensor:
+            tokens, mask = pad_left([ids[row] for row in rows.tolist()], tokenizer.pad_token_id, device)
+            body.rules.check(mask.sum(dim=1), 0, "a text of the catalogue".format)
+            last = body(input_ids=tokens, attention_mask=mask, position_ids=places(mask), use_cache=False)
+            states: Tensor = last.last_hidden_state.float()
+            return (states * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+
+        return by_length(torch.tensor([len(row) for row in ids]), means, _TOKENS)

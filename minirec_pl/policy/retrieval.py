@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy.catalogue_text import check_rows, encode_texts, rows_of
+from minirec_pl.policy.folder import RetrieverText, read_retriever, stored_vectors, write_retriever
 from minirec_pl.policy.interface import (
     TEXT_OPTIONS,
     Batch,
@@ -33,7 +34,6 @@ from minirec_pl.policy.language_models.pretrained import LanguageModel
 from minirec_pl.policy.language_models.sampling import Prompt
 from minirec_pl.policy.prompt import EncodedPrompts, PromptTemplate, check_rules
 from minirec_pl.policy.reasoning import Reasoning, ReasoningPass, kept_tokens, read_reasoning, unit
-from minirec_pl.policy.retriever_folder import RetrieverText, read_retriever, stored_vectors, write_retriever
 from minirec_pl.rewards.calls import RewardFunction, reward_name
 from minirec_pl.rewards.functions import SoftmaxMixReward, hit, rank_penalty
 from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace, head_gradient, head_hvp

@@ -38,7 +38,7 @@ class GRPORecModule(RecModule):
     `num_generations` rollouts, items or reasonings, are sampled per prompt and rewarded, for all the batches of an
     optimizer step at once, so that what its loss is averaged over is known before the first backward pass. With one
     update per rollout (the default) the ratio is 1 when the gradient is taken. Groups that the loss does not depend on
-    are not trained on. A policy that reasons and ranks is trained by RecPO, see `minirec_pl.grpo.reasoning_sampler`.
+    are not trained on. A policy that reasons and ranks is trained by RecPO, see `minirec_pl.grpo.item_loss`.
 
     Args:
         policy: the recommender, usually a warm start.

@@ -27,7 +27,7 @@ LIMITS = {
     "policy.language_models.logps": {"_TILE_TOKENS": (5, 40, 1024), "_TILE_ENTRIES": (1_500, 2**20)},
     "policy.language_models.sampling": {"_LONG_ROW": (1, 4096), "_BLOCK": (2, 7, 256)},
     "policy.item_index": {"_TOKENS": (1, 20, 8192), "_SCORES": (1, 30, 2**24), "_VALUES": (1, 70, 2**24)},
-    "policy.text_states": {"_TOKENS": (1, 30, 4096)},
+    "policy.item_ids": {"_TOKENS": (1, 30, 4096)},
     "policy.generative": {"_LOGITS": (40, 120, 2**22), "_CACHE_BYTES": (2_000, 40_000, 2**28)},
     "trainers.recommender": {"_SCORES": (30, 60, 2**24)},
     "selection.probes.gradients": {"_OWN_VECTORS": (1, 60, 5 * 2**19), "_LOGITS": (1, 30, 2**24)},

@@ -15,9 +15,8 @@ from minirec_pl import InputError
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy import GenerativePolicy, LanguageModel, RetrievalPolicy
 from minirec_pl.policy.catalogue_text import encode_catalogue
-from minirec_pl.policy.item_ids import title_ids
+from minirec_pl.policy.item_ids import text_states, title_ids
 from minirec_pl.policy.prompt import PromptTemplate
-from minirec_pl.policy.text_states import text_states
 
 FRAGMENTS = [
     *NAMES, "<|", "|>", "im_", "im_end", "im_start|", "<", ">", "[", "]", "/s", "think", "INST", "[INST]", "[Inst]",

@@ -10,10 +10,9 @@ from transformers import AutoModelForCausalLM
 from minirec_pl import InputError
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy import semantic_ids as item_codes
-from minirec_pl.policy.item_ids import title_ids
+from minirec_pl.policy.item_ids import text_states, title_ids
 from minirec_pl.policy.prompt import PromptTemplate
 from minirec_pl.policy.semantic_ids import SemanticIds, code_names, read_embeddings, residual_codes
-from minirec_pl.policy.text_states import text_states
 from minirec_pl.policy.trie import TokenTrie
 
 

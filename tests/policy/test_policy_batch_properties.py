@@ -10,8 +10,8 @@ from helpers.text_policy import TITLES
 from hypothesis import strategies as st
 
 from minirec_pl.policy import LanguageModel, Sampling, distinct
+from minirec_pl.policy.item_ids import text_states
 from minirec_pl.policy.item_index import ItemIndex, draw_negatives
-from minirec_pl.policy.text_states import text_states
 
 
 def tokens_of(encoded):

@@ -19,8 +19,7 @@ from minirec_pl.policy.language_models.decoding import decode, decode_beams
 from minirec_pl.policy.language_models.generation import Sampling, VocabularyHead, eos_token_ids, generate
 from minirec_pl.policy.language_models.model_support import support_of
 from minirec_pl.policy.language_models.sampling import rollout_generator
-from minirec_pl.policy.trie import TokenTrie
-from minirec_pl.policy.trie_head import TrieHead
+from minirec_pl.policy.trie import TokenTrie, TrieHead
 from minirec_pl.utils.modules import evaluation_mode
 
 GREEDY = Sampling("greedy")
