@@ -18,7 +18,7 @@ Batch = Mapping[str, Tensor]
 
 
 def take_rows(batch: Batch, rows: Tensor) -> dict[str, Tensor]:
-    """The samples of a batch at these rows, in this order; what is no tensor is left out."""
+    """The samples of a batch at these rows, in this order; what is not a tensor is left out."""
     return {name: value[rows] for name, value in batch.items() if isinstance(value, Tensor)}
 
 
@@ -41,7 +41,7 @@ class RolloutBatch:
         mask: bool [B, G, L], active tokens.
         entropy: float32 [B, G, L] in nats, of the groups whose entropy no update will measure, else 0.
         target_logps: float32 [B, L], log-probabilities of the target's tokens when the rollouts were drawn; None where
-            the target is no completion.
+            the target is not a completion.
         target_mask: bool [B, L], tokens of the target; None likewise.
         old_logps: float32 [B, G, L] under the policy that sampled; None where it is updated once, and so on-policy.
         ref_logps: float32 [B, G, L] under the reference; None without one.
@@ -173,7 +173,7 @@ def signals_of(drawn: Sequence[RolloutBatch], *, with_rewards: bool) -> SampleSi
 
     Args:
         drawn: all that was drawn.
-        with_rewards: false where the mean of a group's rewards is no estimate of what a single rollout gets.
+        with_rewards: false where the mean of a group's rewards does not estimate what a single rollout gets.
     """
     known = torch.cat([part.applies.any(dim=1) for part in drawn])
     if not bool(known.any()):

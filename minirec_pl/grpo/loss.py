@@ -82,13 +82,13 @@ def group_advantages(
     _check_choice("baseline", baseline, Baseline)
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise InputError(
-            f"rewards have shape {tuple(rewards.shape)}; give [B, G] with num_generations (G) of at least 2."
+            f"rewards have shape {tuple(rewards.shape)}: give [B, G] with num_generations (G) of at least 2"
         )
     known = torch.ones_like(rewards, dtype=torch.bool) if applies is None else applies
     wrong = (known & ~rewards.isfinite()).any(dim=1)
     if bool(wrong.any()):
         rows = wrong.nonzero().flatten().tolist()
-        raise InputError(f"rewards of groups {rows[:5]} are NaN or infinite; mend the reward function.")
+        raise InputError(f"rewards of groups {rows[:5]} are NaN or infinite: fix the reward function")
     rewards = rewards.to(_at_least_float32(rewards.dtype))
     if not len(rewards):
         return rewards
@@ -236,11 +236,11 @@ def policy_loss(
     check_objective(loss_type, importance_sampling_level, epsilon, epsilon_high, delta, beta)
     high = epsilon if epsilon_high is None else epsilon_high
     if beta > 0 and ref_logps is None:
-        raise InputError(f"beta is {beta} but there is no reference policy; give ref_logps or set beta to 0.")
+        raise InputError(f"beta is {beta} but there is no reference policy: give ref_logps or set beta to 0")
     _check_shapes(logps, old_logps=old_logps, mask=mask, ref_logps=ref_logps)
     if advantages.shape != logps.shape[:-1]:
         raise InputError(
-            f"advantages have shape {tuple(advantages.shape)} but logps {tuple(logps.shape)}; give one per completion."
+            f"advantages have shape {tuple(advantages.shape)} but logps {tuple(logps.shape)}: give one per completion"
         )
 
     active = mask.bool()
@@ -275,7 +275,7 @@ def policy_loss(
         loss = (token_loss.sum(dim=-1) / lengths).sum() / items
     elif loss_type == "dr_grpo":
         if max_completion_length is None or max_completion_length < 1:
-            raise InputError("loss_type dr_grpo divides by max_completion_length; set it to at least 1.")
+            raise InputError("loss_type dr_grpo divides by max_completion_length: set it to at least 1")
         loss = token_loss.sum() / (items * max_completion_length)
     else:
         loss = token_loss.sum() / items
@@ -300,9 +300,9 @@ def check_objective(
     high = epsilon if epsilon_high is None else epsilon_high
     for name, value in (("epsilon", epsilon), ("epsilon_high", high), ("beta", beta)):
         if not (math.isfinite(value) and value >= 0):
-            raise InputError(f"{name} is {value}; it must be a number of at least 0.")
+            raise InputError(f"{name} is {value}: give a number of at least 0")
     if delta is not None and not delta > 1 + high:
-        raise InputError(f"delta is {delta}; it bounds the ratio above the clip range, so give more than {1 + high}.")
+        raise InputError(f"delta is {delta}: it bounds the ratio above the clip range, so give more than {1 + high}")
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -311,13 +311,13 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 def _check_choice(name: str, value: str, literal: object) -> None:
     if value not in get_args(literal):
-        raise InputError(f"{name} is {value!r}; choose one of {', '.join(get_args(literal))}.")
+        raise InputError(f"{name} is {value!r}: choose one of {', '.join(get_args(literal))}")
 
 
 def _check_shapes(logps: Tensor, **others: Tensor | None) -> None:
     for name, other in others.items():
         if other is not None and other.shape != logps.shape:
-            raise InputError(f"{name} has shape {tuple(other.shape)} but logps {tuple(logps.shape)}; make them equal.")
+            raise InputError(f"{name} has shape {tuple(other.shape)} but logps {tuple(logps.shape)}: make them equal")
 
 
 def preference_loss(

@@ -163,7 +163,7 @@ class _Control:
         self.copies: dict[int, _Copy] = {}
 
     def found(self, ids: Sequence[int], encoding: Any, text: str) -> list[Found]:
-        """The control tokens of an encoded text; an unknown word is none."""
+        """The control tokens of an encoded text; an unknown word does not count."""
         tokens = self.tokens
         places = [(token, encoding.token_to_chars(place)) for place, token in enumerate(ids) if token in tokens]
         return [

@@ -70,7 +70,7 @@ def sample_distinct(
             )
         step = step.masked_fill((step < _NEVER) | ended[:, :, None], -torch.inf)
         _, lows, highs = trie.level(depth)
-        # The last column goes on with a beam that has ended.
+        # The last column keeps a beam that has ended.
         step = torch.cat([step, torch.where(ended, 0.0, -torch.inf)[:, :, None]], dim=2)
         below = torch.cat(
             [_keys_below(keys, logps, step[:, :, :-1], generator), (keys + step[:, :, -1])[:, :, None]], 2

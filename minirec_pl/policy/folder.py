@@ -199,7 +199,7 @@ class StoredRetriever(NamedTuple):
     """What a folder says of its policy.
 
     Attributes:
-        language_model: the model in the folder, to go on training.
+        language_model: the model in the folder, to train further.
         text: see `RetrieverText`.
         training_cost: `Cost.state_dict()` of the runs that made it, or empty.
     """
@@ -217,7 +217,7 @@ def read_retriever(folder: Path) -> StoredRetriever:
     """
     side = folder / SIDE_FILE
     if not side.is_file():
-        raise InputError(f"no policy in '{folder}' ({SIDE_FILE} is missing): train one first, or mend `pretrained`")
+        raise InputError(f"no policy in '{folder}' ({SIDE_FILE} is missing): train one first, or fix `pretrained`")
     try:
         stored = json.loads(side.read_text(encoding="utf-8"))
         if stored.get("kind") != _KIND:

@@ -23,7 +23,7 @@ _VALUES = 2**24  # values of item vectors that are widened at a time
 class ItemIndex(ExactBuffers):
     """A unit vector for each item, made by the policy's own language model.
 
-    The vectors are part of checkpoints, so that a resumed run goes on with the same ones.
+    The vectors are part of checkpoints, so that a resumed run has the same ones.
 
     Args:
         tokens: of each item, each at least one; the vector is the last hidden state.
@@ -123,7 +123,7 @@ class ItemIndex(ExactBuffers):
         items = items[torch.argsort(self.lengths[items], stable=True)]
         for portion in torch.split(items.to(self.vectors.device), 1024):
             self.vectors[portion] = self.encode(model, portion).to(self.vectors.dtype)
-        # What is broken off before this is done once more by a run that resumes.
+        # A resumed run repeats what was interrupted before this.
         items = items.to(self.vectors.device)
         self.step[items], self.encoded_with[items] = when, weights
         return int(self.lengths[items.cpu()].sum())

@@ -113,7 +113,7 @@ class PromptTemplate:
         rating: put after a line whose rating is known; `{rating}`.
         age: put after a line whose time is known; `{age}`, for example `3 days`.
         separator: put between the lines of the history.
-        answer: how the model's answer begins, as it stands but for the history. With `{history}` here the model goes on
+        answer: how the model's answer begins, as it stands but for the history. With `{history}` here the model continues
             with the user's own list, and each stretch of a sequence is the beginning of the next one's prompt: a warm
             start runs them all at once.
         longest_title: characters that are kept of a title or text.
@@ -124,7 +124,7 @@ class PromptTemplate:
     the texts above, and in the chat template, control tokens are control tokens.
 
     Raises:
-        InputError: for a text with an unknown or missing placeholder, or a date that is none.
+        InputError: for a text with an unknown or missing placeholder, or a date that is not one.
 
     Example:
         >>> catalogue = Catalogue(["a", "b"], ["Ape", "Bee"])
@@ -230,7 +230,7 @@ class PromptTemplate:
         return text if len(text) <= self.longest_title else f"{text[: self.longest_title - 1].rstrip()}…"
 
     def render(self, tokenizer: Any, history: str) -> str:
-        """The whole prompt, up to where the model goes on writing.
+        """The whole prompt, up to where the model begins to write.
 
         Raises:
             InputError: if the tokenizer has no chat template.

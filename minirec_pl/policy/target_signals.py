@@ -30,7 +30,7 @@ class TargetSignals(NamedTuple):
         gradient: float32 [B, D], or [B, 512] in the space `lora`.
         logp: float32 [B], log of the exact solve probability; -inf where the target cannot be generated.
         alignment: float32 [B] in [-1, 1] for `trajectory` once training has moved, else None.
-        tokens: tokens that went once more forward, and backward, through the model; 0 in the space `answer`.
+        tokens: tokens that went through the model again, forward and backward; 0 in the space `answer`.
     """
 
     gradient: Tensor

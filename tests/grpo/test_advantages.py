@@ -107,5 +107,5 @@ def test_wrong_rewards_are_named() -> None:
         group_advantages(torch.tensor([[0.0, 1.0], [math.nan, 0.0]]))
     with pytest.raises(InputError, match="scale_rewards is 'all'"):
         group_advantages(torch.ones(2, 2), scale_rewards="all")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="baseline is 'median'; choose one of mean, leave_one_out"):
+    with pytest.raises(InputError, match="baseline is 'median': choose one of mean, leave_one_out"):
         group_advantages(torch.ones(2, 2), baseline="median")  # type: ignore[arg-type]

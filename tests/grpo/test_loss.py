@@ -336,13 +336,13 @@ def test_no_gradient_flows_to_the_old_and_reference_policies() -> None:
 def test_wrong_options_are_named() -> None:
     case = random_case(0)
     tensors = case.logps, case.old_logps, case.advantages, case.mask
-    with pytest.raises(InputError, match="loss_type is 'ppo'; choose one of grpo, bnpo, dr_grpo, dapo"):
+    with pytest.raises(InputError, match="loss_type is 'ppo': choose one of grpo, bnpo, dr_grpo, dapo"):
         policy_loss(*tensors, loss_type="ppo")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="epsilon is -0\\.1"):
         policy_loss(*tensors, epsilon=-0.1)
     with pytest.raises(InputError, match="epsilon_high is nan"):
         policy_loss(*tensors, epsilon_high=math.nan)
-    with pytest.raises(InputError, match="importance_sampling_level is 'word'; choose one of token, sequence"):
+    with pytest.raises(InputError, match="importance_sampling_level is 'word': choose one of token, sequence"):
         policy_loss(*tensors, importance_sampling_level="word")  # type: ignore[arg-type]
     for delta in (1.2, 0.5, math.nan):
         with pytest.raises(InputError, match=f"delta is {delta}; .* give more than 1.2"):

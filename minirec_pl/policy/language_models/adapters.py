@@ -143,7 +143,7 @@ class Lora:
                 return bool(name) and re.fullmatch(self.target_modules, name) is not None
             except re.error as error:
                 raise InputError(
-                    f"lora.target_modules is no regular expression ({error}): give a list of names, {ALL_LINEAR} or a "
+                    f"lora.target_modules is not a regular expression ({error}): give a list of names, {ALL_LINEAR} or a "
                     "regular expression"
                 ) from error
         return any(_ends_with(name, target) for target in self.target_modules)
@@ -187,7 +187,7 @@ class _Layers:
         head: name of the layer over the vocabulary.
         modules: names of all modules of the decoder, and of the head.
         linear: its linear layers, without routers and head.
-        fused: its weights of experts that are no linear layers.
+        fused: its weights of experts that are not linear layers.
         routers: its layers that choose experts.
         adapted: those of all of them that carry adapters.
     """

@@ -469,7 +469,7 @@ def run_prompt(
 
 
 def check_padding(mask: Tensor) -> None:
-    """Refuses prompts whose last place is none of their tokens, and a batch without prompts.
+    """Refuses prompts whose last place is not one of their tokens, and a batch without prompts.
 
     Raises:
         InputError: naming the first such row of `mask` [B, T].

@@ -32,7 +32,7 @@ class LanguageModel:
     Args:
         name: hub name, or the folder of a model or of an adapter, which names its model.
         dtype: of the weights; adapters are float32.
-        lora: new adapters; None trains the whole model, or goes on with the adapters of the folder.
+        lora: new adapters; None trains the whole model, or trains the adapters of the folder further.
         gradient_checkpointing: recompute layers in the backward pass, for less memory.
     """
 
@@ -132,7 +132,7 @@ class LanguageModel:
         if not self.is_adapter:
             return self
         if self.lora is not None:
-            raise InputError(f"'{self.name}' has adapters already: leave out lora to go on with them")
+            raise InputError(f"'{self.name}' has adapters already: leave out lora to train them further")
         return LanguageModel(self._adapted(), self.dtype)
 
     def _tell_coverage(self, model: Any) -> None:
