@@ -10,7 +10,7 @@ from torch import Tensor
 from minirec_pl.grpo.buffer import RolloutBatch, scoring_numbers, take_rows
 from minirec_pl.grpo.loss import flat_groups, group_advantages
 from minirec_pl.grpo.objective import Objective
-from minirec_pl.policy.interface import Batch, DrawnGroups, Policy, RolloutOptions
+from minirec_pl.policy.interface import Batch, DrawnGroups, Policy, RolloutOptions, SignalOptions
 from minirec_pl.rewards.calls import Rewarder, ranking_columns
 from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace
 from minirec_pl.selection.probes.trajectory import Trajectory
@@ -32,7 +32,7 @@ class RolloutSampler:
     """
 
     policy: Policy
-    options: RolloutOptions
+    options: RolloutOptions, SignalOptions
     rewards: Rewarder
     objective: Objective
     cost: Cost
@@ -116,16 +116,8 @@ class RolloutSampler:
                 baseline=self.objective.baseline,
                 applies=~rewards.isnan(),
             )
-        found = self.policy.signals(
-            batch,
-            drawn,
-            advantages,
-            temperature=self.options.temperature,
-            gradient=gradient,
-            space=space,
-            seed=words[0],
-            trajectory=self.trajectory,
-        )
+        wanted = SignalOptions(gradient, space, self.options.temperature, words[0], self.trajectory)
+        found = self.policy.signals(batch, drawn, advantages, wanted)
         self.cost.add("scoring", forward=found.forward, backward=found.backward, rollouts=group * len(ids))
         return SampleSignals(
             ids,

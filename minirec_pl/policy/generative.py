@@ -19,6 +19,7 @@ from minirec_pl.policy.interface import (
     DrawnGroups,
     PolicySignals,
     RolloutOptions,
+    SignalOptions,
     SupervisedLoss,
     uniform_numbers,
 )
@@ -36,8 +37,6 @@ from minirec_pl.policy.semantic_ids import SemanticIds
 from minirec_pl.policy.supervised import sequence_nll, sequence_tokens
 from minirec_pl.policy.target_signals import target_signals
 from minirec_pl.policy.trie import TokenTrie, TrieHead
-from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace
-from minirec_pl.selection.probes.trajectory import Trajectory
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.modules import evaluation_mode
 
@@ -251,16 +250,7 @@ class GenerativePolicy(ItemIdGenerator):
         return CompletionPass(logps[:, 1:], entropy[:, 1:], tokens, target_logps=logps[:, 0])
 
     def signals(
-        self,
-        batch: Batch,
-        drawn: DrawnGroups | None,
-        advantages: Tensor | None,
-        *,
-        temperature: float,
-        gradient: GradientKind,
-        space: GradientSpace,
-        seed: int,
-        trajectory: Trajectory,
+        self, batch: Batch, drawn: DrawnGroups | None, advantages: Tensor | None, options: SignalOptions
     ) -> PolicySignals:
         """See `Policy.signals`: all of them by the target's exact probability, whatever the rollouts found."""
         if drawn is None:
@@ -270,7 +260,9 @@ class GenerativePolicy(ItemIdGenerator):
             forward = self.prompt_tokens(batch) + self.fed_tokens(target)
         else:
             states, forward = drawn.context, drawn.tokens
-        found = target_signals(self, states, batch, temperature, gradient, space, trajectory)
+        found = target_signals(
+            self, states, batch, options.temperature, options.gradient, options.space, options.trajectory
+        )
         solved, embedding = found.logp.exp(), states.prompt.detach()
         return PolicySignals(
             found.gradient, embedding, solved, found.alignment, forward + found.tokens, backward=found.tokens

@@ -182,6 +182,25 @@ class SupervisedLoss(NamedTuple):
     forward: int = 0
 
 
+@dataclass(frozen=True)
+class SignalOptions:
+    """Which signals are asked for.
+
+    Attributes:
+        gradient: which gradient signal.
+        space: where it is taken.
+        temperature: divides the logits.
+        seed: of what is drawn for it, with the sample_id.
+        trajectory: remembers where training started.
+    """
+
+    gradient: GradientKind
+    space: GradientSpace
+    temperature: float
+    seed: int
+    trajectory: Trajectory
+
+
 class PolicySignals(NamedTuple):
     """What a policy knows of samples beside their rewards, all detached.
 
@@ -323,16 +342,7 @@ class Policy(ExactBuffers, ABC):
 
     @abstractmethod
     def signals(
-        self,
-        batch: Batch,
-        drawn: DrawnGroups | None,
-        advantages: Tensor | None,
-        *,
-        temperature: float,
-        gradient: GradientKind,
-        space: GradientSpace,
-        seed: int,
-        trajectory: Trajectory,
+        self, batch: Batch, drawn: DrawnGroups | None, advantages: Tensor | None, options: SignalOptions
     ) -> PolicySignals:
         """What selection wants to know of samples, see `GRPORecModule.sample_signals`.
 
@@ -340,11 +350,7 @@ class Policy(ExactBuffers, ABC):
             batch: the prompts.
             drawn: their rollouts; None where none are asked for.
             advantages: float32 [B, G] of the rollouts.
-            temperature: divides the logits.
-            gradient: which signal.
-            space: where it is taken.
-            seed: of what is drawn for it, with the sample_id.
-            trajectory: remembers where training started.
+            options: which signals.
         """
 
     def refresh_items(self, step: int | None = None) -> int:

@@ -113,7 +113,7 @@ class PromptTemplate:
         rating: put after a line whose rating is known; `{rating}`.
         age: put after a line whose time is known; `{age}`, for example `3 days`.
         separator: put between the lines of the history.
-        answer: how the model's answer begins, as it stands but for the history. With `{history}` here the model continues
+        answer: how the model's answer begins, as it stands but for the history. With `{history}` here it continues
             with the user's own list, and each stretch of a sequence is the beginning of the next one's prompt: a warm
             start runs them all at once.
         longest_title: characters that are kept of a title or text.

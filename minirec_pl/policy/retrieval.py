@@ -22,6 +22,7 @@ from minirec_pl.policy.interface import (
     PolicySignals,
     Ranking,
     RolloutOptions,
+    SignalOptions,
     SupervisedLoss,
     uniform_numbers,
 )
@@ -36,8 +37,7 @@ from minirec_pl.policy.prompt import EncodedPrompts, PromptTemplate, check_rules
 from minirec_pl.policy.reasoning import Reasoning, ReasoningPass, kept_tokens, read_reasoning, unit
 from minirec_pl.rewards.calls import RewardFunction, reward_name
 from minirec_pl.rewards.functions import SoftmaxMixReward, hit, rank_penalty
-from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace, head_gradient, head_hvp
-from minirec_pl.selection.probes.trajectory import Trajectory
+from minirec_pl.selection.probes.gradients import head_gradient, head_hvp
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.modules import evaluation_mode
 
@@ -479,16 +479,7 @@ class RetrievalPolicy(Policy):
         return CompletionPass(passed.logps, passed.entropy, passed.tokens, rank_target=rank_target)
 
     def signals(
-        self,
-        batch: Batch,
-        drawn: DrawnGroups | None,
-        advantages: Tensor | None,
-        *,
-        temperature: float,
-        gradient: GradientKind,
-        space: GradientSpace,
-        seed: int,
-        trajectory: Trajectory,
+        self, batch: Batch, drawn: DrawnGroups | None, advantages: Tensor | None, options: SignalOptions
     ) -> PolicySignals:
         """See `Policy.signals`.
 
@@ -499,7 +490,7 @@ class RetrievalPolicy(Policy):
         Raises:
             InputError: if the gradient is `trajectory` or the space `lora`.
         """
-        if gradient == "trajectory" or space == "lora":
+        if options.gradient == "trajectory" or options.space == "lora":
             raise InputError(
                 "a RetrievalPolicy has gradient signals at the hidden state of the answer: set the selector's gradient "
                 "to first or hvp, and its gradient_space to answer"
@@ -508,14 +499,14 @@ class RetrievalPolicy(Policy):
         assert advantages is not None
         states, target = drawn.context, batch["target"]
         size = self.cached_negatives or SIGNAL_NEGATIVES
-        others = draw_negatives(len(self.index), target, batch["sample_id"], (seed,), size)
+        others = draw_negatives(len(self.index), target, batch["sample_id"], (options.seed,), size)
         vectors = self.index.vectors[torch.cat([target[:, None], others], dim=1)]
         first = torch.zeros_like(target)
-        options: dict[str, Any] = {"temperature": self.similarity_temperature, "cosine": True}
-        if gradient == "hvp":
-            signal = head_hvp(states[:, 0], vectors, first, **options)
+        head: dict[str, Any] = {"temperature": self.similarity_temperature, "cosine": True}
+        if options.gradient == "hvp":
+            signal = head_hvp(states[:, 0], vectors, first, **head)
         else:
-            slopes = [head_gradient(states[:, g], vectors, first, **options) for g in range(states.shape[1])]
+            slopes = [head_gradient(states[:, g], vectors, first, **head) for g in range(states.shape[1])]
             signal = (torch.stack(slopes, dim=1) * advantages[..., None]).mean(dim=1)
         embedding = unit(states).mean(dim=1).float()
         return PolicySignals(signal.float(), embedding, None, None, forward=drawn.tokens, backward=0)
