@@ -32,7 +32,7 @@ class RolloutSampler:
     """
 
     policy: Policy
-    options: RolloutOptions, SignalOptions
+    options: RolloutOptions
     rewards: Rewarder
     objective: Objective
     cost: Cost

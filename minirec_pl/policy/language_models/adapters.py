@@ -143,8 +143,8 @@ class Lora:
                 return bool(name) and re.fullmatch(self.target_modules, name) is not None
             except re.error as error:
                 raise InputError(
-                    f"lora.target_modules is not a regular expression ({error}): give a list of names, {ALL_LINEAR} or a "
-                    "regular expression"
+                    f"lora.target_modules is not a regular expression ({error}): give a list of names, {ALL_LINEAR} "
+                    "or a regular expression"
                 ) from error
         return any(_ends_with(name, target) for target in self.target_modules)
 
