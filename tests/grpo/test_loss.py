@@ -345,7 +345,7 @@ def test_wrong_options_are_named() -> None:
     with pytest.raises(InputError, match="importance_sampling_level is 'word': choose one of token, sequence"):
         policy_loss(*tensors, importance_sampling_level="word")  # type: ignore[arg-type]
     for delta in (1.2, 0.5, math.nan):
-        with pytest.raises(InputError, match=f"delta is {delta}; .* give more than 1.2"):
+        with pytest.raises(InputError, match=f"delta is {delta}: .* give more than 1.2"):
             policy_loss(*tensors, delta=delta)
     with pytest.raises(InputError, match="beta is -1"):
         policy_loss(*tensors, beta=-1.0)
