@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal
+
+from lightning.pytorch import Callback
 
 from minirec_pl.callbacks.curriculum import Curriculum
 from minirec_pl.callbacks.easy_to_hard_curriculum import EasyToHardCurriculum
@@ -13,9 +16,6 @@ from minirec_pl.selection.probes.head import HeadProbe
 from minirec_pl.selection.selectors.protocol import Selector
 from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.utils.errors import InputError
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
 
 
 class MiniRec(SessionCallback):
@@ -87,9 +87,8 @@ class MiniRec(SessionCallback):
             raise InputError(f"probe is {probe!r}: give an object such as HeadProbe({probe!r}, forward=0, target=1)")
         select = SelectSamples(budget, selector, warmup_epochs=warmup_epochs, every_n_epochs=every_n_epochs)
         self.selector = select.selector
-        self._history = RewardHistory()
         rescore = RescoreSamples(rescore_fraction, probe, score_fraction)
-        self.parts: list[SessionCallback] = [self._history]
+        self.parts: list[SessionCallback] = [RewardHistory()]
         if curriculum == "shuffled" and isinstance(budget, float) and budget == 1.0:
             return
         self.parts.append(select)
@@ -98,18 +97,29 @@ class MiniRec(SessionCallback):
         if curriculum != "shuffled":
             self.parts.append(curriculum or EasyToHardCurriculum())
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Registers every part for its phase."""
-        for part in self.parts:
-            part.setup(trainer, pl_module, stage)
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the states of the parts that have one, by their `state_key`."""
+        return {part.state_key: state for part in self.parts if (state := part.state_dict())}
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Stores the rewards of the batch."""
-        self._history.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draws the last plan."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Gives each part the state that it saved."""
         for part in self.parts:
-            part.on_train_end(trainer, pl_module)
+            if part.state_key in state_dict:
+                part.load_state_dict(state_dict[part.state_key])
+
+
+def _passed_on(name: str) -> Callable[..., None]:
+    """Makes a hook that calls the same hook of every part."""
+
+    def hook(self: MiniRec, *args: Any, **kwargs: Any) -> None:
+        for part in self.parts:
+            getattr(part, name)(*args, **kwargs)
+
+    hook.__name__ = name
+    hook.__doc__ = f"Calls `{name}` of every part."
+    return hook
+
+
+for _name in dir(Callback):
+    if not _name.startswith("_") and callable(getattr(Callback, _name)) and _name not in vars(MiniRec):
+        setattr(MiniRec, _name, _passed_on(_name))

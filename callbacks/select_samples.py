@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minirec_pl.selection.budget import budget_count, check_budget
+from minirec_pl.selection.diagnostics import NEAR_ZERO, Diagnostics
 from minirec_pl.selection.fingerprints import data_fingerprint
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.selectors.baselines import FullSelector
 from minirec_pl.selection.selectors.minirec import MiniRecSelector
 from minirec_pl.selection.selectors.protocol import Selector, signal_options
 from minirec_pl.selection.session.callback import SessionCallback
-from minirec_pl.selection.session.run_files import diagnostics_of, figures_of
 from minirec_pl.selection.session.session import SelectionSession, session_of
 from minirec_pl.utils.errors import InputError
 
@@ -105,10 +107,10 @@ class SelectSamples(SessionCallback):
             return
         first, session.ledger = session.ledger is None, ledger
         if first or trainer.loggers:
-            found = diagnostics_of(session, trainer)
+            found = session.diagnostics(trainer)
             for text in found.warnings if first and trainer.is_global_zero else ():
                 warnings.warn(f"selection: {text}", stacklevel=2)
-            session.log(trainer, figures_of(session, found, before))
+            session.log(trainer, _figures(session, found, before))
         session.leave_files(trainer)
 
     def _pick(self, session: SelectionSession, epoch: int) -> SelectionLedger:
@@ -139,3 +141,34 @@ class SelectSamples(SessionCallback):
                 "it was made for"
             )
         return ledger
+
+
+def _figures(session: SelectionSession, found: Diagnostics, before: Collection[int]) -> dict[str, float]:
+    """What is logged of a selection, by name.
+
+    Args:
+        session: that has just selected.
+        found: its diagnostics.
+        before: sample_ids of the selection before, for the overlap; none for the first.
+    """
+    assert session.selected is not None
+    chosen = session.easiness(session.selected)
+    known = chosen[~chosen.isnan()]
+    values = {
+        "selection/size": float(len(session.selected)),
+        "selection/pool": float(len(session.store)),
+        "cost/selection_seconds": session.cost.seconds["selection"],
+    }
+    if len(known):
+        values["selection/reward_mean"] = float(known.mean())
+        values["selection/share_near_zero"] = float((known < NEAR_ZERO).double().mean())
+    figures = {
+        "learnability_near_zero": found.learnability_near_zero,
+        "learnability_weight": found.learnability_weight,
+        "novelty_share": found.novelty_share,
+        **{f"coverage/{name}": share for name, share in found.coverage.items()},
+    }
+    values |= {f"selection/{name}": value for name, value in figures.items() if not math.isnan(value)}
+    if before:
+        values["selection/overlap"] = len(set(before).intersection(session.selected)) / len(session.selected)
+    return values

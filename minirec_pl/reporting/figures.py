@@ -208,7 +208,7 @@ def vector_map(vectors: torch.Tensor, sample_id: torch.Tensor, plan: pd.DataFram
 
 
 def plan(table: pd.DataFrame) -> Picture:
-    """The easiness along a plan, see `minirec_pl.selection.session.run_files.plan_of`."""
+    """The easiness along a plan, see `SelectionSession.plan_table`."""
     figure, axes = _axes(_WIDE)
     starts = np.flatnonzero(np.diff(table["fold"], prepend=-1)).tolist()
     plot_plan(axes, table["easiness"].tolist(), starts)

@@ -18,7 +18,8 @@ from minirec_pl.data.train_loader import keep_columns
 from minirec_pl.grpo.buffer import take_rows
 from minirec_pl.metrics.ranking import MRR, NDCG, Coverage, HitRate, SampleRanks, target_rank, top_items
 from minirec_pl.policy.interface import Policy
-from minirec_pl.selection.session.resume import RUNNING_KEY, running_of
+from minirec_pl.selection.session.resume import RUNNING_KEY
+from minirec_pl.selection.session.session import session_of
 from minirec_pl.utils.checkpoints import (
     keep_frozen,
     leave_out_copies,
@@ -184,7 +185,7 @@ class RecModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Puts back what a checkpoint was taken in the middle of, and starts the clock of the training phase."""
-        running = running_of(self.trainer)
+        running = session_of(self.trainer).running
         running.start(self.trainer, self)
         if running.validation_left_out:
             self._pass_over_validation()
@@ -199,11 +200,11 @@ class RecModule(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """The first batch of a resumed run starts with the random numbers it would have had."""
-        running_of(self.trainer).begin_batch(self.trainer)
+        session_of(self.trainer).running.begin_batch(self.trainer)
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Keeps what a checkpoint taken during the backward pass needs."""
-        running_of(self.trainer).before_backward(self.trainer, self)
+        session_of(self.trainer).running.before_backward(self.trainer, self)
 
     def on_train_epoch_start(self) -> None:
         """Starts the clock of the training phase."""
@@ -211,7 +212,7 @@ class RecModule(LightningModule):
 
     def on_validation_start(self) -> None:
         """Books the training time so far, so that validation is not counted as training; see `on_train_epoch_end`."""
-        running_of(self.trainer).begin_validation(self.trainer)
+        session_of(self.trainer).running.begin_validation(self.trainer)
         self._keep_frozen()
         self._book_training_time()
 
@@ -221,7 +222,7 @@ class RecModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Books the time since the last batch, waiting for data included."""
-        running_of(self.trainer).end_batch()
+        session_of(self.trainer).running.end_batch()
         self._book_training_time()
 
     def on_train_epoch_end(self) -> None:
@@ -244,7 +245,7 @@ class RecModule(LightningModule):
         model has the same. So are their copies in what callbacks have put into the checkpoint, or in a reference.
         """
         checkpoint["cost"] = self.cost.state_dict()
-        running_of(self.trainer).save(self.trainer, self, checkpoint)
+        session_of(self.trainer).running.save(self.trainer, self, checkpoint)
         fixed = weights_under_adapters(self.policy)
         if fixed and {f"policy.{name}" for name in fixed} <= checkpoint["state_dict"].keys():
             self._keep_frozen()
@@ -295,6 +296,6 @@ class RecModule(LightningModule):
                 "order: use the data it was trained with"
             )
         if RUNNING_KEY in checkpoint and self._trainer is not None and self.trainer.state.fn == "fit":
-            running_of(self.trainer).load(checkpoint[RUNNING_KEY])
+            session_of(self.trainer).running.load(checkpoint[RUNNING_KEY])
         if "cost" in checkpoint:
             self.cost.load_state_dict(checkpoint["cost"])

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from minirec_pl.selection.selectors.protocol import Selector
-from minirec_pl.selection.session.resume import RUNNING_KEY, running_of
+from minirec_pl.selection.session.resume import RUNNING_KEY
 from minirec_pl.selection.session.session import CHECKPOINT_KEY, session_of
 from minirec_pl.utils.errors import InputError
 
@@ -38,12 +38,12 @@ class SessionCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """The first batch of a resumed run starts with the random numbers it would have had."""
         if session_of(trainer).ready:
-            running_of(trainer).begin_batch(trainer)
+            session_of(trainer).running.begin_batch(trainer)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keeps what a checkpoint taken during the backward pass needs."""
         if session_of(trainer).ready:
-            running_of(trainer).before_backward(trainer, pl_module)
+            session_of(trainer).running.before_backward(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes sure that the plan is what the Trainer draws from."""
@@ -57,7 +57,7 @@ class SessionCallback(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes that the validation after the present batch has begun."""
-        running_of(trainer).begin_validation(trainer)
+        session_of(trainer).running.begin_validation(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leaves the files of the last selection and tidies up."""
@@ -73,7 +73,7 @@ class SessionCallback(Callback):
         """Saves the session, once for all callbacks."""
         if CHECKPOINT_KEY not in checkpoint and session_of(trainer).ready:
             checkpoint[CHECKPOINT_KEY] = session_of(trainer).state_dict(trainer)
-            running_of(trainer).save(trainer, pl_module, checkpoint)
+            session_of(trainer).running.save(trainer, pl_module, checkpoint)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Hands the saved session to the new one of a fit."""
@@ -81,4 +81,4 @@ class SessionCallback(Callback):
             session_of(trainer).restore(checkpoint[CHECKPOINT_KEY])
             ranks = checkpoint[CHECKPOINT_KEY]["ranks"]
             # Checkpoints of 0.1 kept the state of a rank inside the session.
-            running_of(trainer).load(checkpoint.get(RUNNING_KEY) or [rank["running"] for rank in ranks])
+            session_of(trainer).running.load(checkpoint.get(RUNNING_KEY) or [rank["running"] for rank in ranks])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,15 +19,6 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 RUNNING_KEY = "minirec_pl.Running"
-
-_running: WeakKeyDictionary[Trainer, Running] = WeakKeyDictionary()
-
-
-def running_of(trainer: Trainer) -> Running:
-    """What a Trainer is in the middle of; made at the first call, shared by its module and all callbacks."""
-    if trainer not in _running:
-        _running[trainer] = Running()
-    return _running[trainer]
 
 
 class Running:

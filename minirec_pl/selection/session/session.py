@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
-from weakref import WeakKeyDictionary
 
+import numpy as np
+import pandas as pd
 import torch
 
 from minirec_pl.data.foreign_loader import ForeignLoader
 from minirec_pl.data.train_loader import TrainLoader, foresee
 from minirec_pl.selection.curriculum import shuffled_curriculum
+from minirec_pl.selection.diagnostics import Diagnostics, diagnose, notable
 from minirec_pl.selection.fingerprints import fingerprints_of
 from minirec_pl.selection.ledger import SelectionLedger
-from minirec_pl.selection.session.resume import epoch_is_done, running_of
-from minirec_pl.selection.session.run_files import RunFiles
+from minirec_pl.selection.session.resume import Running, epoch_is_done
 from minirec_pl.selection.session.scoring import Probe, measure
 from minirec_pl.selection.session.signal_files import SignalFiles, read_vectors
 from minirec_pl.selection.signals import SampleSignals, gather_signals
 from minirec_pl.selection.store import SignalStore
 from minirec_pl.utils.cost import Cost
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.files import write_atomically, write_json
 from minirec_pl.utils.ranks import agree, gather_states, world
 from minirec_pl.utils.run_folder import run_folder
 from minirec_pl.utils.seeds import isolated_random_state, restore_random_state
@@ -37,15 +40,19 @@ Phase = Literal["record", "rescore", "select", "order"]
 PHASES: tuple[Phase, ...] = ("record", "rescore", "select", "order")
 _KEPT = ("selected", "plan", "plan_epoch", "fold_starts", "plan_easiness", "scored", "trained", "target_difficulty")
 CHECKPOINT_KEY = "minirec_pl.SelectionSession"
-
-_sessions: WeakKeyDictionary[Trainer, SelectionSession] = WeakKeyDictionary()
+LEDGER, SIGNALS, DIAGNOSTICS = "ledger.parquet", "signals.safetensors", "diagnostics.json"
+PLAN, EXAMPLES = "plan.parquet", "examples.parquet"
+_PAUSE = 60.0  # seconds between two writings of the files of a selection
+_ATTRIBUTE = "_minirec_session"
 
 
 def session_of(trainer: Trainer) -> SelectionSession:
-    """The session of a Trainer; made at the first call, shared by all callbacks."""
-    if trainer not in _sessions:
-        _sessions[trainer] = SelectionSession()
-    return _sessions[trainer]
+    """Returns the session of a Trainer, which keeps it as an attribute; made at the first call."""
+    session: SelectionSession | None = getattr(trainer, _ATTRIBUTE, None)
+    if session is None:
+        session = SelectionSession()
+        setattr(trainer, _ATTRIBUTE, session)
+    return session
 
 
 def nothing_trained() -> dict[str, float]:
@@ -77,6 +84,8 @@ class SelectionSession:
         trained: what was met in training since the last plan, see `nothing_trained`.
         trained_reward: mean reward met in training between the last two plans; None where none was.
         target_difficulty: target of a `MovingTargetCurriculum`, in [0, 1]; None before its first plan.
+        cost: what the run spent; that of the module where it has one.
+        running: what the run is in the middle of, shared with our modules.
     """
 
     store: SignalStore
@@ -97,12 +106,13 @@ class SelectionSession:
         self.trained_reward: float | None = None
         self.target_difficulty: float | None = None
         self.cost = Cost()
+        self.running = Running()
         self._steps: dict[Phase, Step] = {}
         self._restored: Mapping[str, Any] | None = None
         self._restored_step = 0
         self._own: Mapping[str, Any] | None = None
         self._files = SignalFiles()
-        self._run_files = RunFiles()
+        self._written = time.monotonic()
         self._expected: tuple[int, Callable[[int], int] | None] = (0, None)
         self._folder: Path | None = None
         self._prepared = self._finished = False
@@ -159,7 +169,7 @@ class SelectionSession:
             self.sampler.set_plan(self.plan)
             return
         with isolated_random_state():
-            if (saved := running_of(trainer).random) is not None:  # scoring has the numbers that it would have had
+            if (saved := self.running.random) is not None:  # scoring has the numbers that it would have had
                 restore_random_state(saved)
             self._run(trainer, module, epoch)
 
@@ -296,7 +306,7 @@ class SelectionSession:
             if isinstance(self._train.loader, ForeignLoader) and self._own["loader"] is not None:
                 self._train.loader.load_generators(self._own["loader"])  # Lightning has given all ranks those of one
             self._own = None
-        running_of(trainer).start(trainer, module)
+        self.running.start(trainer, module)
 
     def finish(self, trainer: Trainer) -> None:
         """Called in `on_fit_end`, and when a fit is broken off; the first call counts."""
@@ -306,8 +316,57 @@ class SelectionSession:
             self._prune(trainer, self.folder(trainer))
 
     def leave_files(self, trainer: Trainer, *, at_once: bool = False) -> None:
-        """Writes what the run leaves of the last selection, see `RunFiles`."""
-        self._run_files.write(self, trainer, at_once=at_once)
+        """Writes what the last selection leaves in the run folder, on the first rank.
+
+        `ledger.parquet`, `diagnostics.json` and, if the pool was scored, `signals.safetensors`. At the end also
+        `plan.parquet` (see `plan_table`) and, where the DataModule has words, `examples.parquet`, the samples of
+        `notable` in words. Without a ledger only the plan is written.
+
+        Args:
+            trainer: whose run folder is written to.
+            at_once: True at the end; False writes nothing within a minute of the last time.
+
+        Raises:
+            InputError: if the folder cannot be written.
+        """
+        if not trainer.is_global_zero:
+            return
+        if not at_once and (self.ledger is None or time.monotonic() - self._written < _PAUSE):
+            return
+        folder = self.folder(trainer)
+        if at_once and self.plan is not None:
+            _write_table(self.plan_table(), folder / PLAN)
+        if self.ledger is None:
+            return
+        self.ledger.to_parquet(folder / LEDGER)
+        write_json(folder / DIAGNOSTICS, self.diagnostics(trainer).as_dict())
+        if self.scored:
+            self.store.save(folder / SIGNALS)
+        in_words = getattr(getattr(trainer, "datamodule", None), "sample_texts", None)
+        if at_once and in_words is not None:
+            ids = pd.concat([rows["sample_id"] for rows in notable(self.ledger).values()])
+            _write_table(in_words(np.unique(ids.to_numpy(dtype=np.int64))), folder / EXAMPLES)
+        self._written = time.monotonic()
+
+    def plan_table(self) -> pd.DataFrame:
+        """The plan: epoch, position, fold (from 0), sample_id and easiness (NaN where the order is random)."""
+        assert self.plan is not None
+        position = np.arange(len(self.plan))
+        return pd.DataFrame(
+            {
+                "epoch": self.plan_epoch,
+                "position": position,
+                "fold": np.searchsorted(self.fold_starts or [0], position, side="right") - 1,
+                "sample_id": self.plan,
+                "easiness": self.plan_easiness or np.nan,
+            }
+        )
+
+    def diagnostics(self, trainer: Trainer) -> Diagnostics:
+        """Diagnostics of the ledger, with the coverage of users and items where the DataModule knows them."""
+        assert self.ledger is not None
+        describe = getattr(getattr(trainer, "datamodule", None), "users_and_items", None)
+        return diagnose(self.ledger, None if describe is None else describe(self.store.sample_ids.numpy()))
 
     def _prune(self, trainer: Trainer, folder: Path) -> None:
         if trainer.is_global_zero:
@@ -330,3 +389,7 @@ class SelectionSession:
             self._train.loader.load_state_dict(self._own["loader"])  # Lightning does so inside an epoch only
         self._restored_step = int(state["step"])
         return int(state["next_epoch"])
+
+
+def _write_table(table: pd.DataFrame, path: Path) -> None:
+    write_atomically(path, lambda scratch: table.to_parquet(scratch, index=False))

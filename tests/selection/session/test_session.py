@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from minirec_pl.callbacks import MiniRec, RescoreSamples, SelectSamples
 from minirec_pl.probes import HeadProbe
 from minirec_pl.selection import MiniRecSelector, SelectionLedger, SignalStore
-from minirec_pl.selection.session import run_files
+from minirec_pl.selection.session import session as session_file
 from minirec_pl.selection.session.session import session_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -47,7 +47,7 @@ def left(folder, trainer):
 
 @pytest.mark.parametrize("pause", [0.0, 3600.0])
 def test_files_are_written_at_the_end_and_before_only_after_a_pause(make_trainer, tmp_path, monkeypatch, pause):
-    monkeypatch.setattr(run_files, "_PAUSE", pause)
+    monkeypatch.setattr(session_file, "_PAUSE", pause)
     look = Look(tmp_path / "run")
     trainer = make_trainer(callbacks=[minirec(), look], max_epochs=3)
     trainer.fit(Classifier(), loader_of())
