@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, Literal
 
 from lightning.pytorch import Callback
@@ -97,6 +98,7 @@ class MiniRec(SessionCallback):
         if curriculum != "shuffled":
             self.parts.append(curriculum or EasyToHardCurriculum())
 
+    @wraps(Callback.state_dict)  # Lightning takes it for stateless and leaves it to the session to refuse a second one
     def state_dict(self) -> dict[str, Any]:
         """Returns the states of the parts that have one, by their `state_key`."""
         return {part.state_key: state for part in self.parts if (state := part.state_dict())}

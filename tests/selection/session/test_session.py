@@ -1,6 +1,10 @@
-"""What a fit leaves of its last selection: when it ends, when it is broken off, and not every epoch."""
+"""The session of a Trainer, and what a fit leaves of its last selection: when it ends or is broken off."""
 
+import copy
+import gc
 import json
+import pickle
+import weakref
 
 import pandas as pd
 import pytest
@@ -9,9 +13,10 @@ from helpers.foreign import Classifier, loader_of
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
-from minirec_pl.callbacks import MiniRec, RescoreSamples, SelectSamples
+from minirec_pl import GRPORecModule
+from minirec_pl.callbacks import EasyToHardCurriculum, MiniRec, RescoreSamples, SelectSamples
 from minirec_pl.probes import HeadProbe
-from minirec_pl.selection import MiniRecSelector, SelectionLedger, SignalStore
+from minirec_pl.selection import MiniRecSelector, RandomSelector, SelectionLedger, SignalStore
 from minirec_pl.selection.session import session as session_file
 from minirec_pl.selection.session.session import session_of
 
@@ -101,3 +106,48 @@ def test_everything_selected_and_not_reordered_scores_selects_and_writes_nothing
     assert set(session.cost.seconds.values()) == {0.0}
     assert not list((tmp_path / "run").glob("*"))
     assert torch.isfinite(module.path[-1]).all()
+
+
+class Keeps(EasyToHardCurriculum):
+    """Keeps the Trainer, as callbacks of users do."""
+
+    def setup(self, trainer, pl_module, stage):
+        self.trainer = trainer
+        super().setup(trainer, pl_module, stage)
+
+
+def test_a_session_is_there_before_the_fit_and_goes_with_its_trainer(make_trainer):
+    trainer = make_trainer(callbacks=[minirec(curriculum=Keeps())])
+    session = session_of(trainer)
+    assert not session.ready
+    assert session_of(make_trainer()) is not session
+    for fits in (1, 2):
+        trainer.fit_loop.max_epochs = 2 * fits
+        trainer.fit(Classifier(), loader_of())
+        assert session_of(trainer) is session
+        assert session.plan_epoch == 2 * fits - 1
+    gone = weakref.ref(session)
+    del trainer, session
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda trainer: pickle.loads(pickle.dumps(trainer))])
+def test_a_copied_trainer_has_a_session_of_its_own(make_trainer, toy_data, tiny_policy, copied):
+    """A script copies a Trainer; the processes that a strategy spawns unpickle one."""
+
+    def fit(trainer):
+        trainer.fit(GRPORecModule(tiny_policy(), num_generations=2, optimizer=torch.optim.SGD), toy_data())
+
+    trainer = make_trainer(callbacks=[MiniRec(12, selector=RandomSelector(), curriculum="shuffled")])
+    session, other = session_of(trainer), copied(trainer)
+    fit(other)
+    assert session_of(other).plan_epoch == 1
+    assert not session.ready
+    fit(trainer)
+    plan, other = session.plan, copy.deepcopy(trainer)
+    other.fit_loop.max_epochs = 4
+    fit(other)
+    assert session_of(other).plan_epoch == 3
+    assert session_of(trainer) is session
+    assert session.plan == plan
