@@ -1,4 +1,4 @@
-"""What the callbacks that order an epoch share."""
+"""The base class of the callbacks that order an epoch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class Curriculum(SessionCallback, ABC):
-    """Plans each epoch: the chosen samples (the whole pool where none were chosen) in the order of `_plan`.
+    """Plans each epoch: the chosen samples (the whole pool if none were chosen) in the order of `_plan`.
 
     Samples are ordered by their easiness, the mean reward or exact solve probability; an unknown one counts as the
-    mean. Where nothing is known at all, the epoch is shuffled. Leaves `curriculum.png`, the easiness along the last
-    plan, in the run folder.
+    mean. Where nothing is known at all, the epoch is shuffled. Writes `curriculum.png`, the easiness along the last
+    plan, to the run folder.
 
     Attributes:
-        order: the order in words, for the picture; None for folds from easy to hard.
+        order: the order in words, for the picture; None means folds from easy to hard.
     """
 
     order: str | None = None
@@ -35,7 +35,7 @@ class Curriculum(SessionCallback, ABC):
     def _plan(
         self, session: SelectionSession, trainer: Trainer, chosen: list[int], easiness: Tensor, epoch: int
     ) -> list[int]:
-        """The chosen sample_ids in the order to train on."""
+        """Returns the chosen sample_ids in the order to train on."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Registers for the phase `order`."""

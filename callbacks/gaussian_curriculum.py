@@ -47,7 +47,7 @@ class GaussianCurriculum(Curriculum):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Registers for the phase `order`."""
         if stage == "fit" and (trainer.max_epochs is None or trainer.max_epochs < 1):
-            raise InputError("GaussianCurriculum must know how long the training is: set `trainer.max_epochs`")
+            raise InputError("GaussianCurriculum needs the length of the training: set `trainer.max_epochs`")
         super().setup(trainer, pl_module, stage)
 
     def _plan(

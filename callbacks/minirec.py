@@ -1,4 +1,4 @@
-"""Selection and curriculum in one line."""
+"""Selects and orders the samples of each epoch, in one callback."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from minirec_pl.utils.errors import InputError
 class MiniRec(SessionCallback):
     """Trains on a small part of the pool, chosen anew as the policy learns, from easy to hard (arXiv 2602.04278).
 
-    The same as the callbacks `RewardHistory()`, `RescoreSamples(rescore_fraction, probe,
-    score_fraction)`, `SelectSamples(budget, selector)` and `curriculum` together. Nothing is scored for
-    a selector that needs no signals, unless the curriculum does, and with `budget=1.0, curriculum="shuffled"` nothing
-    is scored or selected.
+    The same as the callbacks `RewardHistory()`, `RescoreSamples(rescore_fraction, probe, score_fraction)`,
+    `SelectSamples(budget, selector)` and `curriculum` together, its parts, on which it passes every hook of Lightning.
+    With `curriculum="shuffled"` nothing is scored for a selector that needs no signals; with `budget=1.0` besides,
+    nothing is scored or selected at all.
 
     The schedule, in the same words for GRPO and for any other module:
 
@@ -37,25 +37,25 @@ class MiniRec(SessionCallback):
     | `rescore_fraction` | 0.1 | share of the pool in [0, 1] | scored again after an epoch, stalest first |
     | `score_fraction` | 1.0 | share of the pool in (0, 1] | scored before the first selection, drawn at random |
     | `selector` | `MiniRecSelector()` | object | which samples |
-    | `curriculum` | `EasyToHardCurriculum()` | object, or "shuffled" | in which order; made anew every epoch |
+    | `curriculum` | `EasyToHardCurriculum()` | object, or "shuffled" | in which order; planned anew every epoch |
 
-    A pool is what the training loader would train on. `trainer.estimated_stepping_batches` counts the steps of this
+    The pool is what the training loader would train on. `trainer.estimated_stepping_batches` counts the steps of this
     schedule when `configure_optimizers` reads it, rounded up to whole steps per epoch where there is a warm-up.
 
     Args:
         budget: a share of the pool as a float, or a number of samples as an int.
         warmup_epochs: epochs on the whole pool before the first selection.
-        every_n_epochs: a new selection every so many epochs.
+        every_n_epochs: epochs from one selection to the next.
         rescore_fraction: part of the pool that is scored again after each epoch, stalest first.
-        selector: how to pick; None takes `MiniRecSelector()`.
-        curriculum: how to order what was picked; None takes `EasyToHardCurriculum()`, "shuffled" shuffles every epoch.
+        selector: picks the samples; None takes `MiniRecSelector()`.
+        curriculum: orders what was picked; None takes `EasyToHardCurriculum()`, "shuffled" shuffles every epoch.
             The others are `HardToEasyCurriculum`, `MovingTargetCurriculum` and `GaussianCurriculum`.
         probe: how a module without `sample_signals(batch)` is scored, for instance `HeadProbe("classifier")`.
         score_fraction: part of the pool that is scored before the first selection, drawn at random; what was never
-            scored is not picked. With as large a `rescore_fraction` each epoch chooses among more of the pool.
+            scored is not picked. With a `rescore_fraction` as large, each epoch chooses among more of the pool.
 
     Raises:
-        InputError: for an argument of another type, and as the single callbacks do.
+        InputError: if an argument has another type, and as the single callbacks do.
 
     Example:
         >>> from lightning.pytorch import Trainer

@@ -20,7 +20,8 @@ class MovingTargetCurriculum(Curriculum):
     """Plans an epoch by distance to a target difficulty, nearest first (AdaRFT, arXiv 2504.05520).
 
     The target moves between epochs with the mean reward met in training (see `minirec_pl.selection.move_target` and
-    `target_curriculum`), which `RewardHistory` stores; a checkpoint keeps it. Logs `curriculum/target_difficulty`.
+    `target_curriculum`), which `RewardHistory` stores. Checkpoints keep the target. Logs
+    `curriculum/target_difficulty`.
 
     Args:
         target: target difficulty of the first epoch, from 0 (easiest) to 1; difficulty is 1 - mean reward.
@@ -45,7 +46,7 @@ class MovingTargetCurriculum(Curriculum):
     ) -> None:
         super().__init__(seed)
         if not 0.0 <= target <= 1.0:
-            raise InputError(f"target is {target}: it is a difficulty, from 0 (easiest) to 1")
+            raise InputError(f"target is {target}: give a difficulty from 0 (easiest) to 1")
         for name, value in (("step_size", step_size), ("sensitivity", sensitivity)):
             if not 0.0 < value < math.inf:
                 raise InputError(f"{name} is {value}: give a finite number above 0")
@@ -70,7 +71,7 @@ class MovingTargetCurriculum(Curriculum):
             )
         elif session.plan_epoch >= 0:
             raise InputError(
-                f"MovingTargetCurriculum follows the training reward, and epoch {session.plan_epoch} met none: add the "
+                f"MovingTargetCurriculum follows the training reward, but epoch {session.plan_epoch} met none: add the "
                 "callback RewardHistory() and return `signals` with rewards from training_step"
             )
         session.target_difficulty = target

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 class RescoreSamples(SessionCallback):
-    """Takes rewards, gradient signals and embeddings of samples from the module, in one pass.
+    """Measures rewards, gradient signals and embeddings of samples, in one pass.
 
-    Before the first selection the whole pool is scored, or a random part of it; after each epoch the stalest
-    `rescore_fraction`, samples never scored first; with `fast_dev_run` at most 64. What was never scored is not picked.
+    Scores the whole pool or a random part of it before the first selection, and the stalest `rescore_fraction` after
+    each epoch, samples never scored first; with `fast_dev_run` at most 64. What was never scored is not picked.
 
     Args:
         rescore_fraction: part of the pool that is scored again after an epoch, from 0 (never) to 1 (all of it).
-        probe: how; None asks the module's `sample_signals(batch)`, any other module takes a `HeadProbe`.
+        probe: how to score; None calls the module's `sample_signals(batch)`, other modules need a `HeadProbe`.
         score_fraction: part of the pool that is scored before the first selection, above 0 and at most 1.
 
     Raises:
@@ -35,9 +35,9 @@ class RescoreSamples(SessionCallback):
     ) -> None:
         super().__init__()
         if not 0.0 < score_fraction <= 1.0:
-            raise InputError(f"score_fraction is {score_fraction}: it is a part of the pool, above 0 and at most 1")
+            raise InputError(f"score_fraction is {score_fraction}: give a part of the pool, above 0 and at most 1")
         if not 0.0 <= rescore_fraction <= 1.0:
-            raise InputError(f"rescore_fraction is {rescore_fraction}: it is a part of the pool, from 0 to 1")
+            raise InputError(f"rescore_fraction is {rescore_fraction}: give a part of the pool, from 0 to 1")
         self.rescore_fraction = rescore_fraction
         self.probe = probe
         self.score_fraction = score_fraction

@@ -1,4 +1,4 @@
-"""Rewards met in training are free updates of the store."""
+"""Stores the rewards met in training, which cost nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RewardHistory(SessionCallback):
     """Stores the `signals` that `training_step` returns beside its `loss`.
 
     A `training_step` that returns `{"loss": ..., "signals": SampleSignals(sample_id, rewards)}`, as that of
-    `GRPORecModule` does, keeps the store up to date at no cost; any other is left alone.
+    `GRPORecModule` does, keeps the store up to date at no cost. Other return values are ignored.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

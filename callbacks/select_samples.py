@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 class SelectSamples(SessionCallback):
     """Trains each epoch on the samples a selector picks, or on those of a ledger written before.
 
-    Leaves `ledger.parquet` (every sample's scores, rank and reason), `diagnostics.json` and `signals.safetensors` of
-    the last selection in the run folder when the fit ends or is broken off (before, at most once a minute), and warns
-    at the first selection where the scores are degenerate.
+    Writes `ledger.parquet` (every sample's scores, rank and reason), `diagnostics.json` and `signals.safetensors` of
+    the last selection to the run folder when the fit ends or fails, and before that at most once a minute. Warns at
+    the first selection if the scores are degenerate.
 
     Args:
         budget: a fraction of the pool in (0, 1] as a float, or a number of samples as an int. None takes 0.1, or with
             `ledger` all that it selected; a smaller budget takes the ledger's best.
-        selector: how to pick; `MiniRecSelector()` by default.
+        selector: picks the samples; `MiniRecSelector()` by default.
         ledger: parquet file of a selection to train on, fixed for all epochs; it takes the place of `selector`.
         warmup_epochs: epochs on the whole pool before the first selection.
-        every_n_epochs: a new selection every so many epochs.
+        every_n_epochs: epochs from one selection to the next.
 
     Raises:
         InputError: if the budget is not positive, a fraction above 1 or a number above the pool, or another option is
@@ -56,7 +56,7 @@ class SelectSamples(SessionCallback):
         check_budget(budget)
         if warmup_epochs < 0 or every_n_epochs < 1:
             raise InputError(
-                f"warmup_epochs is {warmup_epochs} and every_n_epochs {every_n_epochs}: they must be at least 0 and 1"
+                f"warmup_epochs is {warmup_epochs} and every_n_epochs {every_n_epochs}: give at least 0 and at least 1"
             )
         self.budget = 0.1 if budget is None and ledger is None else budget
         self.selector: Selector = selector or MiniRecSelector()
@@ -144,7 +144,7 @@ class SelectSamples(SessionCallback):
 
 
 def _figures(session: SelectionSession, found: Diagnostics, before: Collection[int]) -> dict[str, float]:
-    """What is logged of a selection, by name.
+    """Returns what is logged of a selection, by name.
 
     Args:
         session: that has just selected.

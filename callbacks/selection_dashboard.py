@@ -1,4 +1,4 @@
-"""Shows in W&B, TensorBoard or CSV what was selected, why, and what it cost."""
+"""Logs to W&B, TensorBoard or CSV what was selected, why, and what it cost."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from minirec_pl.utils.errors import InputError
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-STEP_METRICS = {  # what W&B plots them over by default
+_STEP_METRICS = {  # what W&B plots them over by default
     "cost/tokens": ("val/ndcg@10", "val/hit_rate@10", "val/mrr", "val/coverage@10"),
     "cost/rollouts": ("train/reward", "reward", "reward_std", "frac_reward_zero_std", "entropy"),
 }
 
 
 class SelectionDashboard(Callback):
-    """Logs each selection and plan, and the cost beside every figure, under names that stay.
+    """Logs each selection and plan, and the cost beside every figure, under stable names.
 
     | name | what | unit | when | loggers |
     |---|---|---|---|---|
@@ -38,9 +38,9 @@ class SelectionDashboard(Callback):
     | `cost/warm_start_seconds`, `cost/training_seconds` | by phase | s | each epoch's end | all |
 
     TERM is difficulty, learnability, representativeness or novelty; one that the selector does not know is left out.
-    Costs are running totals of the first rank, of a module with a `cost`, as ours have; of another none is logged.
+    Costs are running totals of the first rank. They are logged for modules with a `cost`, as those of this library.
 
-    What the selection's own callbacks log, to all loggers, is on the documentation's page Metrics.
+    The documentation's page Metrics lists what the selection callbacks themselves log, to all loggers.
 
     W&B plots the validation over `cost/tokens` and the rewards over `cost/rollouts` unless told otherwise; every row
     that holds them holds all three costs. Other loggers take no tables: the ledger is the `ledger.parquet` of the run
@@ -67,12 +67,12 @@ class SelectionDashboard(Callback):
         self._shown = (-1, None)
         if trainer.is_global_zero and _cost(pl_module) is not None:
             for experiment in _experiments(trainer, "WandbLogger"):
-                for step_metric, names in STEP_METRICS.items():
+                for step_metric, names in _STEP_METRICS.items():
                     for name in names:
                         experiment.define_metric(name, step_metric=step_metric)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the plan that a run starts or goes on with."""
+        """Logs the plan that a run starts or resumes with."""
         self._show(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -93,7 +93,7 @@ class SelectionDashboard(Callback):
             self._log_cost(trainer, pl_module, by_phase=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs what has been spent, by phase, too."""
+        """Logs what has been spent, also by phase."""
         self._log_cost(trainer, pl_module, by_phase=True)
 
     def _log_cost(self, trainer: Trainer, module: LightningModule, *, by_phase: bool, on_step: bool = False) -> None:
@@ -126,7 +126,7 @@ def _cost(module: LightningModule) -> Cost | None:
 
 
 def _experiments(trainer: Trainer, kind: str) -> Iterator[Any]:
-    """What the loggers of a class, of `lightning` or `pytorch_lightning`, write to."""
+    """Yields what the loggers of a class write to, whether of `lightning` or `pytorch_lightning`."""
     for logger in trainer.loggers:
         if any(base.__name__ == kind for base in type(logger).__mro__):
             yield logger.experiment  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""How many samples a budget means."""
+"""How many samples a budget stands for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from minirec_pl.utils.errors import InputError
 
 
 def check_budget(budget: int | float | None) -> None:
-    """Refuses budgets that no pool can meet.
+    """Refuses a budget that no pool can meet.
 
     Raises:
         InputError: if the budget is not positive, or above 1 and not a whole number.
@@ -18,11 +18,13 @@ def check_budget(budget: int | float | None) -> None:
             f"budget is {budget!r}: give a fraction of the pool in (0, 1] such as 0.1, or a number of samples"
         )
     if budget > 1 and not float(budget).is_integer():
-        raise InputError(f"budget is {budget}: a fraction is at most 1.0; for a number of samples write an integer")
+        raise InputError(
+            f"budget is {budget}, a fraction above 1: give at most 1.0, or an integer for a number of samples"
+        )
 
 
 def budget_count(budget: int | float | None, n: int) -> int:
-    """Number of samples that a budget means in a pool of n, at least 1; 20.0 is as good as 20, but 1.0 is the pool.
+    """Returns the number of samples of a budget in a pool of n, at least 1; 20.0 means 20, 1.0 the whole pool.
 
     Raises:
         InputError: if a number of samples is above n.

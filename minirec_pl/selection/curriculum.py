@@ -17,12 +17,12 @@ _SAMPLES_PER_FOLD = 64
 
 
 def default_folds(n_samples: int) -> int:
-    """Number of folds of a plan: one per 64 samples, K = max(1, n // 64)."""
+    """Returns the number of folds of a plan: one per 64 samples, K = max(1, n // 64)."""
     return max(1, n_samples // _SAMPLES_PER_FOLD)
 
 
 def fold_starts(n_samples: int, n_folds: int) -> list[int]:
-    """Position in the plan at which each fold starts.
+    """Returns the positions in the plan at which the folds start.
 
     Args:
         n_samples: Samples in the plan, n.
@@ -35,7 +35,7 @@ def fold_starts(n_samples: int, n_folds: int) -> list[int]:
         InputError: If `n_folds` is not in 1..n.
     """
     if not 1 <= n_folds <= n_samples:
-        raise InputError(f"n_folds must lie in 1..{n_samples}, the number of selected samples, not {n_folds}.")
+        raise InputError(f"n_folds is {n_folds}: give 1 to {n_samples}, the number of selected samples")
     return [fold * (n_samples // n_folds) for fold in range(n_folds)]
 
 
@@ -121,7 +121,7 @@ def move_target(
     sensitivity: float = 2.0,
     target_reward: float = 0.5,
 ) -> float:
-    """The next target difficulty of AdaRFT (arXiv 2504.05520).
+    """Moves the target difficulty by the mean reward, as AdaRFT does (arXiv 2504.05520).
 
     T' = clip(T + eta tanh(alpha (R - beta)), 0, 1): harder while the policy earns more than beta, easier while it earns
     less. Theirs has difficulties of 0 to 100 and eta = 50; here they are 0 to 1.
@@ -176,7 +176,7 @@ def gaussian_curriculum(
     width: float = 0.5,
     seed: int = 42,
 ) -> list[int]:
-    """Draws samples by level of difficulty, at first mostly easy ones, later mostly hard ones (E2H, arXiv 2506.06632).
+    """Draws samples by level of difficulty, mostly easy ones first and hard ones later (E2H, arXiv 2506.06632).
 
     At progress t / T of the training, a sample of level k in 0..K-1 is drawn with the probability P(k) proportional to
     exp(-(k - mu)^2 / (2 sigma^2)), mu = (t / T)^beta (K - 1). How ours differs: the levels are K equal parts of the
@@ -200,13 +200,13 @@ def gaussian_curriculum(
         InputError: As `fold_curriculum`, or if an option is out of range.
     """
     if not 0 <= epoch < epochs:
-        raise InputError(f"epoch must lie in 0..{epochs - 1}, before the end of the training, not {epoch}.")
+        raise InputError(f"epoch is {epoch}: give 0 to {epochs - 1}, an epoch of the training")
     if not (exponent > 0 and width > 0):
-        raise InputError(f"exponent and width must be positive, not {exponent} and {width}.")
+        raise InputError(f"exponent is {exponent} and width {width}: give numbers above 0")
     by_ease = fold_curriculum(sample_ids, rewards, 1, seed=seed)
     n = len(by_ease)
     if not 1 <= n_levels <= n:
-        raise InputError(f"n_levels must lie in 1..{n}, the number of selected samples, not {n_levels}.")
+        raise InputError(f"n_levels is {n_levels}: give 1 to {n}, the number of selected samples")
     random_numbers = np.random.default_rng([seed, epoch])
     queues = [random_numbers.permutation(level).tolist() for level in np.array_split(np.array(by_ease), n_levels)]
     mean = ((epoch + np.arange(n) / n) / epochs) ** exponent * (n_levels - 1)
@@ -222,9 +222,9 @@ def gaussian_curriculum(
 def _distinct(sample_ids: Array | Sequence[int]) -> Tensor:
     ids = as_ids(sample_ids)
     if not len(ids):
-        raise InputError("there is no sample to order: the selection is empty.")
+        raise InputError("the selection is empty: give at least one sample to order")
     if len(repeated := repeated_ids(ids)):
-        raise InputError(f"sample_id {name_ids(repeated)} occurs more than once in the selection.")
+        raise InputError(f"sample_id {name_ids(repeated)} occurs more than once in the selection: give each once")
     return ids
 
 
@@ -232,7 +232,8 @@ def _reward_of(sample_ids: Array | Sequence[int], rewards: Array | Sequence[floa
     ids = _distinct(sample_ids)
     easiness = torch.as_tensor(rewards).detach().to("cpu", torch.float64)
     if easiness.shape != ids.shape:
-        raise InputError(f"rewards must have the shape [{len(ids)}], one per sample_id, not {list(easiness.shape)}.")
+        raise InputError(f"rewards have the shape {list(easiness.shape)}: give [{len(ids)}], one per sample_id")
     if not torch.isfinite(easiness).all():
-        raise InputError(f"the reward of sample_id {name_ids(ids[~torch.isfinite(easiness)])} is NaN or infinite.")
+        bad = name_ids(ids[~torch.isfinite(easiness)])
+        raise InputError(f"the reward of sample_id {bad} is NaN or infinite: fix the reward function")
     return dict(zip(ids.tolist(), easiness.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""What to look at before trusting a subset."""
+"""Figures and warnings to look at before trusting a subset."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from minirec_pl.utils.errors import InputError
 Floats: TypeAlias = npt.NDArray[np.float64]
 Bools: TypeAlias = npt.NDArray[np.bool_]
 NEAR_ZERO = 0.05  # below it a reward, a difficulty or a scaled learnability says "no"
-_MOST = 0.9  # a share from which on a warning speaks up
+_MOST = 0.9  # shares from which on there is a warning
 _MANY = 0.25
 
 
@@ -39,7 +39,7 @@ class Diagnostics:
         correlation: Pearson's, of L and R.
         novelty_share: share of the picks that alpha L + R alone would not have picked.
         coverage: share of the pool's distinct values that the picks have too, by column (users, items).
-        warnings: what is wrong with the scores, each with its remedy.
+        warnings: what is wrong with the scores, each with what to do.
     """
 
     n_pool: int
@@ -56,12 +56,12 @@ class Diagnostics:
     warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: NaN becomes None."""
+        """Returns the figures for JSON, with None for NaN."""
         return {name: _no_nan(value) for name, value in asdict(self).items()}
 
 
 def diagnose(ledger: SelectionLedger, samples: pd.DataFrame | None = None) -> Diagnostics:
-    """Looks for what makes a subset worth less than it seems.
+    """Computes the figures of a selection and warns of what makes it worth less than it seems.
 
     Args:
         ledger: of the selection.
@@ -105,29 +105,29 @@ def _warnings(found: Diagnostics, learn: Floats, represent: Floats) -> list[str]
     if found.learnability_near_zero >= _MOST:
         said.append(
             f"learnability is below {NEAR_ZERO} for {found.learnability_near_zero:.0%} of the scored pool and "
-            f"separates {found.n_separated} of {len(learn)} samples: rewards are far from mu, so "
-            "representativeness and novelty decide; set difficulty='pass_at_group', calibrate='quantile' or a mu "
+            f"separates {found.n_separated} of {len(learn)} samples; rewards are far from mu, so "
+            "representativeness and novelty decide: set difficulty='pass_at_group', calibrate='quantile' or a mu "
             "nearer to the difficulties"
         )
     elif len(learn) > 1 and _flat(learn):
         said.append(
-            "learnability is the same for all samples, so it decides nothing: all difficulties are equal; draw more "
+            "learnability is the same for all samples, so it decides nothing; all difficulties are equal: draw more "
             "rollouts or use a finer reward"
         )
     if len(represent) > 1 and _flat(represent):
         said.append(
-            "representativeness is the same for all samples, so it decides nothing: there are no gradients, or they "
-            "are all equal or zero; return `gradient` from sample_signals, or use other rewards"
+            "representativeness is the same for all samples, so it decides nothing; there are no gradients, or they "
+            "are all equal or zero: return `gradient` from sample_signals, or use other rewards"
         )
     if found.share_near_zero >= _MANY:
         said.append(
-            f"{found.share_near_zero:.0%} of the picks have a reward or difficulty below {NEAR_ZERO}: most of their "
-            "rollouts will teach nothing; use mode='paper' with its gate, or difficulty='pass_at_group'"
+            f"{found.share_near_zero:.0%} of the picks have a reward or difficulty below {NEAR_ZERO}; most of their "
+            "rollouts will teach nothing: use mode='paper' with its gate, or difficulty='pass_at_group'"
         )
     if found.novelty_share >= _MOST and found.n_selected > 1:
         said.append(
-            f"novelty decides {found.novelty_share:.0%} of the picks: nearly all of the samples with the best scores "
-            "were passed over for being alike; check that the embeddings are the policy's own, or raise the budget"
+            f"novelty decides {found.novelty_share:.0%} of the picks; nearly all of the samples with the best scores "
+            "were passed over for being alike: check that the embeddings are the policy's own, or raise the budget"
         )
     return said
 
@@ -142,12 +142,14 @@ def _novelty_share(columns: Mapping[str, npt.NDArray[Any]]) -> float:
 
 def _coverage(ledger: SelectionLedger, samples: pd.DataFrame) -> dict[str, float]:
     if "sample_id" not in samples:
-        raise InputError("the table of samples has no column sample_id; give it one row per sample of the pool.")
+        raise InputError("the table of samples has no column sample_id: give it one row per sample of the pool")
     rows = samples.set_index("sample_id")
     ids = ledger.columns["sample_id"]
     missing = ids[~np.isin(ids, rows.index)]
     if len(missing):
-        raise InputError(f"the table of samples has no row for sample_id {int(missing[0])} of the pool.")
+        raise InputError(
+            f"the table of samples has no row for sample_id {int(missing[0])}: give one per sample of the pool"
+        )
     pool, picks = rows.loc[ids], rows.loc[ledger.selected()]
     return {str(name): _ratio(picks[name].nunique(), pool[name].nunique(), len(pool)) for name in rows.columns}
 
@@ -183,16 +185,16 @@ def _no_nan(value: Any) -> Any:
 
 
 def ease_of(ledger: SelectionLedger) -> pd.Series:
-    """How easy each sample is, [N] float64 in the order of the ledger, NaN where not known.
+    """Returns how easy each sample is, [N] float64 in the order of the ledger, NaN where not known.
 
-    The difficulty in use; where the selector used none, the mean reward. Its name says which.
+    It is the difficulty in use or, where the selector used none, the mean reward. The name of the series says which.
     """
     table = ledger.table
     return table["difficulty"] if table["difficulty"].notna().any() else table["reward_mean"]
 
 
 def notable(ledger: SelectionLedger, n: int = 5) -> dict[str, pd.DataFrame]:
-    """Rows of a ledger, with `ease` of `ease_of` added.
+    """Returns the rows of a ledger that a report shows, with `ease` of `ease_of` added.
 
     Args:
         ledger: of the selection.

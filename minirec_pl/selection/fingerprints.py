@@ -1,4 +1,4 @@
-"""What signals were measured with: short texts that tell one policy or data set from another."""
+"""Fingerprints of what signals were measured with, which tell one policy or data set from another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minirec_pl.utils.checkpoints import weights_digest
 
 
 def weights_fingerprint(module: nn.Module) -> str:
-    """SHA-256 (hex) of names, types, shapes and values of all weights and buffers.
+    """Returns the SHA-256 (hex) of names, types, shapes and values of all weights and buffers.
 
     Args:
         module: on any device.
@@ -21,7 +21,7 @@ def weights_fingerprint(module: nn.Module) -> str:
 
 
 def data_fingerprint(data: Any, sample_ids: Array) -> str:
-    """A DataModule's own `fingerprint` if it has one, else SHA-256 (hex) of the pool, whatever the order of its ids.
+    """Returns a DataModule's own `fingerprint`, else the SHA-256 (hex) of the pool, whatever the order of its ids.
 
     Args:
         data: a DataModule or None.
@@ -32,7 +32,7 @@ def data_fingerprint(data: Any, sample_ids: Array) -> str:
 
 
 def fingerprints_of(module: nn.Module, data: Any, sample_ids: Array) -> dict[str, str]:
-    """What signals are measured with: `model` (weights of the policy), `data`, and `seed` where there are rollouts.
+    """Returns the fingerprints `model` (weights of the policy) and `data`, and the `seed` where there are rollouts.
 
     Args:
         module: measured; its `policy` if it has one.

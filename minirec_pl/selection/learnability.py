@@ -15,7 +15,7 @@ _IQR_OF_UNIT_NORMAL = 1.3489795003921634
 
 
 def min_max(values: Tensor) -> Tensor:
-    """Scales to [0, 1]; values that are all equal say nothing and become the neutral 0.5.
+    """Scales values to [0, 1]; where all are equal, each becomes 0.5.
 
     Args:
         values: [N] float64.
@@ -32,7 +32,7 @@ def min_max(values: Tensor) -> Tensor:
 
 
 def group_difficulty(solve_probability: Array, num_generations: int) -> Tensor:
-    """Probability that a group of rollouts holds at least one that solves the sample.
+    """Returns the probability that at least one rollout of a group solves the sample.
 
     q = 1 - (1 - p)^G, computed through log1p and expm1, so that a p of 1e-12 is not lost.
 
@@ -47,15 +47,15 @@ def group_difficulty(solve_probability: Array, num_generations: int) -> Tensor:
         InputError: If `num_generations` is below 1 or a probability is outside [0, 1].
     """
     if num_generations < 1:
-        raise InputError(f"num_generations must be at least 1, not {num_generations}.")
+        raise InputError(f"num_generations is {num_generations}: give at least 1")
     p = torch.as_tensor(solve_probability).detach().to("cpu", torch.float64)
     if ((p < 0) | (p > 1)).any():
-        raise InputError("solve_probability must lie in [0, 1].")
+        raise InputError("solve_probability has a value outside [0, 1]: give probabilities")
     return -torch.expm1(num_generations * torch.log1p(-p))
 
 
 def quantile_calibration(difficulty: Array, gate: tuple[float, float]) -> tuple[float, float | None]:
-    """Centre and width of the learnability curve from the pool itself (ours, not the paper's).
+    """Takes centre and width of the learnability curve from the pool itself (ours, not the paper's).
 
     mu is the median and sigma the interquartile range / 1.349 (the standard deviation, if these values were normal) of
     the difficulties within the gate, so that a crowd of hopeless or solved samples does not move them.
@@ -73,17 +73,17 @@ def quantile_calibration(difficulty: Array, gate: tuple[float, float]) -> tuple[
     values = torch.as_tensor(difficulty).detach().to("cpu", torch.float64)
     inside = values[(values >= gate[0]) & (values <= gate[1])]
     if not len(inside):
-        raise InputError(f"calibrate='quantile' finds no difficulty within gate={list(gate)}; widen the gate.")
+        raise InputError(f"calibrate='quantile' finds no difficulty within gate={list(gate)}: widen the gate")
     q25, q50, q75 = torch.quantile(inside, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
     sigma = (q75 - q25) / _IQR_OF_UNIT_NORMAL or float(inside.std(correction=0))
     return q50, sigma or None
 
 
 def learnability(rewards: Array, *, mu: float = 0.5, sigma: float | None = None, normalize: bool = True) -> Tensor:
-    """Learnability of each sample: a Gaussian around the difficulty at which the policy learns most.
+    """Computes the learnability of samples, a Gaussian around the difficulty at which a policy learns most.
 
     L_i = exp(-(r_i - mu)^2 / (2 sigma^2)), then min-max to [0, 1] (MiniRec, arXiv 2602.04278). Rewards that are all
-    equal separate nothing: without a given sigma L is 1 for each, and any constant L becomes 0.5 by min-max.
+    equal separate nothing: L is 1 for each unless sigma is given, and min-max turns any constant L into 0.5.
 
     Args:
         rewards: [N] float, a difficulty (mean reward) per sample, or [N, G], the rewards of each group.
@@ -103,14 +103,14 @@ def learnability(rewards: Array, *, mu: float = 0.5, sigma: float | None = None,
     """
     r = torch.as_tensor(rewards).detach().to("cpu", torch.float64)
     if r.ndim not in (1, 2) or (r.ndim == 2 and r.shape[1] == 0):
-        raise InputError(f"rewards must have the shape [N] or [N, G], not {list(r.shape)}.")
+        raise InputError(f"rewards have the shape {list(r.shape)}: give [N] or [N, G]")
     finite = torch.isfinite(r) if r.ndim == 1 else torch.isfinite(r).all(dim=1)
     if not finite.all():
-        raise InputError(f"rewards are NaN or infinite in row {int((~finite).nonzero()[0])}; mend the reward function.")
+        raise InputError(f"rewards are NaN or infinite in row {int((~finite).nonzero()[0])}: fix the reward function")
     if not math.isfinite(mu):
-        raise InputError(f"mu must be a finite number, not {mu}.")
+        raise InputError(f"mu is {mu}: give a finite number")
     if sigma is not None and not sigma > 0:
-        raise InputError(f"sigma must be positive, not {sigma}.")
+        raise InputError(f"sigma is {sigma}: give a number above 0")
     if r.ndim == 2:
         r = r.mean(dim=1)
     if not len(r):

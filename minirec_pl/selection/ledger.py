@@ -1,4 +1,4 @@
-"""The ledger: what was selected, in which order, and why."""
+"""The ledger: which samples were selected, in which order, and why."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class SelectionLedger:
         reason: str, one of selected, filled, too_hard, too_easy, redundant, below_budget, never_scored.
         redundant_with: Int64, the sample_id of the nearest pick where the reason is redundant; else missing.
 
-    Which samples are redundant is worked out when `table` is first read, from the embeddings of the selection; do not
-    change those in place before.
+    Which samples are redundant is computed when `table` is first read, from the embeddings of the selection. Do not
+    change those in place before then.
 
     Attributes:
         columns: [N] arrays by column, without a copy; 0 for a missing rank, -1 for a missing `redundant_with`, and the
@@ -86,7 +86,7 @@ class SelectionLedger:
 
     @classmethod
     def of(cls, columns: Mapping[str, npt.NDArray[Any]], embedding: torch.Tensor | None = None) -> SelectionLedger:
-        """The ledger of a selector, whose columns need no check.
+        """Makes the ledger of a selector, whose columns need no check.
 
         Args:
             columns: See the attribute; rows ascending by sample_id.
@@ -110,7 +110,7 @@ class SelectionLedger:
 
     def _finish(self) -> None:
         if self._embedding is not None:
-            name_redundant(self.columns, self._embedding)
+            _name_redundant(self.columns, self._embedding)
             self._embedding = None
 
     def __len__(self) -> int:
@@ -122,7 +122,7 @@ class SelectionLedger:
         return int((self.columns["rank"] > 0).sum())
 
     def selected(self, k: int | None = None) -> list[int]:
-        """The picks, best first; a smaller budget is a prefix.
+        """Returns the picks, best first; a smaller budget is a prefix.
 
         Args:
             k: Number of picks; None means all.
@@ -136,12 +136,12 @@ class SelectionLedger:
         rank = self.columns["rank"]
         rows = np.flatnonzero(rank)
         if k is not None and not 1 <= k <= len(rows):
-            raise InputError(f"a budget of {k} cannot be read off a ledger with {len(rows)} picks; select again.")
+            raise InputError(f"a budget of {k} cannot be read off a ledger with {len(rows)} picks: select again")
         picks: list[int] = self.columns["sample_id"][rows[np.argsort(rank[rows])]][:k].tolist()
         return picks
 
     def rows(self, sample_ids: list[int]) -> pd.DataFrame:
-        """The rows of some samples, in the order asked for.
+        """Returns the rows of some samples, in the order asked for.
 
         Args:
             sample_ids: [n].
@@ -155,11 +155,13 @@ class SelectionLedger:
         indexed = self.table.set_index("sample_id")
         for sample_id in sample_ids:
             if sample_id not in indexed.index:
-                raise InputError(f"sample_id {sample_id} is not in the ledger, so not in the pool it was made for.")
+                raise InputError(
+                    f"sample_id {sample_id} is not in the ledger: name a sample of the pool it was made for"
+                )
         return indexed.loc[sample_ids]
 
     def explain(self, sample_id: int) -> str:
-        """One sentence on why a sample was or was not picked.
+        """Says in one sentence why a sample was or was not picked.
 
         Args:
             sample_id: A sample of the pool.
@@ -182,7 +184,7 @@ class SelectionLedger:
         return f"{verdict}; {', '.join(known)}."
 
     def state_dict(self, *, embedding: torch.Tensor | None = None) -> dict[str, Any]:
-        """The columns as tensors, and the fingerprints.
+        """Returns the columns as tensors, and the fingerprints.
 
         A missing rank is 0, a missing `redundant_with` -1, and `reason` a list of strings.
 
@@ -205,14 +207,14 @@ class SelectionLedger:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any], *, embedding: torch.Tensor | None = None) -> SelectionLedger:
-        """The ledger with the content of `state_dict()`.
+        """Makes the ledger with the content of `state_dict()`.
 
         Args:
             state: As returned by `state_dict`.
             embedding: As given to it.
 
         Raises:
-            InputError: If it is no ledger.
+            InputError: If it is not a ledger.
         """
         columns = {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
         fingerprints: Any = columns.pop("fingerprints", {})
@@ -256,11 +258,11 @@ class SelectionLedger:
         """
         path = Path(path)
         if not path.is_file():
-            raise InputError(f"there is no ledger at {path}; give the ledger.parquet that a run left in its folder.")
+            raise InputError(f"there is no ledger at {path}: give the ledger.parquet that a run left in its folder")
         try:
             table = pd.read_parquet(path)
         except (OSError, ValueError) as error:  # pyarrow's errors derive from these
-            raise InputError(f"{path} is not a readable parquet file; copy it again or select again.") from error
+            raise InputError(f"{path} is not a readable parquet file: copy it again or select again") from error
         return cls(table, source=str(path), fingerprints=table.attrs.get("fingerprints"))
 
 
@@ -269,31 +271,31 @@ def _checked(table: pd.DataFrame, source: str) -> pd.DataFrame:
     table = table.assign(**{name: np.nan for name in _OPTIONAL if name not in table.columns})
     missing = [name for name in _DTYPES if name not in table.columns]
     if missing:
-        raise InputError(f"{source} has no column {', '.join(missing)}; select again.")
+        raise InputError(f"{source} has no column {', '.join(missing)}: select again")
     try:
         typed = table[list(_DTYPES)].astype(_DTYPES)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{source} has a column of a wrong type ({error}); select again.") from error
+        raise InputError(f"{source} has a column of a wrong type ({error}): select again") from error
     typed = typed.sort_values("sample_id", ignore_index=True)
     repeated = typed["sample_id"][typed["sample_id"].duplicated()]
     if len(repeated):
-        raise InputError(f"{source} has more than one row for sample_id {int(repeated.iloc[0])}.")
+        raise InputError(f"{source} has more than one row for sample_id {int(repeated.iloc[0])}: select again")
     unknown = set(typed["reason"].unique()) - set(WHY)
     if unknown:
-        raise InputError(f"{source} has the unknown reason {sorted(unknown)[0]!r}; known are {', '.join(WHY)}.")
+        raise InputError(f"{source} has the unknown reason {sorted(unknown)[0]!r}: use one of {', '.join(WHY)}")
     picked = typed["rank"].notna()
     ranks = typed.loc[picked, "rank"].to_numpy(dtype=np.int64)
     if not np.array_equal(np.sort(ranks), np.arange(1, len(ranks) + 1)):
-        raise InputError(f"{source} has ranks that are not 1..{len(ranks)}, each once; select again.")
+        raise InputError(f"{source} has ranks that are not 1..{len(ranks)}, each once: select again")
     if not (picked == typed["reason"].isin([SELECTED, FILLED])).all():
-        raise InputError(f"{source} has rows whose rank and reason disagree; select again.")
+        raise InputError(f"{source} has rows whose rank and reason disagree: select again")
     if (typed["redundant_with"].notna() & (typed["reason"] != REDUNDANT)).any():
-        raise InputError(f"{source} has rows whose reason and redundant_with disagree; select again.")
+        raise InputError(f"{source} has rows whose reason and redundant_with disagree: select again")
     return typed
 
 
-def name_redundant(columns: dict[str, npt.NDArray[Any]], embeddings: Array) -> None:
-    """Tells the redundant samples of a ledger from those below the budget; see `MiniRecSelector` for the rule.
+def _name_redundant(columns: dict[str, npt.NDArray[Any]], embeddings: Array) -> None:
+    """Tells the redundant samples of a ledger from those below the budget, by the rule of `MiniRecSelector`.
 
     Args:
         columns: [N] arrays of a ledger by column, `reason`, `redundant_with`, `novelty` and `value` changed in place.

@@ -1,4 +1,4 @@
-"""Signal stores of several ranks or machines as one."""
+"""Merges the signal stores of several ranks or machines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MATRICES = ("rewards", "gradient", "embedding")
 
 
 def merge_stores(stores: Sequence[SignalStore], names: Sequence[str] | None = None) -> SignalStore:
-    """Joins stores, sample by sample and signal by signal: the newest measurement counts.
+    """Joins stores sample by sample and signal by signal; the newest measurement counts.
 
     The pool is the union of the pools. A measurement is newer if its (epoch, step) is; of equally old ones that of the
     earlier store is kept.
@@ -38,7 +38,7 @@ def merge_stores(stores: Sequence[SignalStore], names: Sequence[str] | None = No
         InputError: If there is none, or two were measured with other fingerprints, thresholds or vector widths.
     """
     if not stores:
-        raise InputError("there is no signal store to merge: give at least one.")
+        raise InputError("there is no signal store to merge: give at least one")
     names = names or [f"store {number}" for number in range(1, len(stores) + 1)]
     states = [store.state_dict() for store in stores]
     for state, name in zip(states[1:], names[1:], strict=True):
@@ -86,17 +86,17 @@ def _refuse_unlike(first: dict[str, Any], first_name: str, other: dict[str, Any]
     for key in sorted(ours.keys() | theirs.keys()):
         if ours.get(key) != theirs.get(key):
             raise InputError(
-                f"{name} was measured with another {key} than {first_name} ({theirs.get(key)}, not {ours.get(key)}); "
-                "merge signals of one policy, data set and seed only."
+                f"{name} was measured with another {key} than {first_name} ({theirs.get(key)}, not {ours.get(key)}): "
+                "merge only signals of one policy, data set and seed"
             )
     if first["solve_threshold"] != other["solve_threshold"]:
         raise InputError(
             f"{name} counts a reward above {other['solve_threshold']} as solved, {first_name} one above "
-            f"{first['solve_threshold']}; score both with one threshold."
+            f"{first['solve_threshold']}: score both with one threshold"
         )
     for vector in ("gradient", "embedding"):
         if vector in first and vector in other and first[vector].shape[1] != other[vector].shape[1]:
             raise InputError(
                 f"{name} has a {vector} of {other[vector].shape[1]} columns, {first_name} one of "
-                f"{first[vector].shape[1]}; merge signals of one policy only."
+                f"{first[vector].shape[1]}: merge only signals of one policy"
             )

@@ -9,6 +9,6 @@ WHY = {
     TOO_HARD: "its difficulty value is below the gate (too hard)",
     TOO_EASY: "its difficulty value is above the gate (too easy)",
     BELOW_BUDGET: "others were worth more and the budget was spent",
-    REDUNDANT: "it would have been worth a pick, were it as novel as most picks",
+    REDUNDANT: "it would have been worth a pick if it were as novel as most picks",
     NEVER_SCORED: "a signal the selector needs was never measured",
 }

@@ -13,7 +13,7 @@ _BLOCK = 2**18  # numbers turned to float64 at a time: 2 MiB, which stay in a pr
 
 
 def representativeness(gradients: Array, *, fresh: Array | None = None, normalize: bool = True) -> Tensor:
-    """Agreement of each sample's gradient with the mean gradient.
+    """Computes how well each sample's gradient agrees with the mean gradient.
 
     R_i = (1 + cos(u_i, mean_j u_j)) / 2, then min-max to [0, 1] (MiniRec, arXiv 2602.04278). A zero gradient gives 0.5
     before the min-max; a zero mean gives 0.5 for all. An R that is the same for all becomes 0.5 by min-max.
@@ -31,10 +31,10 @@ def representativeness(gradients: Array, *, fresh: Array | None = None, normaliz
     """
     u = torch.as_tensor(gradients).detach()
     if u.ndim != 2 or u.shape[1] == 0:
-        raise InputError(f"gradients must have the shape [N, D] with at least one column, not {list(u.shape)}.")
+        raise InputError(f"gradients have the shape {list(u.shape)}: give [N, D] with at least one column")
     in_mean = torch.ones(len(u), dtype=torch.bool) if fresh is None else torch.as_tensor(fresh).to("cpu", torch.bool)
     if in_mean.shape != (len(u),):
-        raise InputError(f"fresh must have the shape [{len(u)}], a flag per gradient, not {list(in_mean.shape)}.")
+        raise InputError(f"fresh has the shape {list(in_mean.shape)}: give [{len(u)}], a flag per gradient")
 
     step = max(1, (_BLOCK if u.device.type == "cpu" else 128 * _BLOCK) // u.shape[1])
     total = torch.zeros(u.shape[1], dtype=torch.float64, device=u.device)
@@ -47,7 +47,7 @@ def representativeness(gradients: Array, *, fresh: Array | None = None, normaliz
         total += (block if used.all() else block[used.to(u.device)]).sum(dim=0)
     bad = ~torch.isfinite(scale)
     if bad.any():
-        raise InputError(f"the gradient in row {int(bad.nonzero()[0])} is NaN or infinite; mend the policy's signals.")
+        raise InputError(f"the gradient in row {int(bad.nonzero()[0])} is NaN or infinite: fix the policy's signals")
 
     peak = scale[in_mean.to(u.device)].amax() if in_mean.any() else scale.new_zeros(())
     cosine = torch.zeros_like(scale)

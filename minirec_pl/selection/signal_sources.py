@@ -25,7 +25,7 @@ _NAMES = {"reward": "rewards"}
 
 @dataclass
 class SignalFile:
-    """What was read.
+    """The signals of a file.
 
     Attributes:
         signals: [N] rows, ascending by sample_id.
@@ -70,17 +70,17 @@ def read_signals(
     kinds = {path.suffix for path in paths}
     for path in paths:
         if not path.is_file():
-            raise InputError(f"there are no signals at {path}; give the file that `minirec score` or a run wrote.")
+            raise InputError(f"there are no signals at {path}: give the file that `minirec score` or a run wrote")
     if kinds == {".safetensors"}:
         if embeddings or gradients or ids:
-            raise InputError("a .safetensors file has its own vectors; leave out --embeddings, --gradients and --ids.")
+            raise InputError("a .safetensors file has its own vectors: leave out --embeddings, --gradients and --ids")
         store = merge_stores([SignalStore.load(path) for path in paths], [str(path) for path in paths])
         newest = max(int(store.clock(f"{name}_epoch").max()) for name in ("reward", "solve_probability", "gradient"))
         return SignalFile(store.pool_view(max(newest, 0)), store.fingerprints)
     if len(paths) != 1 or not kinds <= set(SUFFIXES):
         raise InputError(
             f"cannot read {', '.join(map(str, paths))}: give one file that ends in {', '.join(SUFFIXES)}, or several "
-            ".safetensors."
+            ".safetensors"
         )
     columns = _read_parquet(paths[0]) if kinds == {".parquet"} else _read_json_lines(paths[0])
     return SignalFile(_signals(columns, str(paths[0]), embeddings, gradients, ids))
@@ -91,9 +91,9 @@ def _signals(
 ) -> Signals:
     sample_id = as_ids(columns["sample_id"])
     if len(twice := repeated_ids(sample_id)):
-        raise InputError(f"{source}: sample_id {name_ids(twice)} comes more than once; keep one row per sample.")
+        raise InputError(f"{source}: sample_id {name_ids(twice)} comes more than once: keep one row per sample")
     if columns.get("rewards") is None and columns.get("solve_probability") is None:
-        raise InputError(f"{source} has neither rewards nor solve_probability; one of them must be there.")
+        raise InputError(f"{source} has neither rewards nor solve_probability: give one of them")
     order = sample_id.argsort()
     try:
         batch = SampleSignals(sample_id, **{name: value for name, value in columns.items() if name != "sample_id"})
@@ -115,29 +115,31 @@ def _signals(
 
 def _read_vectors(path: Path, n: int, counted: str) -> npt.NDArray[Any]:
     if not path.is_file():
-        raise InputError(f"there are no vectors at {path}; give a .npy array with a row per sample.")
+        raise InputError(f"there are no vectors at {path}: give a .npy array with a row per sample")
     try:
         vectors: npt.NDArray[Any] = np.load(path, mmap_mode="c", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"{path} is no readable .npy array of numbers ({error}); save it with numpy.save.") from error
+        raise InputError(
+            f"{path} is not a readable .npy array of numbers ({error}): save it with numpy.save"
+        ) from error
     if vectors.ndim != 2 or not np.issubdtype(vectors.dtype, np.floating):
-        raise InputError(f"{path} holds {vectors.dtype} of shape {list(vectors.shape)}; it must hold floats [N, D].")
+        raise InputError(f"{path} holds {vectors.dtype} of shape {list(vectors.shape)}: save floats [N, D]")
     if len(vectors) != n:
-        raise InputError(f"{path} has {len(vectors)} rows but {counted}; give one row each, or name them with --ids.")
+        raise InputError(f"{path} has {len(vectors)} rows but {counted}: give one row each, or name them with --ids")
     return vectors
 
 
 def _read_ids(path: Path) -> torch.Tensor:
     if not path.is_file():
-        raise InputError(f"there are no ids at {path}; give the sample_id of each row as .npy or as text, one a line.")
+        raise InputError(f"there are no ids at {path}: give the sample_id of each row as .npy or as text, one per line")
     try:
         is_array = path.suffix == ".npy"
         listed = np.load(path, allow_pickle=False) if is_array else np.loadtxt(path, dtype=np.int64, ndmin=1)
     except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"{path} is no list of integers ({error}); give one sample_id a line.") from error
+        raise InputError(f"{path} is not a list of integers ({error}): give one sample_id per line") from error
     ids = as_ids(listed)
     if len(twice := repeated_ids(ids)):
-        raise InputError(f"{path}: sample_id {name_ids(twice)} comes more than once; each row needs an id of its own.")
+        raise InputError(f"{path}: sample_id {name_ids(twice)} comes more than once: give each row an id of its own")
     return ids
 
 
@@ -148,7 +150,7 @@ def _rows_of(sample_id: torch.Tensor, listed: torch.Tensor, source: str) -> npt.
     row: npt.NDArray[np.int64] = pd.Index(listed.numpy()).get_indexer(sample_id.numpy()).astype(np.int64)
     missing = sample_id[torch.from_numpy(row < 0)]
     if len(missing):
-        raise InputError(f"{source} has no row for sample_id {name_ids(missing)}; every scored sample needs one.")
+        raise InputError(f"{source} has no row for sample_id {name_ids(missing)}: give one per scored sample")
     return row
 
 
@@ -156,10 +158,10 @@ def _read_parquet(path: Path) -> dict[str, Any]:
     try:
         table = pd.read_parquet(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not a readable parquet file; copy it again or score again.") from error
+        raise InputError(f"{path} is not a readable parquet file: copy it again or score again") from error
     table = table.rename(columns={old: new for old, new in _NAMES.items() if new not in table})
     if "sample_id" not in table or not pd.api.types.is_integer_dtype(table["sample_id"]):
-        raise InputError(f"{path} has no column sample_id of integers; give each row the id of its sample.")
+        raise InputError(f"{path} has no column sample_id of integers: give each row the id of its sample")
     columns: dict[str, Any] = {"sample_id": table["sample_id"].to_numpy(dtype=np.int64)}
     for name in ("rewards", "gradient", "embedding"):
         if name in table:
@@ -176,14 +178,14 @@ def _read_json_lines(path: Path) -> dict[str, Any]:
             if line.strip():
                 rows.append(_json_row(line, f"{path}, line {number}"))
     if not rows:
-        raise InputError(f'{path} is empty; give a line per sample, such as {{"sample_id": 0, "rewards": [1.0, 0.0]}}.')
+        raise InputError(f'{path} is empty: give a line per sample, such as {{"sample_id": 0, "rewards": [1.0, 0.0]}}')
     names = set().union(*rows) & {"rewards", "gradient", "embedding", "solve_probability"}
     ids = [row["sample_id"] for row in rows]
     columns: dict[str, Any] = {"sample_id": np.asarray(ids, dtype=np.int64)}
     for name in sorted(names):
         lacking = next((row["sample_id"] for row in rows if name not in row), None)
         if lacking is not None:
-            raise InputError(f"{path}: sample_id {lacking} has no {name} but others have; give it to all or to none.")
+            raise InputError(f"{path}: sample_id {lacking} has no {name} but others have: give it to all or to none")
         values = [row[name] for row in rows]
         columns[name] = (
             np.asarray(_numbers(values, name, str(path), ids))
@@ -198,7 +200,7 @@ def _json_row(line: str, where: str) -> dict[str, Any]:
         row = json.loads(line)
         sample_id = int(row["sample_id"])
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{where}: not a JSON object with an integer sample_id; mend or remove the line.") from error
+        raise InputError(f"{where} is not a JSON object with an integer sample_id: fix or remove the line") from error
     return {**{_NAMES.get(name, name): value for name, value in row.items()}, "sample_id": sample_id}
 
 
@@ -207,12 +209,12 @@ def _stack(values: list[Any], name: str, source: str, ids: list[int]) -> npt.NDA
     width = None
     for value, sample_id in zip(values, ids, strict=True):
         if not isinstance(value, (list, np.ndarray)) or len(value) == 0:
-            raise InputError(f"{source}: {name} of sample_id {sample_id} is no list of numbers.")
+            raise InputError(f"{source}: {name} of sample_id {sample_id} is not a list of numbers: give one")
         width = len(value) if width is None else width
         if len(value) != width:
             raise InputError(
                 f"{source}: {name} of sample_id {sample_id} has {len(value)} numbers, that of sample_id {ids[0]} "
-                f"{width}; all must have equally many."
+                f"{width}: give all equally many"
             )
     try:
         return np.asarray(values, dtype=np.float64)
@@ -225,5 +227,5 @@ def _stack(values: list[Any], name: str, source: str, ids: list[int]) -> npt.NDA
 def _numbers(values: list[Any], name: str, source: str, ids: list[int]) -> list[float]:
     for value, sample_id in zip(values, ids, strict=True):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
-            raise InputError(f"{source}: {name} of sample_id {sample_id} holds {value!r}; give numbers only.")
+            raise InputError(f"{source}: {name} of sample_id {sample_id} holds {value!r}: give only numbers")
     return [float(value) for value in values]

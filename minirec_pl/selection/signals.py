@@ -1,4 +1,4 @@
-"""What is known of samples: `SampleSignals` of one batch, `Signals` of a whole pool."""
+"""Signals, what is known of samples: `SampleSignals` of one batch, `Signals` of a whole pool."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _ROWS = 65_536  # rows looked at in one go, so that a mapped file is not held in
 _LOWEST = {"solve_probability": 0, "solve_share": 0, "alignment": -1}
 
 
-def name_ids(sample_ids: Tensor, limit: int = 5) -> str:
-    """Ids for an error message: at most `limit` of them, then how many more."""
-    shown = ", ".join(str(i) for i in sample_ids[:limit].tolist())
-    return shown if len(sample_ids) <= limit else f"{shown} and {len(sample_ids) - limit} more"
+def name_ids(sample_ids: Tensor) -> str:
+    """Names ids in an error message: five of them, then how many more there are."""
+    shown = ", ".join(str(i) for i in sample_ids[:5].tolist())
+    return shown if len(sample_ids) <= 5 else f"{shown} and {len(sample_ids) - 5} more"
 
 
 def repeated_ids(sample_ids: Tensor) -> Tensor:
-    """The ids that occur more than once, each occurrence after the first, ascending."""
+    """Returns the ids that occur more than once, one entry per repetition, ascending."""
     ordered = sample_ids.sort().values
     return ordered[1:][ordered[1:] == ordered[:-1]]
 
 
 def as_ids(sample_id: Array | Sequence[int]) -> Tensor:
-    """Sample ids as an int64 CPU tensor.
+    """Turns sample ids into an int64 CPU tensor.
 
     Args:
         sample_id: [n], integers.
@@ -46,9 +46,9 @@ def as_ids(sample_id: Array | Sequence[int]) -> Tensor:
     """
     ids = sample_id.detach() if isinstance(sample_id, Tensor) else torch.as_tensor(np.asarray(sample_id))
     if ids.ndim != 1:
-        raise InputError(f"sample_id must be a flat list of integers, but has shape {tuple(ids.shape)}.")
+        raise InputError(f"sample_id has the shape {tuple(ids.shape)}: give a flat list of integers")
     if ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool):
-        raise InputError(f"sample_id must hold integers, but holds {ids.dtype}; convert the ids to int64.")
+        raise InputError(f"sample_id holds {ids.dtype}, not integers: convert the ids to int64")
     return ids.to("cpu", torch.int64)
 
 
@@ -56,7 +56,7 @@ def _checked(value: Array, name: str, ids: Tensor, ndim: int) -> Tensor:
     tensor = torch.as_tensor(value).detach()
     if tensor.ndim != ndim or len(tensor) != len(ids):
         wanted = f"[{len(ids)}]" if ndim == 1 else f"[{len(ids)}, n]"
-        raise InputError(f"{name} must have the shape {wanted}, a row per sample_id, not {list(tensor.shape)}.")
+        raise InputError(f"{name} has the shape {list(tensor.shape)}: give {wanted}, a row per sample_id")
     return tensor
 
 
@@ -69,7 +69,7 @@ def _refuse_non_finite(tensor: Tensor, name: str, ids: Tensor, known: Tensor | N
         bad &= known
     if bad.any():
         raise InputError(
-            f"{name} is NaN or infinite for sample_id {name_ids(ids[bad])}; mend the reward or the policy that made it."
+            f"{name} is NaN or infinite for sample_id {name_ids(ids[bad])}: fix the reward or the policy that made it"
         )
 
 
@@ -77,7 +77,7 @@ def _within(tensor: Tensor, name: str, ids: Tensor) -> Tensor:
     low = _LOWEST[name]
     bad = ((tensor < low - _SLACK) | (tensor > 1 + _SLACK)).cpu()
     if bad.any():
-        raise InputError(f"{name} must lie in [{low}, 1], but does not for sample_id {name_ids(ids[bad])}.")
+        raise InputError(f"{name} is outside [{low}, 1] for sample_id {name_ids(ids[bad])}: give values within")
     return tensor.double().clamp(low, 1.0)
 
 
@@ -93,7 +93,7 @@ class SampleSignals:
         gradient: [B, D] float, the gradient signal u.
         embedding: [B, E] float, the embedding e.
         solve_probability: [B] float in [0, 1], the exact probability that one rollout hits the target.
-        alignment: [B] float in [-1, 1], the cosine of the sample's update with the way the parameters have gone.
+        alignment: [B] float in [-1, 1], the cosine of the sample's update with the way the parameters have moved.
 
     Raises:
         InputError: If a shape does not fit or a value is NaN or infinite; the message names the sample_ids.
@@ -114,7 +114,7 @@ class SampleSignals:
                 continue
             tensor = _checked(value, name, self.sample_id, ndim=2)
             if tensor.shape[1] == 0:
-                raise InputError(f"{name} has no columns; pass None for a signal that was not measured.")
+                raise InputError(f"{name} has no columns: pass None for a signal that was not measured")
             _refuse_non_finite(tensor, name, self.sample_id)
             setattr(self, name, tensor)
         for name in ("solve_probability", "alignment"):
@@ -128,7 +128,7 @@ class SampleSignals:
         return len(self.sample_id)
 
     def cpu(self) -> SampleSignals:
-        """The same signals in the CPU's memory."""
+        """Moves the signals to the CPU."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {name: None if value is None else value.cpu() for name, value in values.items()}
         return SampleSignals(**moved)
@@ -147,16 +147,16 @@ class SampleSignals:
             InputError: If there are no parts or they do not fit together.
         """
         if not parts:
-            raise InputError("no signals to join: the list of batches is empty.")
+            raise InputError("there are no signals to join: give at least one batch")
         joined: dict[str, Tensor | None] = {}
         for field in fields(cls):
             values = [getattr(part, field.name) for part in parts]
             tensors = [value for value in values if value is not None]
             if tensors and len(tensors) != len(values):
-                raise InputError(f"some batches have {field.name} and some have not; return it for all or for none.")
+                raise InputError(f"only some batches have {field.name}: return it for all or for none")
             if len({tensor.shape[1:] for tensor in tensors}) > 1:
                 widths = sorted({tensor.shape[1] for tensor in tensors})
-                raise InputError(f"{field.name} has {widths} columns in different batches; it must have one width.")
+                raise InputError(f"{field.name} has {widths} columns in different batches: return one width")
             joined[field.name] = torch.cat(tensors) if tensors else None
         sample_id = joined.pop("sample_id")
         assert sample_id is not None
@@ -203,7 +203,7 @@ class Signals:
     def __post_init__(self) -> None:
         self.sample_id = ids = as_ids(self.sample_id)
         if len(repeated := repeated_ids(ids)):
-            raise InputError(f"sample_id {name_ids(repeated)} occurs more than once; keep one row each.")
+            raise InputError(f"sample_id {name_ids(repeated)} occurs more than once: keep one row each")
         for name in ("reward_mean", "reward_std", "solve_probability", "solve_share", "alignment"):
             value = getattr(self, name)
             if value is None:
@@ -227,7 +227,7 @@ class Signals:
         return len(self.sample_id)
 
     def take(self, rows: Tensor) -> Signals:
-        """The rows at these positions, in this order.
+        """Takes the rows at these positions, in this order.
 
         Args:
             rows: [n] int64 positions in 0..N-1, or [N] bool.
@@ -243,7 +243,7 @@ class Signals:
 
 
 def gather_signals(signals: SampleSignals | None, device: torch.device) -> SampleSignals | None:
-    """The signals that the ranks measured, as one; every rank must call this at the same time.
+    """Joins the signals that the ranks measured; every rank must call this at the same time.
 
     Args:
         signals: of this rank; None if it has none.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,9 +29,9 @@ _MATRICES = ("rewards", *_VECTORS)
 class SignalStore:
     """Signals by sample_id, each with its own age.
 
-    A re-score replaces what was known. A reward met in training replaces it when its group is as large as the last one
-    and else moves mean, standard deviation and solve share by `reward_decay`. Gradients, alignments, embeddings and
-    exact solve probabilities are always replaced. Everything is kept on the CPU: means in float64, vectors in float32.
+    A re-score replaces what was known. A reward met in training replaces it when its group is as large as the last one,
+    and otherwise moves mean, standard deviation and solve share by `reward_decay`. Gradients, alignments, embeddings
+    and exact solve probabilities are always replaced. Everything is on the CPU: means in float64, vectors in float32.
 
     Attributes:
         sample_ids: [N] int64, ascending.
@@ -61,9 +61,9 @@ class SignalStore:
         """
         self.sample_ids = as_ids(sample_ids).sort().values
         if not len(self.sample_ids):
-            raise InputError("the pool is empty: there is no sample to select from.")
+            raise InputError("the pool is empty: give at least one sample to select from")
         if len(repeated := repeated_ids(self.sample_ids)):
-            raise InputError(f"sample_id {name_ids(repeated)} occurs more than once in the pool.")
+            raise InputError(f"sample_id {name_ids(repeated)} occurs more than once in the pool: give each once")
         self.solve_threshold = solve_threshold
         self.fingerprints = dict(fingerprints or {})
         self.vectors_version = 0
@@ -98,12 +98,12 @@ class SignalStore:
             InputError: If a sample is not in the pool or a vector has another width than before.
         """
         if not 0 <= reward_decay <= 1:
-            raise InputError(f"reward_decay must lie in [0, 1], not {reward_decay}.")
+            raise InputError(f"reward_decay is {reward_decay}: give a share in [0, 1]")
         rows = self._rows(signals.sample_id)
         for name in ("gradient", "embedding"):
             new, old = getattr(signals, name), self._data.get(name)
             if new is not None and old is not None and new.shape[1] != old.shape[1]:
-                raise InputError(f"{name} had {old.shape[1]} columns, now {new.shape[1]}; keep one signal in a run.")
+                raise InputError(f"{name} had {old.shape[1]} columns, now {new.shape[1]}: keep one width in a run")
 
         last = {row: place for place, row in enumerate(rows.tolist())}
         places = torch.tensor(list(last.values()), dtype=torch.int64)
@@ -112,7 +112,7 @@ class SignalStore:
         if signals.rewards is not None:
             group = signals.rewards.cpu()[places]
             decay = 0.0 if source == "score" else reward_decay
-            take_rewards(self._data, rows, group, decay=decay, solve_threshold=self.solve_threshold)
+            _take_rewards(self._data, rows, group, decay=decay, solve_threshold=self.solve_threshold)
             if source == "train":
                 self._data["n_wasted"][rows] += group.amax(dim=1) == group.amin(dim=1)
             measured.append("reward")
@@ -137,48 +137,32 @@ class SignalStore:
             self._data[f"{name}_epoch"][rows] = epoch
             self._data[f"{name}_step"][rows] = step
 
-    def stalest(self, n: int, *, needs: Collection[str] = ("rewards", "gradient")) -> list[int]:
-        """The samples that most need a re-score: never measured first, then the oldest measurement.
+    def stalest(self, n: int) -> list[int]:
+        """Returns the samples that most need a re-score: never measured first, then the oldest measurement.
 
-        A sample is as old as the oldest of the signals in `needs`. A signal of which the store holds nothing at all
-        does not count, an exact solve probability counts as rewards. Ties fall in a fixed seeded order.
+        A sample is as old as the older of its rewards and gradient. A signal of which the store holds nothing at all
+        does not count, an exact solve probability counts as rewards. Ties are in a fixed, seeded order.
 
         Args:
             n: Number of samples; all of them if the pool is smaller.
-            needs: Signals out of "rewards", "gradient", "embedding", for instance a selector's `needs`.
 
         Returns:
             [min(n, N)] sample_ids, stalest first.
         """
-        clocks = {
-            "rewards": torch.maximum(self._data["reward_epoch"], self._data["solve_probability_epoch"]),
-            "gradient": self._data["gradient_epoch"],
-            "embedding": self._data["embedding_epoch"],
-        }
-        held = [clocks[name] for name in clocks if name in needs and (clocks[name] >= 0).any()]
+        rewarded = torch.maximum(self._data["reward_epoch"], self._data["solve_probability_epoch"])
+        held = [clock for clock in (rewarded, self._data["gradient_epoch"]) if (clock >= 0).any()]
         age = torch.stack(held).amin(dim=0).numpy() if held else np.zeros(len(self))
         tie_break = np.random.default_rng(self._seed).permutation(len(self))
         order = np.lexsort((tie_break, age))
         stalest: list[int] = self.sample_ids[torch.from_numpy(order[: max(n, 0)])].tolist()
         return stalest
 
-    def last_group(self, sample_ids: Array | Sequence[int]) -> Tensor:
-        """Rewards of the last group of each sample.
-
-        Args:
-            sample_ids: [n], in the pool.
-
-        Returns:
-            [n, G] float32, NaN where a group was smaller than the largest or never drawn.
-        """
-        return self._data.get("rewards", torch.empty(len(self), 0, dtype=torch.float32))[self._rows(as_ids(sample_ids))]
-
     def wasted_groups(self, sample_ids: Array | Sequence[int]) -> Tensor:
-        """How many groups without reward variance training has met of each sample, int64 [n]."""
+        """Counts the groups without reward variance that training met of each sample, int64 [n]."""
         return self._data["n_wasted"][self._rows(as_ids(sample_ids))]
 
     def clock(self, name: str) -> Tensor:
-        """When a signal was measured.
+        """Tells when a signal was measured.
 
         Args:
             name: "reward", "solve_probability", "gradient", "alignment" or "embedding", then "_epoch" or "_step".
@@ -189,7 +173,7 @@ class SignalStore:
         return self._data[name].clone()
 
     def read(self, sample_ids: Array | Sequence[int], *, vectors: bool = True) -> Signals:
-        """What is known of some samples; every gradient counts as fresh.
+        """Returns what is known of some samples; every gradient counts as fresh.
 
         Args:
             sample_ids: [n], in the pool.
@@ -205,11 +189,11 @@ class SignalStore:
         return self._signals(self._data["gradient_epoch"] >= 0, rows, vectors=vectors)
 
     def pool_view(self, epoch: int, max_age: int = 1) -> Signals:
-        """What is known of the whole pool, ascending by sample_id, for a selector to read.
+        """Returns what is known of the whole pool, ascending by sample_id, for a selector to read.
 
         Args:
-            epoch: The present epoch.
-            max_age: Gradients measured at most this many epochs ago form the mean gradient; if there is none, those of
+            epoch: The current epoch.
+            max_age: Gradients measured at most this many epochs ago form the mean gradient; if there are none, those of
                 the newest epoch do.
 
         Returns:
@@ -241,17 +225,17 @@ class SignalStore:
         strange = self.sample_ids[rows] != sample_ids
         if strange.any():
             raise InputError(
-                f"sample_id {name_ids(sample_ids[strange])} is not in the pool of {len(self)} samples; "
-                "score and train on the samples the store was made for."
+                f"sample_id {name_ids(sample_ids[strange])} is not in the pool of {len(self)} samples: "
+                "score and train on the samples the store was made for"
             )
         return rows
 
     def vectors(self) -> dict[str, Tensor]:
-        """The big arrays: `gradient` [N, D] and `embedding` [N, E], as far as measured; they share memory."""
+        """Returns the big arrays `gradient` [N, D] and `embedding` [N, E], where measured, sharing memory."""
         return {name: self._data[name] for name in _VECTORS if name in self._data}
 
     def state_dict(self, *, vectors: bool = True) -> dict[str, Any]:
-        """Copies of all arrays, and the settings as primitives.
+        """Returns copies of all arrays, and the settings as primitives.
 
         Args:
             vectors: False leaves out what `vectors()` gives.
@@ -271,19 +255,19 @@ class SignalStore:
         """
         try:
             if not torch.equal(as_ids(state["sample_ids"]), self.sample_ids):
-                raise InputError(f"{source} belong to another pool of samples; use the data and split they are from.")
+                raise InputError(f"{source} belong to another pool of samples: use the data and split they are from")
             empty = {name: value for name, value in self._data.items() if name not in _MATRICES}
             loaded = {name: state[name].clone() for name in empty}
             for name, value in loaded.items():
                 if value.shape != empty[name].shape or value.dtype != empty[name].dtype:
-                    raise InputError(f"{source} are damaged: {name} has a wrong shape or type; score again.")
+                    raise InputError(f"{source} are damaged, {name} has a wrong shape or type: score again")
             for name in [name for name in _MATRICES if name in state]:
                 value = loaded[name] = state[name].clone()
                 if value.ndim != 2 or len(value) != len(self) or value.dtype != torch.float32:
-                    raise InputError(f"{source} are damaged: {name} has a wrong shape or type; score again.")
+                    raise InputError(f"{source} are damaged, {name} has a wrong shape or type: score again")
             settings = [state[name] for name in ("solve_threshold", "seed", "fingerprints")]
         except KeyError as error:
-            raise InputError(f"{source} are damaged or no signal store: {error} is missing; score again.") from error
+            raise InputError(f"{source} are damaged or not a signal store, {error} is missing: score again") from error
         self._data = loaded
         self.vectors_version += 1
         self.solve_threshold, self._seed, self.fingerprints = float(settings[0]), int(settings[1]), dict(settings[2])
@@ -296,7 +280,7 @@ class SignalStore:
         }
 
     def digest(self) -> str:
-        """SHA-256 of the content, 64 hexadecimal characters; equal stores have equal digests."""
+        """Returns the SHA-256 (hex) of the content; equal stores have equal digests."""
         sha = hashlib.sha256(json.dumps(self._settings(), sort_keys=True).encode())
         for name, value in sorted({**self._data, "sample_ids": self.sample_ids}.items()):
             sha.update(f"{name} {tuple(value.shape)}".encode())
@@ -304,7 +288,7 @@ class SignalStore:
         return sha.hexdigest()
 
     def save(self, path: Path | str) -> Path:
-        """Writes all of it as safetensors, whole or not at all; the settings are JSON in the file's metadata.
+        """Writes the store as safetensors, whole or not at all, with the settings as JSON in the file's metadata.
 
         Args:
             path: A `.safetensors` file.
@@ -318,32 +302,29 @@ class SignalStore:
         return save_tensors(Path(path), {**self._data, "sample_ids": self.sample_ids}, self._settings())
 
     @classmethod
-    def load(cls, path: Path | str, *, fingerprints: Mapping[str, str] | None = None) -> SignalStore:
+    def load(cls, path: Path | str) -> SignalStore:
         """Reads what `save` wrote.
 
         Args:
             path: A `.safetensors` file.
-            fingerprints: Those the file must have; a name it does not have, or has with another value, is refused.
 
         Returns:
             The store.
 
         Raises:
-            InputError: If the file is missing, damaged, no signal store, or of another model, data or seed.
+            InputError: If the file is missing, damaged or not a signal store.
         """
         tensors, settings = load_tensors(Path(path))
         if "sample_ids" not in tensors:
-            raise InputError(f"the signals in {path} are no signal store: 'sample_ids' is missing; score again.")
+            raise InputError(f"the signals in {path} are not a signal store, 'sample_ids' is missing: score again")
         store = cls(tensors["sample_ids"])
         store.load_state_dict({**tensors, **settings}, source=f"the signals in {path}")
-        for name, wanted in (fingerprints or {}).items():
-            found = store.fingerprints.get(name)
-            if found != wanted:
-                raise InputError(f"{path} was measured with another {name} ({found}, not {wanted}); score again.")
         return store
 
 
-def take_rewards(data: dict[str, Tensor], rows: Tensor, group: Tensor, *, decay: float, solve_threshold: float) -> None:
+def _take_rewards(
+    data: dict[str, Tensor], rows: Tensor, group: Tensor, *, decay: float, solve_threshold: float
+) -> None:
     """Replaces the rewards of samples, or moves them where the group has another size than the last one.
 
     With keep = decay if the sizes differ, else 0, the mean becomes keep * old + (1 - keep) * new, the standard

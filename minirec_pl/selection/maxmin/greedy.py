@@ -50,7 +50,7 @@ def maxmin_select(
     pool: int | None = None,
     progress: bool = False,
 ) -> Selection:
-    """Greedy selection of rows that score high and are unlike each other.
+    """Selects rows greedily that score high and are unlike each other.
 
     Each step takes the row of the largest V(x | S) = d(x | S) score(x) with d(x | S) = min over s in S of
     (1 - cos(e_x, e_s)) (MiniRec, arXiv 2602.04278); the first is argmax(score). The first k picks of a larger selection
@@ -60,9 +60,9 @@ def maxmin_select(
     float64, are tied, and smaller ones are 0; so a pick is worth the highest value of its step less at most about that
     share of the larger score of the two.
 
-    The embeddings are read in blocks and never copied whole, so they may be a `numpy.memmap` larger than memory; beside
-    them some numbers a row are held. Distances only shrink while S grows, so an old value bounds the present one,
-    and most rows are compared with few of the picks (`LazyGreedy`).
+    The embeddings are read in blocks and never copied whole, so they may be a `numpy.memmap` larger than memory. Beside
+    them only a few numbers per row are held. Distances only shrink while S grows, so an old value bounds the current
+    one, and most rows are compared with few of the picks (`LazyGreedy`).
 
     With `pool` the selection is approximate: only the rows of the `pool` highest scores (ties to the smaller row) may
     be picked, and no other row is read. The values of the picks then sum to less; `benchmarks/results/selection.md`
@@ -93,9 +93,9 @@ def maxmin_select(
     score = _checked_scores(scores, n)
     chosen = as_ids([] if initial is None else initial).numpy()
     if len(np.unique(chosen)) < len(chosen) or ((chosen < 0) | (chosen >= n)).any():
-        raise InputError(f"initial must hold distinct rows in 0..{n - 1}.")
+        raise InputError(f"initial holds a row twice or one that does not exist: give distinct rows in 0..{n - 1}")
     if not 1 <= k <= n - len(chosen):
-        raise InputError(f"k must lie in 1..{n - len(chosen)}, the number of rows to pick from, not {k}.")
+        raise InputError(f"k is {k}: give 1 to {n - len(chosen)}, the number of rows to pick from")
     used = None if pool is None else _highest(score, chosen, pool, k)
     if used is not None:
         score, chosen = score[used], np.searchsorted(used, chosen)
@@ -115,7 +115,7 @@ def maxmin_select(
 def nearest_pick(
     embeddings: Array, picks: Array | Sequence[int], *, rows: Array | Sequence[int] | None = None
 ) -> NearestPick:
-    """For every row the nearest of the picked rows: what makes it redundant.
+    """Finds the nearest of the picked rows for every row.
 
     The distance is 1 - cos, so that of `maxmin_select` and of the same precision; ties go to the earlier pick. The
     embeddings are read in blocks and never copied whole.
@@ -139,7 +139,7 @@ def nearest_pick(
     n = len(matrix)
     picked = as_ids(picks).numpy()
     if not len(picked) or ((picked < 0) | (picked >= n)).any():
-        raise InputError(f"picks must hold at least one row, each in 0..{n - 1}.")
+        raise InputError(f"picks is empty or holds a row that does not exist: give at least one, each in 0..{n - 1}")
     asked = np.arange(n) if rows is None else as_ids(rows).numpy()
     used = None if rows is None else np.union1d(asked, picked)
     if used is not None:
@@ -164,17 +164,19 @@ def nearest_pick(
 def _checked_scores(scores: Array, n: int) -> Floats:
     score: Floats = torch.as_tensor(scores).detach().to("cpu", torch.float64).numpy()
     if score.shape != (n,):
-        raise InputError(f"scores must have the shape [{n}], one per embedding, not {list(score.shape)}.")
+        raise InputError(f"scores have the shape {list(score.shape)}: give [{n}], one per embedding")
     bad = ~(np.isfinite(score) & (score >= 0))
     if bad.any():
-        raise InputError(f"the score in row {int(bad.argmax())} is NaN, infinite or negative.")
+        raise InputError(
+            f"the score in row {int(bad.argmax())} is NaN, infinite or negative: give finite scores of at least 0"
+        )
     return score
 
 
 def _highest(score: Floats, chosen: Ints, pool: int, k: int) -> Ints:
     """The rows of the `pool` highest scores that are not in `chosen`, and those in it, ascending."""
     if pool < k:
-        raise InputError(f"pool must be at least k = {k}, not {pool}.")
+        raise InputError(f"pool is {pool}: give at least k = {k}")
     ranked = np.argsort(-score, kind="stable")
     ranked = ranked[~np.isin(ranked, chosen)]
     return np.sort(np.concatenate([ranked[:pool], chosen]))

@@ -19,14 +19,14 @@ _SLACK = {torch.float64: 1e-12, torch.float32: 1e-6}  # distances this close are
 
 
 def slack_of(unit: UnitRows) -> float:
-    """How far rounding may move a distance between two of these rows."""
+    """Returns how far rounding may move a distance between two of these rows."""
     return _SLACK[unit.dtype]
 
 
 class LazyGreedy:
     """Greedy selection by V(x | S) = d(x | S) score(x), comparing a row with a pick only where that can matter.
 
-    d(x | S) shrinks as S grows, so the value of a row taken some picks ago bounds its present one. Each row keeps the
+    d(x | S) shrinks as S grows, so the value of a row taken some picks ago bounds its current one. Each row keeps the
     number of picks that it has been compared with, and catches up when its bound is among the highest. A round brings
     the highest few hundred up to date, and picks among them while the best beats the bound of every other row.
 
@@ -149,9 +149,9 @@ class LazyGreedy:
         Args:
             rows: The candidates.
             k: Picks in all.
-            rival: Highest bound of the other rows, slack included; picking goes on while the best is above it.
+            rival: Highest bound of the other rows, slack included; picking continues while the best is above it.
             level: If given, the highest value of all. The smallest row that has it up to the slack is picked, and
-                picking goes on while a candidate has all of it; other rows that have it come after the candidates.
+                picking continues while a candidate has all of it; other rows that have it come after the candidates.
         """
         unit = self._unit.take(rows)
         near, score, margin, value = self._near[rows], self._score[rows], self._margin[rows], self._bound[rows]
@@ -204,12 +204,12 @@ class LazyGreedy:
 
 
 def cosine_of(product: torch.Tensor, slack: float) -> Cosines:
-    """Products of rows of length 1, on the CPU; 1 where rounding cannot tell it from 1."""
+    """Moves products of rows of length 1 to the CPU and makes those 1 that rounding cannot tell from 1."""
     found: Cosines = product.cpu().numpy()
     found[found > 1.0 - slack] = 1.0
     return found
 
 
 def distance_of(cosine: Cosines) -> Floats:
-    """1 - cosine in float64."""
+    """Returns 1 - cosine in float64."""
     return np.subtract(1.0, cosine, dtype=np.float64)

@@ -24,7 +24,7 @@ _TINY, _HUGE = 1e-15, 1e15  # lengths outside have squares that float32 cannot h
 
 
 def as_matrix(embeddings: Array) -> Tensor:
-    """A view of the embeddings as a tensor, without a copy.
+    """Views the embeddings as a tensor, without a copy.
 
     Args:
         embeddings: [N, D] tensor of any device, array or `numpy.memmap`.
@@ -33,7 +33,7 @@ def as_matrix(embeddings: Array) -> Tensor:
         [N, D], sharing memory with `embeddings`.
 
     Raises:
-        InputError: If it is no matrix of real numbers that torch can read in place.
+        InputError: If it is not a matrix of real numbers that torch can read in place.
     """
     if isinstance(embeddings, Tensor):
         matrix = embeddings.detach()
@@ -44,18 +44,18 @@ def as_matrix(embeddings: Array) -> Tensor:
                 matrix = torch.from_numpy(np.asarray(embeddings))
         except (TypeError, ValueError) as error:
             raise InputError(
-                f"embeddings cannot be read in place ({error}); save them as a contiguous float16 or float32 array."
+                f"embeddings cannot be read in place ({error}): save them as a contiguous float16 or float32 array"
             ) from error
     if matrix.ndim != 2:
-        raise InputError(f"embeddings must have the shape [N, D], not {list(matrix.shape)}.")
+        raise InputError(f"embeddings have the shape {list(matrix.shape)}: give [N, D]")
     if matrix.is_complex():
-        raise InputError("embeddings must be real numbers, not complex ones.")
+        raise InputError("embeddings are complex numbers: give real ones")
     return matrix
 
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Float32 products as float32, whatever autocast and `set_float32_matmul_precision` allow elsewhere.
+    """Computes float32 products in float32, whatever autocast and `set_float32_matmul_precision` allow elsewhere.
 
     Args:
         device: Where the products are taken.
@@ -109,17 +109,17 @@ class UnitRows:
         return len(self._matrix) if self._only is None else len(self._only)
 
     def blocks(self) -> Iterator[Ints]:
-        """Positions 0..N-1 in blocks that fit the processor's cache more or less, ascending."""
+        """Yields the positions 0..N-1, ascending, in blocks of about the size of the processor's cache."""
         size = self.block_rows()
         for start in range(0, len(self), size):
             yield np.arange(start, min(start + size, len(self)))
 
     def block_rows(self) -> int:
-        """Rows in a block."""
+        """Returns the number of rows in a block."""
         return max(_BLOCK // max(self.columns, PICKS), 1)
 
     def take(self, rows: Ints) -> Tensor:
-        """The rows at these positions, scaled to length 1.
+        """Returns the rows at these positions, scaled to length 1.
 
         Args:
             rows: [n] int64 in 0..N-1.
@@ -153,7 +153,7 @@ class UnitRows:
         if not largest.isfinite().all():
             row = int(odd_rows[int((~largest.isfinite()).nonzero()[0])])
             row = row if self._only is None else int(self._only[row])
-            raise InputError(f"the embedding in row {row} is NaN or infinite; mend the model or leave the sample out.")
+            raise InputError(f"the embedding in row {row} is NaN or infinite: fix the model or leave the sample out")
         largest = largest.where(largest > 0, torch.ones_like(largest))
         length = torch.linalg.vector_norm(block.double() / largest[:, None], dim=1)
         if self._largest is None:

@@ -1,4 +1,4 @@
-"""Rival selectors that know no difficulty: the whole pool, random draws, and coverage of the embeddings."""
+"""Rival selectors that use no difficulty: the whole pool, random draws, and coverage of the embeddings."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _ITERATION_ROWS = 1_024  # rows of a k-means step, at least
 
 
 class FullSelector:
-    """The whole pool, whatever the budget: the reference that a selection is compared with.
+    """Picks the whole pool, whatever the budget: the reference that a selection is compared with.
 
-    Needs no signals. Ranks are in the order of sample_id; the budget is checked and not used, so a smaller one is no
-    prefix.
+    Needs no signals. Ranks are in the order of sample_id. The budget is checked but not used, so a smaller one is not
+    a prefix.
     """
 
     needs: frozenset[str] = frozenset()
@@ -35,7 +35,7 @@ class FullSelector:
 
 
 class RandomSelector:
-    """Samples drawn uniformly, without replacement: the rival to beat.
+    """Draws samples uniformly, without replacement: the rival to beat.
 
     Needs no signals; the ledger still shows the rewards that are known. A smaller budget with the same seed and epoch
     is a prefix.
@@ -48,7 +48,7 @@ class RandomSelector:
 
         Args:
             seed: Seed of the draw.
-            redraw: Whether each epoch has a draw of its own; else all epochs have the same.
+            redraw: Whether each epoch has a draw of its own; otherwise all epochs have the same.
         """
         self.seed = seed
         self.redraw = redraw
@@ -61,7 +61,7 @@ class RandomSelector:
 
 
 class KCenterSelector:
-    """Greedy k-center: each pick is the sample farthest from all earlier ones (Gonzalez 1985).
+    """Picks k centers greedily, each the sample farthest from all earlier ones (Gonzalez 1985).
 
     argmax over x of min over s in S of d(x, s), as for the core-sets of Sener & Savarese (2018, arXiv 1708.00489), with
     at most twice the covering radius of the best k centers where d is a metric. It is max-min selection with equal
@@ -91,13 +91,13 @@ class KCenterSelector:
 
 
 class KMeansSelector:
-    """The sample nearest to each of k centroids of the embeddings, k the budget (k-means, Lloyd 1982).
+    """Picks the sample nearest to each of k centroids of the embeddings, k the budget (k-means, Lloyd 1982).
 
     How ours differs: the embeddings are scaled to unit length first, so that distances follow the cosine; the
     clusters are those of scikit-learn's `MiniBatchKMeans` (Sculley 2010), which scales to millions of samples. Ranks
     are by size of the cluster, largest first. A cluster that ends up empty, as with repeated embeddings, is replaced by
     the unpicked sample nearest to its own centroid. The ledger's `value` is the cosine to the own centroid. Another
-    budget means other clusters, so a smaller one is no prefix.
+    budget means other clusters, so a smaller one is not a prefix.
     """
 
     needs: frozenset[str] = frozenset({"embedding"})

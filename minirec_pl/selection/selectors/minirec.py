@@ -1,4 +1,4 @@
-"""Selectors: from the signals of a pool to a ranked pick."""
+"""MiniRec's own selector."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LARGE = 100_000  # samples from which on the selection shows its progress
 
 
 class MiniRecSelector:
-    """Learnable, representative and diverse samples (MiniRec, arXiv 2602.04278), as published or as written.
+    """Picks learnable, representative and diverse samples (MiniRec, arXiv 2602.04278), as published or as written.
 
     V(x | S) = d(x | S) (alpha L + beta R), greedily from argmax(alpha L + beta R); beta is 1 in the paper. L and R are
     scaled over all samples with signals, before the gate. A sample without a gradient counts as one whose gradient is
@@ -39,8 +39,8 @@ class MiniRecSelector:
     group of G rollouts holds a hit; p is the exact solve probability where known, else the share of rollouts that hit.
 
     gradient="trajectory" is ours: R_i = (1 + a_i) / 2, a_i the cosine of the sample's update with the way the trained
-    parameters have gone since the first scoring, scaled to [0, 1] over the samples of which it is known. The others, at
-    first all of them because nothing has moved, keep the R of their first-order gradient.
+    parameters have moved since the first scoring, scaled to [0, 1] over the samples of which it is known. The others
+    (at first all, since nothing has moved) keep the R of their first-order gradient.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class MiniRecSelector:
             mu: Difficulty of the highest learnability, in units of the difficulty.
             sigma: Width of the learnability curve; None takes the standard deviation over the pool.
             gate: Lowest and highest difficulty, both inclusive, that may be picked in mode "paper".
-            on_short: If fewer than k samples pass the gate: "shrink" picks fewer and warns, "fill" goes on outside it.
+            on_short: If fewer than k samples pass the gate: "shrink" picks fewer and warns, "fill" picks outside it.
             gradient: "first", "hvp" or "trajectory"; None is the mode's own.
             num_generations: Rollouts in a training group, G, for "pass_at_group"; None takes that of the module it runs
                 with (8, the default of `GRPORecModule`, on its own).
@@ -90,17 +90,17 @@ class MiniRecSelector:
         _one_of("gradient", gradient, ("first", "hvp", "trajectory", None))
         _one_of("gradient_space", gradient_space, ("answer", "lora"))
         if not (0 <= alpha < float("inf")):
-            raise InputError(f"alpha must be a finite number, not negative, but is {alpha}.")
+            raise InputError(f"alpha is {alpha}: give a finite number of at least 0")
         if not (0 <= beta < float("inf")) or alpha == beta == 0:
-            raise InputError(f"beta must be a finite number, not negative, and not 0 beside alpha=0, but is {beta}.")
+            raise InputError(f"beta is {beta}: give a finite number of at least 0, and above 0 if alpha is 0")
         if len(gate) != 2 or not gate[0] < gate[1]:
-            raise InputError(f"gate must be [low, high] with low below high, not {list(gate)}.")
+            raise InputError(f"gate is {list(gate)}: give [low, high] with low below high")
         if calibrate is not None and sigma is not None:
-            raise InputError("calibrate='quantile' sets sigma from the pool; leave sigma out or leave calibrate out.")
+            raise InputError("calibrate='quantile' takes sigma from the pool: leave out sigma or calibrate")
         if sigma is not None and not sigma > 0:
-            raise InputError(f"sigma must be positive, not {sigma}.")
+            raise InputError(f"sigma is {sigma}: give a number above 0")
         if num_generations is not None and num_generations < 1:
-            raise InputError(f"num_generations must be at least 1, not {num_generations}.")
+            raise InputError(f"num_generations is {num_generations}: give at least 1")
         self.mode = mode
         self.difficulty = difficulty
         self.calibrate = calibrate
@@ -115,7 +115,7 @@ class MiniRecSelector:
         if gradient_space == "lora" and self.gradient == "hvp":
             raise InputError(
                 "gradient_space='lora' has no Hessian-vector products, which mode='official' takes by default: set "
-                "gradient to first or trajectory, or gradient_space to answer."
+                "gradient to first or trajectory, or gradient_space to answer"
             )
         self.gradient_space = gradient_space
         self.num_generations = num_generations
@@ -143,16 +143,16 @@ class MiniRecSelector:
         scored = ~difficulty.isnan()
         if not scored.any():
             raise InputError(
-                f"no sample of the pool has the rewards that difficulty='{self.difficulty}' needs; score the "
-                "pool first, with scoring_generations of at least 2."
+                f"no sample of the pool has the rewards that difficulty='{self.difficulty}' needs: score the "
+                "pool first, with scoring_generations of at least 2"
             )
         if signals.embedding is None:
-            raise InputError("MiniRecSelector needs an embedding per sample; return `embedding` from sample_signals.")
+            raise InputError("MiniRecSelector needs an embedding per sample: return `embedding` from sample_signals")
         if signals.embedding_known is not None:
             scored &= signals.embedding_known
         rows = scored.nonzero()[:, 0]
         if not len(rows):
-            raise InputError("no sample of the pool has both rewards and an embedding; score the pool first.")
+            raise InputError("no sample of the pool has both rewards and an embedding: score the pool first")
 
         learn, represent = self._terms(signals, difficulty, rows)
         score = self.alpha * learn + self.beta * represent
@@ -171,8 +171,8 @@ class MiniRecSelector:
         n_pass = int(passes.sum())
         if not n_pass and self.on_short == "shrink":
             raise InputError(
-                f"none of {len(rows)} scored samples has a difficulty within gate={list(self.gate)}; "
-                "widen the gate, draw more rollouts, or set on_short='fill'."
+                f"none of {len(rows)} scored samples has a difficulty within gate={list(self.gate)}: "
+                "widen the gate, draw more rollouts, or set on_short='fill'"
             )
         inside = passes[rows].nonzero()[:, 0]
         picked = torch.empty(0, dtype=torch.int64)
@@ -190,8 +190,8 @@ class MiniRecSelector:
         if missing:
             gated = f", {n_pass} of these within gate={list(self.gate)}" if n_pass < len(rows) else ""
             warnings.warn(
-                f"picked {k - missing} samples instead of {k}: of {len(signals)} samples {len(rows)} have the needed "
-                f"signals{gated}; score more samples, widen the gate, or set on_short='fill'.",
+                f"picked {k - missing} samples instead of {k}; of {len(signals)} samples {len(rows)} have the needed "
+                f"signals{gated}: score more samples, widen the gate, or set on_short='fill'",
                 stacklevel=2,
             )
         return SelectionLedger.of(columns, signals.embedding)
@@ -235,7 +235,7 @@ def _at(matrix: Tensor, rows: Tensor) -> Tensor:
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
-        raise InputError(f"{name} must be one of {', '.join(str(option) for option in allowed)}, not {value!r}.")
+        raise InputError(f"{name} is {value!r}: give one of {', '.join(str(option) for option in allowed)}")
 
 
 def _enter(

@@ -1,4 +1,4 @@
-"""What selectors share: reading the signals they need, and making the ledger of what they picked."""
+"""Reads the signals that a selector needs and makes the ledger of what it picked."""
 
 from __future__ import annotations
 
@@ -17,29 +17,20 @@ from minirec_pl.selection.signals import Signals
 from minirec_pl.utils.errors import InputError
 
 
-def check_budget(k: int, n_samples: int) -> None:
-    """Refuses a budget that the pool cannot meet.
-
-    Raises:
-        InputError: If k is not in 1..n_samples.
-    """
-    if not 1 <= k <= n_samples:
-        raise InputError(f"the budget must lie in 1..{n_samples}, the size of the pool, not {k}.")
-
-
 def ascending(signals: Signals, k: int) -> Signals:
-    """The signals in ascending order of sample_id, without a copy where they are already; checks the budget.
+    """Checks the budget and sorts the signals by sample_id, without a copy where they are sorted already.
 
     Raises:
         InputError: If k is not in 1..N.
     """
-    check_budget(k, len(signals))
+    if not 1 <= k <= len(signals):
+        raise InputError(f"the budget is {k} samples: give 1 to {len(signals)}, the size of the pool")
     ids = signals.sample_id
     return signals if bool((ids[1:] > ids[:-1]).all()) else signals.take(ids.argsort())
 
 
 def vectors(signals: Signals, name: Literal["gradient", "embedding"], selector: object) -> tuple[Tensor, Tensor]:
-    """The gradients or embeddings, and which of them were measured.
+    """Returns the gradients or embeddings, and which of them were measured.
 
     Args:
         signals: Of N samples.
@@ -57,13 +48,13 @@ def vectors(signals: Signals, name: Literal["gradient", "embedding"], selector: 
     if values is None or (known is not None and not known.any()):
         article = "an" if name == "embedding" else "a"
         raise InputError(
-            f"{type(selector).__name__} needs {article} {name} per sample; return `{name}` from sample_signals."
+            f"{type(selector).__name__} needs {article} {name} per sample: return `{name}` from sample_signals"
         )
     return values, torch.ones(len(signals), dtype=torch.bool) if known is None else known
 
 
 def solve_chance(signals: Signals, selector: object) -> Tensor:
-    """Probability that one rollout solves a sample: the exact one where known, else the share of rollouts that did.
+    """Returns the probability that one rollout solves a sample: exact where known, else the share that did.
 
     Args:
         signals: Of N samples.
@@ -81,14 +72,14 @@ def solve_chance(signals: Signals, selector: object) -> Tensor:
         chance = exact.where(~exact.isnan(), chance)
     if bool(chance.isnan().all()):
         raise InputError(
-            f"{type(selector).__name__} needs rewards or the exact solve probability; return `rewards` or "
-            "`solve_probability` from sample_signals."
+            f"{type(selector).__name__} needs rewards or the exact solve probability: return `rewards` or "
+            "`solve_probability` from sample_signals"
         )
     return chance
 
 
 def best_first(score: Tensor, k: int) -> Tensor:
-    """Rows of the k highest scores, highest first; ties go to the smaller row, NaN is left out.
+    """Returns the rows of the k highest scores, highest first; ties go to the smaller row, NaN is left out.
 
     Args:
         score: [N] float.
@@ -118,7 +109,7 @@ def blank_columns(signals: Signals) -> dict[str, npt.NDArray[Any]]:
 def ledger_of(
     signals: Signals, picks: Tensor, k: int, columns: Mapping[str, Tensor], dropped: Mapping[str, Tensor]
 ) -> SelectionLedger:
-    """The ledger of a pick.
+    """Makes the ledger of a pick.
 
     Args:
         signals: Of N samples, ascending by sample_id.
@@ -139,10 +130,10 @@ def ledger_of(
         table["reason"][rows.numpy()] = reason
     if len(picks) < k:
         lost = ", ".join(f"{int(rows.sum())} {reason}" for reason, rows in dropped.items() if rows.any())
-        short = f"of {len(signals)} samples {lost}; score more samples, with more rollouts each."
+        short = f"of {len(signals)} samples {lost}: score more samples, with more rollouts each"
         if not len(picks):
-            raise InputError(f"no sample can be picked: {short}")
-        warnings.warn(f"picked {len(picks)} samples instead of {k}: {short}", stacklevel=3)
+            raise InputError(f"no sample can be picked; {short}")
+        warnings.warn(f"picked {len(picks)} samples instead of {k}; {short}", stacklevel=3)
     table["rank"][picks.numpy()] = np.arange(1, len(picks) + 1)
     table["reason"][picks.numpy()] = reasons.SELECTED
     return SelectionLedger.of(table)

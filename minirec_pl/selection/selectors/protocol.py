@@ -1,4 +1,4 @@
-"""What a selection session asks of a selector."""
+"""The interface of a selector."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from minirec_pl.selection.signals import Signals
 
 
 class Selector(Protocol):
-    """What a selection session asks of a selector."""
+    """Picks samples by their signals; any object with `needs` and `select` will do."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -35,7 +35,7 @@ class Selector(Protocol):
 
 
 def signal_options(selector: object) -> dict[str, str]:
-    """What a selector asks of `sample_signals(batch, **options)`: its `gradient` and `gradient_space`, if not usual."""
+    """Returns what a selector asks of `sample_signals`: its `gradient` and `gradient_space`, if not the default."""
     usual = {"gradient": "first", "gradient_space": "answer"}
     asked = {name: getattr(selector, name, default) for name, default in usual.items()}
     return {name: value for name, value in asked.items() if value != usual[name]}

@@ -21,7 +21,7 @@ _DAMPING = 0.01  # of the mean eigenvalue of the curvature
 
 
 class GraNdSelector:
-    """Largest gradients first (GraNd, Paul et al. 2021, arXiv 2107.07075).
+    """Picks the largest gradients first (GraNd, Paul et al. 2021, arXiv 2107.07075).
 
     Theirs: the expectation of ||g||_2, g the gradient of the loss by all weights, over several initialisations early in
     training. How ours differs: ||u||_2 of the gradient signal u of the one policy that is trained, at the hidden states
@@ -40,7 +40,7 @@ class GraNdSelector:
 
 
 class EL2NSelector:
-    """Largest prediction errors first (EL2N, Paul et al. 2021, arXiv 2107.07075).
+    """Picks the largest prediction errors first (EL2N, Paul et al. 2021, arXiv 2107.07075).
 
     Theirs: the expectation of ||p(x) - y||_2, p(x) the predicted distribution over classes and y the one-hot target,
     over several models early in training. How ours differs: of p(x) only the target's entry p is known, exact or as the
@@ -61,7 +61,7 @@ class EL2NSelector:
 
 
 class RewardVarianceSelector:
-    """Groups whose rewards vary, most variance first (the filters of DAPO and SPEED).
+    """Picks groups whose rewards vary, most variance first (the filters of DAPO and SPEED).
 
     DAPO (arXiv 2503.14476) drops groups that are all right or all wrong, which have no advantage, and draws others
     until the batch is full. SPEED (arXiv 2506.09016) screens prompts with a few rollouts and keeps those strictly
@@ -69,9 +69,9 @@ class RewardVarianceSelector:
 
     How ours differs: the variance ranks as well as filters: p (1 - p) where the exact solve probability p is known, the
     variance of a hit reward; else the population variance of the rewards within the group. It picks from what was
-    scored, once an epoch, and draws nothing more. Samples without variance are `too_easy` or `too_hard`, and fewer than
-    k are picked where fewer vary. The ledger's `value` is the variance, its `difficulty` p or else the mean reward. A
-    smaller budget is a prefix.
+    scored, once per epoch, and draws nothing more. Samples without variance are `too_easy` or `too_hard`, and fewer
+    than k are picked where fewer vary. The ledger's `value` is the variance, its `difficulty` p or else the mean
+    reward. A smaller budget is a prefix.
     """
 
     needs: frozenset[str] = frozenset({"rewards"})
@@ -86,8 +86,8 @@ class RewardVarianceSelector:
             difficulty = exact.where(~exact.isnan(), difficulty)
         if variance.isnan().all():
             raise InputError(
-                "RewardVarianceSelector needs rewards or the exact solve probability; return `rewards` or "
-                "`solve_probability` from sample_signals."
+                "RewardVarianceSelector needs rewards or the exact solve probability: return `rewards` or "
+                "`solve_probability` from sample_signals"
             )
         flat = variance <= (_ROUNDING * difficulty) ** 2
         dropped = {
@@ -100,15 +100,15 @@ class RewardVarianceSelector:
 
 
 class LearnAlignSelector:
-    """Learnable samples whose gradients agree with those of learnable samples (LearnAlign, arXiv 2506.11480).
+    """Picks learnable samples whose gradients agree with those of learnable samples (LearnAlign, arXiv 2506.11480).
 
     S_ij = V_i V_j cos(g_i, g_j) with V = p (1 - p); the score of a sample is the mean of its row, and the best are
     taken. With z_i = V_i g_i / ||g_i|| it is z_i . mean_j z_j, so that no N x N matrix is made.
 
     How ours differs: g is the gradient signal u at the hidden states, not a projected gradient of the GRPO objective by
-    all weights; p is exact where known; the mean is over the rows of present gradients (`gradient_fresh`). Their
-    warm-up is the policy one starts from. The ledger's `value` is the score, its `difficulty` p. A smaller budget is a
-    prefix.
+    all weights; p is exact where known; the mean is over the rows of fresh gradients (`gradient_fresh`). Their
+    warm-up corresponds to the policy that training starts from. The ledger's `value` is the score, its `difficulty` p.
+    A smaller budget is a prefix.
     """
 
     needs: frozenset[str] = frozenset({"rewards", "gradient"})
@@ -132,7 +132,7 @@ class LearnAlignSelector:
 
 
 class DEALRecSelector:
-    """Influential samples that cost the model effort, from all over the range of scores (DEALRec, arXiv 2401.17197).
+    """Picks influential samples that cost the model effort, from the whole range of scores (DEALRec, arXiv 2401.17197).
 
     score = I + lambda E, both min-max scaled. The influence I_i = g_i . H^-1 mean_j g_j is how much the empirical risk
     rises without sample i; the effort E_i = ||g_i||_2 is the LLM's gradient norm. The range of scores is cut into K
@@ -141,7 +141,7 @@ class DEALRecSelector:
 
     How ours differs: they take I from a small surrogate recommender, with H^-1 by stochastic iteration. We have no
     surrogate: g is the gradient signal u of the policy itself, and H the empirical Fisher matrix mean_j u_j u_j^T plus
-    0.01 of its mean eigenvalue, over the rows of present gradients. Groups, quotas and lambda are theirs. Ranks are in
+    0.01 of its mean eigenvalue, over the rows of fresh gradients. Groups, quotas and lambda are theirs. Ranks are in
     the order in which a growing budget adds samples: the quotas only grow with it, so a smaller budget is a prefix. The
     ledger's `value` is the score, which does not rank the picks.
     """
@@ -160,9 +160,9 @@ class DEALRecSelector:
             InputError: If an option is out of range.
         """
         if not 0 <= effort_weight < float("inf"):
-            raise InputError(f"effort_weight must be a finite number, not negative, but is {effort_weight}.")
+            raise InputError(f"effort_weight is {effort_weight}: give a finite number of at least 0")
         if n_groups < 1:
-            raise InputError(f"n_groups must be at least 1, not {n_groups}.")
+            raise InputError(f"n_groups is {n_groups}: give at least 1")
         self.effort_weight = effort_weight
         self.n_groups = n_groups
         self.seed = seed

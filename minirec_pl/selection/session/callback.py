@@ -1,4 +1,4 @@
-"""The hooks that every selection callback shares."""
+"""The hooks that all selection callbacks share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class SessionCallback(Callback):
-    """Drives the `SelectionSession` of a Trainer: the first callback does the work, the others find it done.
+    """Drives the `SelectionSession` of a Trainer; of several callbacks the first does the work.
 
     Attributes:
         selector: what the callback picks with, if it picks.
@@ -31,12 +31,12 @@ class SessionCallback(Callback):
         session_of(trainer).prepare(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Goes on in the middle of what a checkpoint was taken in."""
+        """Resumes where the checkpoint was taken."""
         if session_of(trainer).ready:
             session_of(trainer).start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """The first batch of a resumed run starts with the random numbers it would have had."""
+        """Gives the first batch of a resumed run the random numbers it would have had."""
         if session_of(trainer).ready:
             session_of(trainer).running.begin_batch(trainer)
 
@@ -46,7 +46,7 @@ class SessionCallback(Callback):
             session_of(trainer).running.before_backward(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Makes sure that the plan is what the Trainer draws from."""
+        """Checks that the Trainer draws from the plan."""
         if session_of(trainer).ready:
             session_of(trainer).check(trainer)
 
@@ -56,15 +56,15 @@ class SessionCallback(Callback):
             session_of(trainer).advance(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes that the validation after the present batch has begun."""
+        """Notes that the validation after the current batch has begun."""
         session_of(trainer).running.begin_validation(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leaves the files of the last selection and tidies up."""
+        """Writes the files of the last selection and removes unused ones."""
         session_of(trainer).finish(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leaves the files of the last selection of a fit that is broken off."""
+        """Writes the files of the last selection of a fit that fails or is interrupted."""
         if trainer.state.fn == "fit":
             with contextlib.suppress(InputError):
                 session_of(trainer).finish(trainer)
@@ -76,7 +76,7 @@ class SessionCallback(Callback):
             session_of(trainer).running.save(trainer, pl_module, checkpoint)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Hands the saved session to the new one of a fit."""
+        """Restores the session that a fit resumes."""
         if CHECKPOINT_KEY in checkpoint and trainer.state.fn == "fit" and not session_of(trainer).ready:
             session_of(trainer).restore(checkpoint[CHECKPOINT_KEY])
             ranks = checkpoint[CHECKPOINT_KEY]["ranks"]

@@ -1,4 +1,4 @@
-"""What a run is in the middle of, beyond what Lightning saves: random numbers, gradients, a due validation."""
+"""Resumes a run inside a batch, beyond what Lightning saves: random numbers, gradients, a due validation."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ RUNNING_KEY = "minirec_pl.Running"
 
 
 class Running:
-    """Random numbers, gradients inside an accumulation and a due validation, in a checkpoint taken anywhere.
+    """Saves and restores random numbers, gradients of an accumulation and a due validation, wherever a run stops.
 
     The hooks of a module and of selection callbacks call the methods; where both do, the first call counts. A batch
-    that a checkpoint interrupts is trained on again by the resumed run, with the random numbers and gradients that
-    were there before it. For that, a copy of the gradients is held during the backward passes after the first of an
+    that a checkpoint interrupts is trained on again by the resumed run, with the random numbers and gradients from
+    before it. For that, a copy of the gradients is held during the backward passes after the first of an
     optimizer step.
 
     Attributes:
-        validation_left_out: whether the checkpoint was taken before a validation that the resumed run passes over.
+        validation_left_out: whether the checkpoint was taken before a validation that the resumed run skips.
     """
 
     def __init__(self) -> None:
@@ -57,10 +57,10 @@ class Running:
         self._saved = states[world()[1] % len(states)]
 
     def start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Called when training starts: puts back what was saved.
+        """Restores what was saved; called when training starts.
 
-        Lightning does not make up for a validation that was to follow; the random numbers that its loaders would have
-        drawn are passed over.
+        Lightning skips a validation that was to follow; the random numbers that its loaders would have drawn are
+        skipped too.
         """
         saved, self._saved, self._begun = self._saved, None, (-1, -1)
         if saved is None:
@@ -81,7 +81,7 @@ class Running:
             self._random = random_state()
 
     def begin_batch(self, trainer: Trainer) -> None:
-        """Called before a batch is trained on: the first one of a resumed run gets its random numbers."""
+        """Gives the first batch of a resumed run its random numbers; called before every batch."""
         if self._begun == position(trainer):
             return
         if self._random is not None:
@@ -92,16 +92,16 @@ class Running:
         self._begun, self._gradients = position(trainer), None
 
     def before_backward(self, trainer: Trainer, module: LightningModule) -> None:
-        """Called before the backward pass of a batch, which adds to the gradients of those before it."""
+        """Keeps the gradients of the batches before; called before the backward pass of a batch."""
         if self._gradients is None and trained(trainer) % trainer.accumulate_grad_batches:
             self._gradients = _gradients(module)
 
     def end_batch(self) -> None:
-        """Called when a batch has been trained on."""
+        """Drops the gradients kept; called when a batch has been trained on."""
         self._gradients = None
 
     def begin_validation(self, trainer: Trainer) -> None:
-        """Called when a validation starts: it no longer follows, and Lightning resumes inside it."""
+        """Notes that no validation follows any more, since Lightning resumes inside it; called when one starts."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._validated = position(trainer)
 
@@ -131,7 +131,7 @@ def _gradients(module: LightningModule) -> dict[str, Tensor]:
 
 
 def _seeds(loaders: Any) -> int:
-    """How many seeds some loaders draw from torch's global generator when they are next iterated over."""
+    """Counts the seeds that loaders draw from torch's global generator when they are next iterated over."""
     loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
     drawing = [
         loader
@@ -150,17 +150,17 @@ def _draw_seeds(count: int) -> None:
 
 
 def trained(trainer: Trainer) -> int:
-    """How many batches of the epoch have been trained on."""
+    """Counts the batches of the epoch that have been trained on."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     return progress.current.ready - in_hand(progress)
 
 
 def epoch_is_done(trainer: Trainer) -> bool:
-    """Whether the last batch of the epoch has been trained on."""
+    """Tells whether the last batch of the epoch has been trained on."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     return progress.is_last_batch and not in_hand(progress)
 
 
 def position(trainer: Trainer) -> tuple[int, int]:
-    """Epoch and number of the batch that a fit is at."""
+    """Returns the epoch and the number of the batch that a fit is at."""
     return trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready

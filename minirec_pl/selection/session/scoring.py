@@ -1,4 +1,4 @@
-"""One pass over samples that takes their signals and leaves the run as it was."""
+"""Takes the signals of samples in one pass and leaves the run as it was."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 Probe: TypeAlias = Callable[..., SampleSignals]
-SHARDED = frozenset({"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"})
+_SHARDED = frozenset({"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"})
 
 
 def measure(
@@ -32,7 +32,7 @@ def measure(
     probe: Probe | None,
     asked: Mapping[str, str],
 ) -> list[SampleSignals]:
-    """Rewards, gradient signals and embeddings of samples.
+    """Measures rewards, gradient signals and embeddings of samples.
 
     Neither the module's mode nor any random number generator of the run is disturbed.
 
@@ -91,27 +91,27 @@ def _check_options(module: LightningModule, asked: Mapping[str, str]) -> None:
 
 
 def with_ids(signals: SampleSignals, ids: torch.Tensor) -> SampleSignals:
-    """Signals under the ids of the samples they are of, where the loader is foreign and its batches tell none.
+    """Gives signals the ids of their samples, for foreign loaders, whose batches hold none.
 
     Raises:
         InputError: if there is not a row for each.
     """
     if len(signals) != len(ids):
         raise InputError(
-            f"a batch of {len(ids)} samples gave signals of {len(signals)}: return a row for each sample, in the order "
+            f"a batch of {len(ids)} samples gave {len(signals)} rows of signals: return one per sample, in the order "
             "of the batch"
         )
     return replace(signals, sample_id=ids)
 
 
 def refuse_sharded(trainer: Trainer, probe: Probe | None) -> None:
-    """Refuses gradient signals where no rank holds the weights they are taken with.
+    """Refuses gradient signals where no rank holds all the weights.
 
     Raises:
         InputError: if the strategy is sharded and gradient signals are asked for.
     """
     strategy = trainer.strategy
-    sharded = SHARDED & {base.__name__ for base in type(strategy).__mro__}
+    sharded = _SHARDED & {base.__name__ for base in type(strategy).__mro__}
     if sharded and "gradient" in getattr(probe, "signals", {"gradient"}):
         raise InputError(
             f"{type(strategy).__name__} spreads the weights over the ranks, so gradient signals cannot be taken: set "

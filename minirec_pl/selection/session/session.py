@@ -1,4 +1,4 @@
-"""The one home of a run's signals, ledger, plan and sampler, shared by the callbacks of one Trainer."""
+"""The session of a run: its signals, ledger, plan and sampler, shared by the callbacks of one Trainer."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def session_of(trainer: Trainer) -> SelectionSession:
 
 
 def nothing_trained() -> dict[str, float]:
-    """Sums over the groups met in training since the last plan: their mean rewards, and those with mixed rewards."""
+    """Returns empty sums over the groups met in training: their number, mean rewards, and how many are mixed."""
     return {"groups": 0, "reward": 0.0, "mixed": 0}
 
 
@@ -72,7 +72,7 @@ class SelectionSession:
         ledger: the last selection, or None before the first.
         selected: sample_ids to train on in the coming epoch, best first; None for the whole pool.
         plan: the order of sample_ids of the coming epoch; None for the sampler's own shuffle.
-        epoch: the running epoch.
+        epoch: the current epoch.
         plan_epoch: the epoch that `plan` is for; -1 before the first.
         fold_starts: positions in the plan at which a fold starts; empty without folds.
         plan_easiness: mean reward (or solve probability) that each sample of the plan was ordered by; empty without an
@@ -119,27 +119,26 @@ class SelectionSession:
         self.active = True
 
     def register(self, phase: Phase, step: Step, trainer: Trainer) -> None:
-        """Takes a callback's function for one phase, called as step(session, trainer, module, epoch).
+        """Registers a callback's function for one phase, called as step(session, trainer, module, epoch).
 
         Raises:
             InputError: if another callback has the phase already.
         """
         if phase in self._steps and self._steps[phase] != step:
             raise InputError(
-                f"two callbacks of one Trainer are responsible for the phase '{phase}': use either MiniRec "
-                "or the single "
-                "callbacks, and each of those once"
+                f"two callbacks of one Trainer are responsible for the phase '{phase}': use either MiniRec or the "
+                "single callbacks, and each of those once"
             )
         self._steps[phase] = step
         self._prepared = False
         foresee(trainer, *self._expected)
 
     def expect(self, warmup_epochs: int, count: Callable[[int], int] | None) -> None:
-        """Says, before it is known, how many samples the plans will hold, see `foresee`."""
+        """Announces how many samples the plans will hold, before they are made; see `foresee`."""
         self._expected = (warmup_epochs, count)
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
-        """Called in `on_fit_start`: finds loader and sampler, takes up a checkpoint, plans the first epoch."""
+        """Finds loader and sampler, resumes from a checkpoint and plans the first epoch; called in `on_fit_start`."""
         if self._prepared:
             return
         self._prepared, self._finished = True, False
@@ -174,7 +173,7 @@ class SelectionSession:
             self._run(trainer, module, epoch)
 
     def advance(self, trainer: Trainer, module: LightningModule) -> None:
-        """Called in `on_train_epoch_end`: plans the next epoch, once, if there is one."""
+        """Plans the next epoch, once, if there is one; called in `on_train_epoch_end`."""
         epoch = trainer.current_epoch + 1
         last = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch
         last |= 0 <= trainer.max_steps <= trainer.global_step
@@ -182,7 +181,7 @@ class SelectionSession:
             self._run(trainer, module, epoch)
 
     def check(self, trainer: Trainer) -> None:
-        """Called in `on_train_epoch_start`: the Trainer must draw from the session's sampler."""
+        """Checks that the Trainer draws from the session's sampler; called in `on_train_epoch_start`."""
         self.epoch = trainer.current_epoch
         self._train.check(trainer)
 
@@ -231,7 +230,7 @@ class SelectionSession:
             self.store.update(signals, epoch=epoch, step=self.step(trainer), source="score")
 
     def batch_ids(self, batch_idx: int) -> torch.Tensor | None:
-        """The sample_ids of a training batch of a foreign loader, by the order they were drawn in; else None."""
+        """Returns the sample_ids of a training batch of a foreign loader, in the order drawn; of other loaders None."""
         loader = self._train.loader
         if not isinstance(loader, ForeignLoader):
             return None
@@ -239,9 +238,9 @@ class SelectionSession:
         return torch.tensor(loader.foreign_sampler.drawn[batch_idx * size : (batch_idx + 1) * size])
 
     def easiness(self, sample_ids: Sequence[int]) -> torch.Tensor:
-        """Mean reward of samples; their exact solve probability unless rollouts were drawn for the whole pool.
+        """Returns the mean reward of samples, or their exact solve probability unless the whole pool has rollouts.
 
-        Where nothing was measured in this run, what the ledger it trains on says.
+        Where nothing was measured in this run, the values of the ledger that it trains on count.
 
         Args:
             sample_ids: [n], in the pool.
@@ -259,11 +258,11 @@ class SelectionSession:
         return view.solve_probability.where(~view.solve_probability.isnan(), view.reward_mean)
 
     def step(self, trainer: Trainer) -> int:
-        """Optimizer steps so far, also while a resumed Trainer still counts from 0."""
+        """Returns the optimizer steps so far, also while a resumed Trainer still counts from 0."""
         return max(trainer.global_step, self._restored_step)
 
     def log(self, trainer: Trainer, values: Mapping[str, float]) -> None:
-        """Sends figures to every logger at the present step."""
+        """Sends figures to every logger at the current step."""
         for logger in trainer.loggers:
             logger.log_metrics(dict(values), step=self.step(trainer))
 
@@ -273,13 +272,13 @@ class SelectionSession:
         return self._prepared and self.active
 
     def folder(self, trainer: Trainer) -> Path:
-        """Run folder: where the first logger writes, else `default_root_dir`; asked on all ranks at once, then kept."""
+        """Returns the run folder: where the first logger writes, else `default_root_dir`; all ranks ask at once."""
         if self._folder is None:
             self._folder = run_folder(trainer)
         return self._folder
 
     def state_dict(self, trainer: Trainer) -> dict[str, Any]:
-        """Tensors and primitives for a checkpoint; writes the file of vectors that it names."""
+        """Returns tensors and primitives for a checkpoint, and writes the file of vectors that it names."""
         folder = self.folder(trainer)
         vectors = self._files.save(self.store, folder / "signals") if trainer.is_global_zero else None
         self._prune(trainer, folder)
@@ -301,7 +300,7 @@ class SelectionSession:
         self._restored = state
 
     def start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Called in `on_train_start`: a resumed run continues with the random numbers and gradients it had."""
+        """Restores random numbers and gradients of a resumed run; called in `on_train_start`."""
         if self._own is not None:
             if isinstance(self._train.loader, ForeignLoader) and self._own["loader"] is not None:
                 self._train.loader.load_generators(self._own["loader"])  # Lightning has given all ranks those of one
@@ -309,7 +308,7 @@ class SelectionSession:
         self.running.start(trainer, module)
 
     def finish(self, trainer: Trainer) -> None:
-        """Called in `on_fit_end`, and when a fit is broken off; the first call counts."""
+        """Writes the files of the last selection; called when a fit ends or fails, where the first call counts."""
         if self.ready and not self._finished:
             self._finished = True
             self.leave_files(trainer, at_once=True)
@@ -349,7 +348,7 @@ class SelectionSession:
         self._written = time.monotonic()
 
     def plan_table(self) -> pd.DataFrame:
-        """The plan: epoch, position, fold (from 0), sample_id and easiness (NaN where the order is random)."""
+        """Returns the plan: epoch, position, fold (from 0), sample_id and easiness (NaN where the order is random)."""
         assert self.plan is not None
         position = np.arange(len(self.plan))
         return pd.DataFrame(
@@ -363,7 +362,7 @@ class SelectionSession:
         )
 
     def diagnostics(self, trainer: Trainer) -> Diagnostics:
-        """Diagnostics of the ledger, with the coverage of users and items where the DataModule knows them."""
+        """Diagnoses the ledger, with the coverage of users and items where the DataModule knows them."""
         assert self.ledger is not None
         describe = getattr(getattr(trainer, "datamodule", None), "users_and_items", None)
         return diagnose(self.ledger, None if describe is None else describe(self.store.sample_ids.numpy()))

@@ -1,4 +1,4 @@
-"""A store's vectors outside of the checkpoints that name them: `<run>/signals/<fingerprint>.safetensors`."""
+"""Keeps the vectors of a store outside of checkpoints, in `<run>/signals/<fingerprint>.safetensors`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from minirec_pl.utils.files import load_tensors, save_tensors
 
 
 class SignalFiles:
-    """Writes the vectors of a store once per content and removes files that checkpoints no longer name.
+    """Writes the vectors of a store once per content and removes files that no checkpoint names any more.
 
     A file that was never seen named by a checkpoint of the run is kept: its checkpoint may lie elsewhere.
     """
@@ -67,7 +67,7 @@ class SignalFiles:
 
 
 def read_vectors(name: str, checkpoint: str, places: Iterable[Path]) -> dict[str, Tensor]:
-    """The vectors that a checkpoint names.
+    """Reads the vectors that a checkpoint names.
 
     Args:
         name: the file's name.
@@ -83,7 +83,7 @@ def read_vectors(name: str, checkpoint: str, places: Iterable[Path]) -> dict[str
         if (place / name).is_file():
             vectors, _ = load_tensors(place / name)
             if f"{_fingerprint(vectors)}.safetensors" != name:
-                raise InputError(f"{place / name} is damaged: its content is not what its name says; copy it again")
+                raise InputError(f"{place / name} is damaged, its content is not what its name says: copy it again")
             return vectors
     raise InputError(
         f"the checkpoint {checkpoint} goes with {name}, the gradients and embeddings of its samples, which is neither "
