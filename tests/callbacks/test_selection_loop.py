@@ -504,8 +504,8 @@ def test_a_module_that_cannot_be_scored_is_told_what_to_define(make_trainer):
     [
         ({"budget": 0}, "budget is 0"),
         ({"budget": -0.1}, "budget is -0.1"),
-        ({"budget": 1.5}, "budget is 1.5: a fraction is at most 1.0"),
-        ({"budget": float("inf")}, "budget is inf: a fraction is at most 1.0"),
+        ({"budget": 1.5}, "budget is 1.5, a fraction above 1: give at most 1.0"),
+        ({"budget": float("inf")}, "budget is inf, a fraction above 1: give at most 1.0"),
         ({"budget": True}, "budget is True"),
         ({"budget": float("nan")}, "budget is nan"),
         ({"rescore_fraction": 1.1}, "rescore_fraction is 1.1"),

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers.paths import GOLDEN
-from test_selectors import random_pool
+from helpers.rival_pool import random_pool
 
 from minirec_pl.selection import MiniRecSelector, RandomSelector, diagnose
 from minirec_pl.utils.errors import InputError

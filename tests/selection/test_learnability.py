@@ -110,9 +110,9 @@ def test_empty_pool_has_no_learnability():
     [
         ([0.1, math.nan], {}, "row 1"),
         ([[0.1, 0.2], [math.inf, 0.1]], {}, "row 1"),
-        ([0.1, 0.2], {"sigma": 0.0}, "sigma must be positive"),
-        ([0.1, 0.2], {"sigma": math.nan}, "sigma must be positive"),
-        ([0.1, 0.2], {"mu": math.nan}, "mu must be a finite number"),
+        ([0.1, 0.2], {"sigma": 0.0}, "sigma is .*: give a number above 0"),
+        ([0.1, 0.2], {"sigma": math.nan}, "sigma is .*: give a number above 0"),
+        ([0.1, 0.2], {"mu": math.nan}, "mu is nan: give a finite number"),
         ([[[0.1]]], {}, "shape"),
     ],
 )

@@ -53,14 +53,14 @@ def stored(case):
     store.update(signals_of(case, known), epoch=2, step=9, source="score")
 
     def run(batch):
-        group, wasted = store.last_group(batch["ids"]), store.wasted_groups(batch["ids"])
+        wasted = store.wasted_groups(batch["ids"])
         if len(batch["ids"].unique()) < len(batch["ids"]):
             found = [store.read(batch["ids"][row, None]) for row in range(len(batch["ids"]))]
             values = {name: torch.cat([getattr(one, name) for one in found]) for name in ("reward_mean", "gradient")}
         else:
             found = store.read(batch["ids"])
             values = {name: getattr(found, name) for name in ("reward_mean", "gradient")}
-        return {"group": group, "wasted": wasted, **values}
+        return {"wasted": wasted, **values}
 
     return Entry(run, {"ids": case.permutation(30)[: case.n]})
 

@@ -89,20 +89,20 @@ GOOD = {"sample_id": 1, "rewards": [1.0, 0.0]}
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "is empty; give a line per sample"),
-        ([GOOD, "{"], "line 2: not a JSON object with an integer sample_id"),
-        ([GOOD, "[1]"], "line 2: not a JSON object"),
-        ([{"sample_id": "x", "rewards": [1.0]}], "line 1: not a JSON object with an integer sample_id"),
+        ([], "is empty: give a line per sample"),
+        ([GOOD, "{"], "line 2 is not a JSON object with an integer sample_id"),
+        ([GOOD, "[1]"], "line 2 is not a JSON object"),
+        ([{"sample_id": "x", "rewards": [1.0]}], "line 1 is not a JSON object with an integer sample_id"),
         ([GOOD, GOOD], "sample_id 1 comes more than once"),
         ([{"sample_id": 1}], "neither rewards nor solve_probability"),
         ([GOOD, {"sample_id": 2}], "sample_id 2 has no rewards but others have"),
         ([GOOD, {"sample_id": 2, "rewards": [1.0]}], "rewards of sample_id 2 has 1 numbers, that of sample_id 1 2"),
-        ([GOOD, {"sample_id": 2, "rewards": []}], "rewards of sample_id 2 is no list of numbers"),
-        ([GOOD, {"sample_id": 2, "rewards": 0.5}], "rewards of sample_id 2 is no list of numbers"),
+        ([GOOD, {"sample_id": 2, "rewards": []}], "rewards of sample_id 2 is not a list of numbers"),
+        ([GOOD, {"sample_id": 2, "rewards": 0.5}], "rewards of sample_id 2 is not a list of numbers"),
         ([GOOD, {"sample_id": 2, "rewards": [1.0, "a"]}], "rewards of sample_id 2 holds 'a'"),
         ([GOOD, {"sample_id": 2, "rewards": [1.0, None]}], "rewards of sample_id 2 .*None|NaN.* sample_id 2"),
         ([GOOD, '{"sample_id": 2, "rewards": [1.0, NaN]}'], "rewards is NaN or infinite for sample_id 2"),
-        ([{"sample_id": 3, "solve_probability": 1.5}], "solve_probability must lie in .* sample_id 3"),
+        ([{"sample_id": 3, "solve_probability": 1.5}], r"solve_probability is outside \[0, 1\] for sample_id 3"),
         ([{"sample_id": 3, "solve_probability": "1"}], "solve_probability of sample_id 3 holds '1'"),
     ],
 )
@@ -124,11 +124,11 @@ def test_bad_arrays_are_named(tmp_path):
 
     refuse("there are no vectors at")
     array.write_bytes(b"no array")
-    refuse("is no readable .npy array")
+    refuse("is not a readable .npy array")
     np.save(array, np.array([{}, {}, {}]), allow_pickle=True)
-    refuse("is no readable .npy array")
+    refuse("is not a readable .npy array")
     np.save(array, np.ones((3, 2), dtype=np.int64))
-    refuse("it must hold floats")
+    refuse(r"save floats \[N, D\]")
     np.save(array, np.ones((2, 2)))
     refuse(r"has 2 rows but .*rewards\.jsonl has 3 sample_ids")
     refuse(r"has 2 rows but .*ids\.txt names 3", ids=ids)
@@ -140,7 +140,7 @@ def test_bad_arrays_are_named(tmp_path):
     ids.write_text("3\n5\n8\n")
     refuse("has no row for sample_id 7", ids=ids)
     ids.write_text("three\n")
-    refuse("is no list of integers", ids=ids)
+    refuse("is not a list of integers", ids=ids)
     refuse("there are no ids at", ids=tmp_path / "none.txt")
 
 

@@ -23,20 +23,20 @@ def test_numpy_and_lists_become_tensors_without_graph():
 def test_non_finite_value_names_field_and_sample(field, bad):
     values = torch.zeros(3, 2)
     values[1, 1] = bad
-    with pytest.raises(InputError, match=rf"^{field} is NaN or infinite for sample_id 22;"):
+    with pytest.raises(InputError, match=rf"^{field} is NaN or infinite for sample_id 22:"):
         SampleSignals([11, 22, 33], **{field: values})
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rewards": torch.zeros(3)}, r"rewards must have the shape \[2, n\]"),
-        ({"gradient": torch.zeros(3, 2)}, r"gradient must have the shape \[2, n\]"),
-        ({"solve_probability": torch.zeros(2, 1)}, r"solve_probability must have the shape \[2\]"),
-        ({"solve_probability": torch.tensor([0.5, 1.5])}, r"solve_probability must lie in \[0, 1\].*sample_id 2"),
+        ({"rewards": torch.zeros(3)}, r"rewards has the shape \[3\]: give \[2, n\]"),
+        ({"gradient": torch.zeros(3, 2)}, r"gradient has the shape \[3, 2\]: give \[2, n\]"),
+        ({"solve_probability": torch.zeros(2, 1)}, r"solve_probability has the shape \[2, 1\]: give \[2\]"),
+        ({"solve_probability": torch.tensor([0.5, 1.5])}, r"solve_probability is outside \[0, 1\] for sample_id 2"),
         ({"solve_probability": torch.tensor([math.nan, 0.5])}, r"solve_probability is NaN.*sample_id 1"),
-        ({"alignment": torch.zeros(2, 1)}, r"alignment must have the shape \[2\]"),
-        ({"alignment": torch.tensor([-1.5, 0.5])}, r"alignment must lie in \[-1, 1\].*sample_id 1"),
+        ({"alignment": torch.zeros(2, 1)}, r"alignment has the shape \[2, 1\]: give \[2\]"),
+        ({"alignment": torch.tensor([-1.5, 0.5])}, r"alignment is outside \[-1, 1\] for sample_id 1"),
         ({"alignment": torch.tensor([0.5, math.nan])}, r"alignment is NaN.*sample_id 2"),
         ({"embedding": torch.zeros(2, 0)}, r"embedding has no columns"),
     ],
@@ -63,7 +63,7 @@ def test_probability_beyond_one_by_rounding_is_clamped():
 
 
 def test_many_bad_ids_are_counted_not_listed():
-    with pytest.raises(InputError, match=r"0, 1, 2, 3, 4 and 15 more;"):
+    with pytest.raises(InputError, match=r"0, 1, 2, 3, 4 and 15 more:"):
         SampleSignals(range(20), rewards=torch.full((20, 2), math.nan))
 
 
@@ -80,8 +80,8 @@ def test_cat_joins_in_order():
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ([], "empty"),
-        ([SampleSignals([1], rewards=torch.ones(1, 2)), SampleSignals([2])], "some batches have rewards"),
+        ([], "at least one batch"),
+        ([SampleSignals([1], rewards=torch.ones(1, 2)), SampleSignals([2])], "only some batches have rewards"),
         (
             [SampleSignals([1], embedding=torch.ones(1, 2)), SampleSignals([2], embedding=torch.ones(1, 3))],
             r"embedding has \[2, 3\] columns",
@@ -116,7 +116,7 @@ def test_take_keeps_rows_together():
 def test_nan_embedding_is_bad_only_where_it_is_said_to_be_known():
     embedding = np.eye(3)
     embedding[1] = np.nan
-    with pytest.raises(InputError, match="embedding is NaN or infinite for sample_id 2;"):
+    with pytest.raises(InputError, match="embedding is NaN or infinite for sample_id 2:"):
         pool(embedding=embedding)
     assert len(pool(embedding=embedding, embedding_known=[True, False, True])) == 3
 
@@ -130,10 +130,10 @@ def test_alignment_is_nan_where_not_measured():
     alignment = pool(alignment=np.array([-0.5, np.nan, 1.0])).alignment
     assert alignment is not None
     assert alignment.nan_to_num(9).tolist() == [-0.5, 9, 1.0]
-    with pytest.raises(InputError, match=r"alignment must lie in \[-1, 1\].*sample_id 4"):
+    with pytest.raises(InputError, match=r"alignment is outside \[-1, 1\] for sample_id 4"):
         pool(alignment=np.array([-1.5, np.nan, 1.0]))
 
 
 def test_infinite_reward_is_refused_though_nan_means_unknown():
-    with pytest.raises(InputError, match="reward_mean is NaN or infinite for sample_id 8;"):
+    with pytest.raises(InputError, match="reward_mean is NaN or infinite for sample_id 8:"):
         pool(reward_mean=np.array([0.5, np.nan, np.inf]))

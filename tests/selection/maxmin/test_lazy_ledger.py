@@ -2,7 +2,7 @@
 
 import pandas as pd
 import torch
-from test_selectors import random_pool
+from helpers.rival_pool import random_pool
 
 from minirec_pl.selection import MiniRecSelector, SampleSignals, SelectionLedger, SignalStore
 

@@ -156,7 +156,7 @@ def test_samples_without_signals_are_never_scored_and_never_picked(cls):
     unknown["solve_share"] = unknown["reward_mean"]
     gradient = pool().gradient.numpy() * known[:, None]
     signals = pool(gradient=gradient, gradient_known=known, embedding_known=known, **unknown)
-    with pytest.warns(UserWarning, match="picked 45 samples instead of 50: of 60 samples 15 never_scored"):
+    with pytest.warns(UserWarning, match="picked 45 samples instead of 50; of 60 samples 15 never_scored"):
         ledger = cls().select(signals, 50)
     assert set(ledger.selected()) == set(signals.sample_id[15:].tolist())
     lost = ledger.rows(signals.sample_id[:15].tolist())
@@ -177,7 +177,7 @@ def test_a_missing_signal_is_named(cls):
 @pytest.mark.parametrize("cls", ALL)
 @pytest.mark.parametrize("k", [0, 61])
 def test_budget_outside_the_pool(cls, k):
-    with pytest.raises(InputError, match=r"1\.\.60"):
+    with pytest.raises(InputError, match="give 1 to 60"):
         cls().select(pool(), k)
 
 

@@ -72,12 +72,12 @@ def test_groups_without_variance_are_dropped_as_too_easy_or_too_hard():
     mean[:20], std[:20] = 0.0, 0.0
     mean[20:30], std[20:30] = 1.0, 1e-17
     signals = pool(reward_mean=mean, reward_std=std)
-    with pytest.warns(UserWarning, match=r"picked 30 samples instead of 40: of 60 samples 10 too_easy, 20 too_hard"):
+    with pytest.warns(UserWarning, match=r"picked 30 samples instead of 40; of 60 samples 10 too_easy, 20 too_hard"):
         ledger = RewardVarianceSelector().select(signals, 40)
     assert set(ledger.selected()) == set(signals.sample_id[30:].tolist())
     reasons = ledger.rows(signals.sample_id.tolist())["reason"].tolist()
     assert reasons == ["too_hard"] * 20 + ["too_easy"] * 10 + ["selected"] * 30
-    with pytest.raises(InputError, match="no sample can be picked: of 60 samples 60 too_hard"):
+    with pytest.raises(InputError, match="no sample can be picked; of 60 samples 60 too_hard"):
         RewardVarianceSelector().select(pool(reward_mean=np.zeros(60), reward_std=np.zeros(60)), 5)
 
 
@@ -181,7 +181,7 @@ def test_dealrec_draws_uniformly_within_a_group():
     [
         ({"effort_weight": -1.0}, "effort_weight"),
         ({"effort_weight": math.nan}, "effort_weight"),
-        ({"n_groups": 0}, "n_groups must be at least 1"),
+        ({"n_groups": 0}, "n_groups is 0: give at least 1"),
     ],
 )
 def test_bad_options(options, message):

@@ -92,7 +92,7 @@ def test_absence_and_damage_are_clear_errors(make_trainer, tmp_path):
     (file,) = (tmp_path / "first" / "signals").iterdir()
     content = file.read_bytes()
     file.write_bytes(content[:-4] + b"\x00\x01\x02\x03")
-    with pytest.raises(InputError, match="is damaged: its content is not what its name says"):
+    with pytest.raises(InputError, match="is damaged, its content is not what its name says"):
         fit(make_trainer, tmp_path / "second", ckpt_path=checkpoint)
     file.unlink()
     with pytest.raises(InputError, match=rf"goes with {file.name}.*copy it from the folder signals/"):
