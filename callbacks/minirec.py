@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import update_wrapper
 from typing import Any, Literal
 
 from lightning.pytorch import Callback
@@ -98,7 +98,6 @@ class MiniRec(SessionCallback):
         if curriculum != "shuffled":
             self.parts.append(curriculum or EasyToHardCurriculum())
 
-    @wraps(Callback.state_dict)  # Lightning takes it for stateless and leaves it to the session to refuse a second one
     def state_dict(self) -> dict[str, Any]:
         """Returns the states of the parts that have one, by their `state_key`."""
         return {part.state_key: state for part in self.parts if (state := part.state_dict())}
@@ -125,3 +124,6 @@ def _passed_on(name: str) -> Callable[..., None]:
 for _name in dir(Callback):
     if not _name.startswith("_") and callable(getattr(Callback, _name)) and _name not in vars(MiniRec):
         setattr(MiniRec, _name, _passed_on(_name))
+
+# Lightning then counts `MiniRec` as stateless, and a second one is refused by the session, which says what to do.
+update_wrapper(MiniRec.state_dict, Callback.state_dict, assigned=())
