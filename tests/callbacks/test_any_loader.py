@@ -315,7 +315,7 @@ def test_what_install_touches_of_lightning_is_there(make_trainer):
     assert not isinstance(loader, ForeignLoader)
 
 
-def test_only_install_touches_what_lightning_keeps_private():
+def test_only_the_train_loader_touches_what_lightning_keeps_private():
     import re
 
     package = REPOSITORY
@@ -331,7 +331,7 @@ def test_only_install_touches_what_lightning_keeps_private():
         "_should_check_val_fx",
         "_on_before_batch_transfer",
     }
-    assert touched == {"install.py": expected}
+    assert touched == {"train_loader.py": expected}
 
 
 def test_a_selection_smaller_than_a_batch_that_is_dropped(make_trainer):
