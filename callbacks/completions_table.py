@@ -30,8 +30,8 @@ class CompletionsTable(Callback):
 
     Args:
         every_n_steps: optimizer steps from one table to the next; the first step is always shown.
-        num_prompts: prompts in a table.
-        print_table: whether to print it too.
+        num_prompts: prompts in a table, each with all its rollouts.
+        print_table: whether to print the tables, too.
 
     Raises:
         InputError: if a number is below 1.

@@ -27,32 +27,21 @@ class MiniRec(SessionCallback):
     With `curriculum="shuffled"` nothing is scored for a selector that needs no signals; with `budget=1.0` besides,
     nothing is scored or selected at all.
 
-    The schedule, in the same words for GRPO and for any other module:
-
-    | word | default | unit | meaning |
-    |---|---|---|---|
-    | `budget` | 0.1 | float: share of the pool in (0, 1]; int: samples | what an epoch trains on |
-    | `warmup_epochs` | 0 | epochs | on the whole pool, before the first selection |
-    | `every_n_epochs` | 1 | epochs | how long a selection is kept |
-    | `rescore_fraction` | 0.1 | share of the pool in [0, 1] | scored again after an epoch, stalest first |
-    | `score_fraction` | 1.0 | share of the pool in (0, 1] | scored before the first selection, drawn at random |
-    | `selector` | `MiniRecSelector()` | object | which samples |
-    | `curriculum` | `EasyToHardCurriculum()` | object, or "shuffled" | in which order; planned anew every epoch |
-
     The pool is what the training loader would train on. `trainer.estimated_stepping_batches` counts the steps of this
     schedule when `configure_optimizers` reads it, rounded up to whole steps per epoch where there is a warm-up.
 
     Args:
-        budget: a share of the pool as a float, or a number of samples as an int.
+        budget: samples per epoch: a float is a share of the pool, above 0 and at most 1, an int is a number of samples.
         warmup_epochs: epochs on the whole pool before the first selection.
         every_n_epochs: epochs from one selection to the next.
-        rescore_fraction: part of the pool that is scored again after each epoch, stalest first.
+        rescore_fraction: share of the pool, from 0 to 1, that is scored again after each epoch, stalest first.
         selector: picks the samples; None takes `MiniRecSelector()`.
-        curriculum: orders what was picked; None takes `EasyToHardCurriculum()`, "shuffled" shuffles every epoch.
+        curriculum: how to order the picks, anew every epoch; None takes `EasyToHardCurriculum()`, "shuffled" shuffles.
             The others are `HardToEasyCurriculum`, `MovingTargetCurriculum` and `GaussianCurriculum`.
         probe: how a module without `sample_signals(batch)` is scored, for instance `HeadProbe("classifier")`.
-        score_fraction: part of the pool that is scored before the first selection, drawn at random; what was never
-            scored is not picked. With a `rescore_fraction` as large, each epoch chooses among more of the pool.
+        score_fraction: share of the pool, above 0 and at most 1, that is scored before the first selection, drawn at
+            random. What was never scored is not picked. With a `rescore_fraction` as large, each epoch chooses
+            among more of the pool.
 
     Raises:
         InputError: if an argument has another type, and as the single callbacks do.

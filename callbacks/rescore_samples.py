@@ -22,9 +22,9 @@ class RescoreSamples(SessionCallback):
     each epoch, samples never scored first; with `fast_dev_run` at most 64. What was never scored is not picked.
 
     Args:
-        rescore_fraction: part of the pool that is scored again after an epoch, from 0 (never) to 1 (all of it).
+        rescore_fraction: share of the pool that is scored again after each epoch, from 0 (never) to 1 (all of it).
         probe: how to score; None calls the module's `sample_signals(batch)`, other modules need a `HeadProbe`.
-        score_fraction: part of the pool that is scored before the first selection, above 0 and at most 1.
+        score_fraction: share of the pool that is scored before the first selection, above 0 and at most 1.
 
     Raises:
         InputError: if a fraction is out of range.

@@ -32,9 +32,9 @@ class SelectSamples(SessionCallback):
     the first selection if the scores are degenerate.
 
     Args:
-        budget: a fraction of the pool in (0, 1] as a float, or a number of samples as an int. None takes 0.1, or with
-            `ledger` all that it selected; a smaller budget takes the ledger's best.
-        selector: picks the samples; `MiniRecSelector()` by default.
+        budget: samples per epoch: a float is a share of the pool, above 0 and at most 1, an int is a number of samples.
+            None takes 0.1, or with `ledger` all that it selected; a smaller budget takes the ledger's best.
+        selector: picks the samples; None takes `MiniRecSelector()`.
         ledger: parquet file of a selection to train on, fixed for all epochs; it takes the place of `selector`.
         warmup_epochs: epochs on the whole pool before the first selection.
         every_n_epochs: epochs from one selection to the next.

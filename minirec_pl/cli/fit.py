@@ -23,7 +23,7 @@ from minirec_pl.callbacks.run_folder import RunFolder, best_checkpoint
 from minirec_pl.cli.arguments import class_of, config_of_checkpoint, configs_first, values_of
 from minirec_pl.cli.process import finish_wandb, own_process_state
 from minirec_pl.cli.score import ScoringTrainer
-from minirec_pl.cli.sentences import check_yaml, sentence_of
+from minirec_pl.cli.sentences import CommentFormatter, check_yaml, sentence_of
 from minirec_pl.cli.stages import STAGES, WARM_START, Stages, WarmStart
 from minirec_pl.policy import Policy
 from minirec_pl.selection.session.callback import SessionCallback
@@ -55,11 +55,20 @@ class ParserError(ValueError):
 
 
 class Parser(LightningArgumentParser):
-    """Raises what it finds, rather than print it and exit."""
+    """Raises errors instead of printing them and exiting; prints a config with one line of comment per option."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raises ParserError."""
         raise ParserError(message) from ex
+
+    def dump(self, *args: Any, with_comments: bool = False, **kwargs: Any) -> str:
+        """The config as YAML, with a line of comment above each option if asked for."""
+        usual = self.formatter_class
+        self.formatter_class = CommentFormatter if with_comments else usual
+        try:
+            return super().dump(*args, with_comments=with_comments, **kwargs)
+        finally:
+            self.formatter_class = usual
 
 
 CLI_OPTIONS: dict[str, Any] = {

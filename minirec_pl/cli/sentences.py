@@ -1,11 +1,13 @@
-"""The parser's many-line messages as one sentence, and a YAML file checked before the parser sees it."""
+"""The parser's many-line messages and help texts on one line, and a YAML file checked before the parser sees it."""
 
 from __future__ import annotations
 
 import re
+from argparse import Action
 from pathlib import Path
 
 import yaml
+from jsonargparse import DefaultHelpFormatter
 
 from minirec_pl.utils.errors import InputError
 
@@ -13,6 +15,8 @@ _NOISE = re.compile(
     r"Does not validate against|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but|"
     r"Expected a dot import"
 )
+_SENTENCE_END = re.compile(r"(?<=\.)\s+(?=[A-Z`*])")
+_COMMENT_LENGTH = 160
 _GOT = re.compile(r"(?:Given value: NestedArg\(key='.*?', val=(.*)\)|Got value: (.*)|Given value: (.*))")
 
 
@@ -73,11 +77,41 @@ def _help(where: str) -> str:
     return f"see `minirec fit --{top}.help`" if top in ("model", "data") else "see `minirec fit --help`"
 
 
+class CommentFormatter(DefaultHelpFormatter):
+    """An option's help on one line, as `--print_config=comments` writes it above the option."""
+
+    def _expand_help(self, action: Action) -> str:
+        given, action.help = action.help, first_sentences(action.help or "")
+        try:
+            text, subclasses, _ = super()._expand_help(action).partition(", known subclasses: ")
+        finally:
+            action.help = given
+        return " ".join(f"{text})".split() if subclasses else text.split())
+
+
+def first_sentences(text: str) -> str:
+    """The first sentence of a docstring and those after it that fit on its line, with YAML's word for None.
+
+    Args:
+        text: what a docstring says of an option.
+
+    Example:
+        >>> first_sentences("one weight per reward; None weighs   each with 1.")
+        'one weight per reward; null weighs each with 1.'
+    """
+    line, *others = _SENTENCE_END.split(re.sub(r"\bNone\b", "null", " ".join(text.split())))
+    for sentence in others:
+        if len(line) + len(sentence) >= _COMMENT_LENGTH:
+            break
+        line = f"{line} {sentence}"
+    return line
+
+
 FIT_KEYS = "a config is a mapping with the keys model, data and trainer"
 
 
 def check_yaml(path: Path, expected: str = FIT_KEYS) -> None:
-    """Refuses a config file that is missing or is no YAML mapping.
+    """Refuses a config file that is missing or is not a YAML mapping.
 
     Args:
         path: of the file.
@@ -95,6 +129,6 @@ def check_yaml(path: Path, expected: str = FIT_KEYS) -> None:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         reason = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise InputError(f"{path}{where}: this is no YAML ({reason}); mend it there") from error
+        raise InputError(f"{path}{where} is not valid YAML ({reason}): fix it there") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: {expected}; this file holds none")
+        raise InputError(f"{path} is not a mapping: {expected}")

@@ -38,16 +38,17 @@ class WarmStart:
     Args:
         train_on: `warm` trains on whole sequences of the warm part, for ids of one token; `warm_samples` on single
             samples of it, which any policy can.
-        samples: with `warm_samples`, how many, drawn at random by the seed of the data; None for all of the warm part.
-        epochs: passes over them, at most.
-        batch_size: sequences or samples a batch.
-        accumulate_grad_batches: batches an optimizer step.
-        dropout: see `WarmStartModule`.
+        samples: with `warm_samples`, how many, drawn at random by the seed of the data; None for the whole warm part.
+        epochs: passes over the warm part, at most.
+        batch_size: sequences or samples per batch.
+        accumulate_grad_batches: batches per optimizer step.
+        dropout: probability of dropping a value of the input embeddings and of the last hidden states, for ids of one
+            token.
         optimizer: makes the optimizer from the trainable parameters.
         lr_scheduler: makes a scheduler, stepped once per optimizer step; None keeps the rate constant.
         gradient_clip_val: largest norm of the gradient; None for no clipping.
-        patience: validates after each epoch, stops after so many without a better NDCG@10 and keeps the best; None
-            keeps the last.
+        patience: epochs without a better NDCG@10 on validation after which to stop and keep the best; None keeps the
+            last.
         reset_policy: the warm policy only scores and selects: GRPO then starts from the weights before the warm start,
             as the paper's proxy model has it. The selection must be made once.
 

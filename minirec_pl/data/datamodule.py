@@ -30,7 +30,8 @@ class RecDataModule(LightningDataModule):
     """Next-item samples from any source, in global time order.
 
     The first share of the train part in time feeds the warm start, the rest is the pool of RL; they do not overlap.
-    Only samples with a history and a target that is new to the user are served. ``setup`` fills the attributes.
+    Only samples with a history and a target that is new to the user are served. ``setup`` fills the attributes. It also
+    sets ``split``, in sample_ids, to where the parts begin and end, or to None if they are not stretches of time.
 
     Args:
         path: Folder that holds a folder per dataset of RecBole atomic files; not used with ``source``.
@@ -43,27 +44,28 @@ class RecDataModule(LightningDataModule):
             becomes validation if there is none.
         warm_fraction: Share of the train part kept for the warm start, earliest first.
         history_window: Longest history, in items.
-        batch_size: Samples a training batch from the pool, or of ``warm_samples``.
-        warm_batch_size: Sequences a training batch of the warm start.
-        eval_batch_size: Samples a batch in validation, test and scoring.
+        batch_size: Samples per training batch, from the pool or of ``warm_samples``.
+        warm_batch_size: Sequences per training batch, with ``train_on: warm``.
+        eval_batch_size: Samples per batch in validation, test and scoring.
         num_workers: Loader processes; 0 loads in the main process, which is fastest on few cores.
         seed: Seed of the training order and of the subsets of warm part and pool.
-        source: Where the samples come from, a class of ``minirec_pl.data.sources``; None: the atomic files in ``path``.
-        warm_samples: Samples of the warm part to use, a random subset of this size; None: all. Needs ``train_on`` other
-            than ``warm``, which trains on stretches, unless the source gives ready-made sequences.
-        pool_samples: Samples of the pool to use, likewise.
-        val_samples: Samples of validation to use, likewise, for slow policies; the subset is the same for every seed.
-        test_samples: Samples of test to use, likewise.
+        source: Where the samples come from, a class of ``minirec_pl.data.sources``; None takes the atomic files in
+            ``path``.
+        warm_samples: Samples of the warm part to use, a random subset of this size; None for all. Needs ``train_on``
+            other than ``warm``, which trains on stretches, unless the source gives ready-made sequences.
+        pool_samples: Samples of the pool to use, a random subset of this size; None for all.
+        val_samples: Samples of validation to use, the same random subset for every seed; None for all.
+        test_samples: Samples of test to use, the same random subset for every seed; None for all.
         window: Stretch of global time that warm part, pool, validation and test are cut from, as shares of the samples
-            in time order: ``[0.2, 0.8]``; None: all of it. Needs a ``split`` in global time. Samples outside are in no
-            part, but what a user did before the window stays in histories and masked items, as it was known by then.
+            in time order, such as ``[0.2, 0.8]``; None for all of it. Needs a ``split`` in global time. Samples outside
+            are in no part, but what a user did before the window stays in histories and masked items, as it was known
+            by then.
 
     Attributes:
         table: All samples.
         catalogue: All items.
         report: What was dropped or mended while reading, in words, and how often.
         parts: All sample_ids of each part.
-        split: Where the parts begin and end, in sample_ids; None unless they are stretches of global time.
         warm_ids: Eligible sample_ids of the warm part, int64; likewise ``pool_ids``, ``val_ids`` and ``test_ids``.
         item_popularity: Interactions of each item in the train part (warm and pool), [n_items] int64; of ready-made
             sequences the users that have it there.

@@ -95,8 +95,8 @@ class SoftmaxMixReward:
     anew for each rollout; one that generates items has the same scores for all rollouts of a prompt, and is refused.
 
     Args:
-        k: length of the ranked list, in items.
-        weight: w, from 0 to 1.
+        k: cut-off of NDCG, in items.
+        weight: w, of the NDCG, from 0 to 1; the softmax probability of the target has the rest.
 
     Raises:
         InputError: if an option is out of range.
@@ -163,7 +163,7 @@ class FormatReward:
     """1 where the whole text matches a regular expression (`.` matches line breaks too), else 0.
 
     Args:
-        pattern: for example `<think>.*</think><answer>.*</answer>`.
+        pattern: regular expression, for example `<think>.*</think><answer>.*</answer>`.
 
     Raises:
         InputError: if it is no regular expression.

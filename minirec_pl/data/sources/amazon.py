@@ -46,14 +46,14 @@ class AmazonReviews2023:
     the published figures come from could not be verified, nor could the numbers of samples, as that takes the dump.
 
     Args:
-        category: As the dump spells it, for instance ``CDs_and_Vinyl``.
+        category: Name of the category as the dump spells it, for instance ``CDs_and_Vinyl``.
         folder: Folder with ``<category>.csv`` (user_id, parent_asin, rating, timestamp) or the raw reviews
-            ``<category>.jsonl``, and ``meta_<category>.jsonl``, each perhaps ``.gz``, at any depth; None: the hub.
-        start: First day, ``YYYY-MM-DD``.
-        end: Last moment, the beginning of this day.
+            ``<category>.jsonl``, and ``meta_<category>.jsonl``, each perhaps ``.gz``, at any depth; None takes the hub.
+        start: First day of the reviews that are kept, ``YYYY-MM-DD``.
+        end: End of the reviews that are kept: the beginning of this day, ``YYYY-MM-DD``.
         k_core: Fewest reviews of a user and of an item between start and end; 0 for no such filter.
         category_core: Fewest reviews of a user and of an item in the whole category.
-        min_items: Items to reach by moving start back; 0 keeps start.
+        min_items: Fewest items; start moves back by three months until there are as many, and 0 keeps start.
         max_title_words: Longest title, in words.
         priced_only: Drop items without a price.
         item_text: Fields of the metadata that make up the text encoders read, joined by ", ".

@@ -25,10 +25,11 @@ class HubDataset:
     Args:
         name_or_folder: Hub id (``owner/name``) or folder.
         config: Configuration of a hub dataset that has several; None for the only one.
-        split: Split to read; None: all of them, in their order, but not ``items``.
-        items: Split that holds the items (``item_info``), or a CSV or parquet file; None: the items of the data.
-        columns: Names in the data that differ from the library's.
-        item_columns: The same for the items.
+        split: Split to read; None for all of them, in their order, but not ``items``.
+        items: Split that holds the items (``item_info``), or a CSV or parquet file; None takes the items of the
+            data.
+        columns: Names of columns in the data that differ from the library's: ``{user_id: customer, item_id: sku}``.
+        item_columns: Names of columns of the items that differ from the library's.
         item_text: Columns of the items that make up the text encoders read, joined by ", ".
 
     Example:

@@ -24,10 +24,11 @@ class InteractionTable:
     Args:
         interactions: File with user_id, item_id and timestamp, perhaps rating and split; ``.csv``, ``.tsv`` (either
             also ``.gz``) or ``.parquet``.
-        items: File with item_id, perhaps title and others, in the order of the catalogue; None: the items of the log
-            by first appearance, without titles.
-        columns: Names in ``interactions`` that differ from the library's: ``{user_id: customer, item_id: sku}``.
-        item_columns: The same for ``items``.
+        items: File with item_id, perhaps title and others, in the order of the catalogue; None takes the items of the
+            log by first appearance, without titles.
+        columns: Names of columns in ``interactions`` that differ from the library's: ``{user_id: customer, item_id:
+            sku}``.
+        item_columns: Names of columns in ``items`` that differ from the library's.
         item_text: Columns of ``items`` that make up the text encoders read, joined by ", ".
 
     Example:

@@ -25,10 +25,10 @@ class Sequences:
     Args:
         sequences: File with user_id, history_item_id (lists, oldest first) and item_id, perhaps timestamp, rating,
             split, and history_timestamp and history_rating (lists as long as the history).
-        items: File with item_id, perhaps title and others, in the order of the catalogue; None: the items by first
-            appearance, without titles.
-        columns: Names in ``sequences`` that differ from the library's.
-        item_columns: The same for ``items``.
+        items: File with item_id, perhaps title and others, in the order of the catalogue; None takes the items by
+            first appearance, without titles.
+        columns: Names of columns in ``sequences`` that differ from the library's: ``{user_id: customer}``.
+        item_columns: Names of columns in ``items`` that differ from the library's.
         item_text: Columns of ``items`` that make up the text encoders read, joined by ", ".
 
     Example:

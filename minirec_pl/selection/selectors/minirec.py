@@ -64,16 +64,19 @@ class MiniRecSelector:
         Args:
             mode: "paper" (gated, first-order gradients) or "official" (not gated, Hessian-vector products).
             difficulty: "mean" (mean reward) or "pass_at_group" (probability that a group holds a hit).
-            calibrate: "quantile" takes mu and sigma from the difficulties within the gate, each time.
+            calibrate: "quantile" takes mu and sigma from the difficulties within the gate at each selection; None
+                takes those below.
             alpha: Weight of learnability beside representativeness, not negative.
             mu: Difficulty of the highest learnability, in units of the difficulty.
             sigma: Width of the learnability curve; None takes the standard deviation over the pool.
             gate: Lowest and highest difficulty, both inclusive, that may be picked in mode "paper".
-            on_short: If fewer than k samples pass the gate: "shrink" picks fewer and warns, "fill" picks outside it.
-            gradient: "first", "hvp" or "trajectory"; None is the mode's own.
-            num_generations: Rollouts in a training group, G, for "pass_at_group"; None takes that of the module it runs
-                with (8, the default of `GRPORecModule`, on its own).
-            gradient_space: where the module takes the gradient: "answer", at the hidden states that produce the answer,
+            on_short: If fewer than k samples pass the gate: "shrink" picks fewer and warns, "fill" picks the others
+                outside the gate.
+            gradient: "first" (first-order), "hvp" (Hessian-vector products) or "trajectory" (see above); None takes
+                that of the mode.
+            num_generations: Rollouts in a training group, G, for "pass_at_group"; None takes that of the module, or 8
+                without one.
+            gradient_space: Where the module takes the gradient: "answer", at the hidden states that produce the answer,
                 or "lora", by the trainable parameters, projected; not with Hessian-vector products.
             beta: Weight of representativeness, which is 1 in the paper; 0 switches the term off, as alpha=0 does for
                 learnability.
