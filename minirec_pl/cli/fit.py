@@ -66,9 +66,10 @@ class Parser(LightningArgumentParser):
         usual = self.formatter_class
         self.formatter_class = CommentFormatter if with_comments else usual
         try:
-            return super().dump(*args, with_comments=with_comments, **kwargs)
+            text: str = super().dump(*args, with_comments=with_comments, **kwargs)
         finally:
             self.formatter_class = usual
+        return text
 
 
 CLI_OPTIONS: dict[str, Any] = {

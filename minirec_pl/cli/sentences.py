@@ -97,14 +97,14 @@ def first_sentences(text: str) -> str:
 
     Example:
         >>> first_sentences("one weight per reward; None weighs   each with 1.")
-        'one weight per reward; null weighs each with 1.'
+        'One weight per reward; null weighs each with 1.'
     """
     line, *others = _SENTENCE_END.split(re.sub(r"\bNone\b", "null", " ".join(text.split())))
     for sentence in others:
         if len(line) + len(sentence) >= _COMMENT_LENGTH:
             break
         line = f"{line} {sentence}"
-    return line
+    return line[:1].upper() + line[1:]
 
 
 FIT_KEYS = "a config is a mapping with the keys model, data and trainer"

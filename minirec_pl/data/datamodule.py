@@ -38,10 +38,10 @@ class RecDataModule(LightningDataModule):
         dataset: Name of the dataset's folder and files; not used with ``source``.
         train_on: ``warm`` trains on sequences of the warm part, ``pool`` on single samples of the pool,
             ``warm_samples`` on single samples of the warm part.
-        split: Shares of train, validation and test in global time; or ``leave_one_out``: each user's last sample is
-            for test and the one before for validation, which leaks the future of other users into training; or
-            ``given``: by the column ``split`` of the data (train, validation, test), where the latest tenth of train
-            becomes validation if there is none.
+        split: Shares of train, validation and test in global time, or ``given``, or ``leave_one_out``. ``given``
+            follows the column ``split`` of the data (train, validation, test); without validation the latest tenth of
+            train becomes that. ``leave_one_out`` takes each user's last sample for test and the one before for
+            validation, which leaks the future of other users into training.
         warm_fraction: Share of the train part kept for the warm start, earliest first.
         history_window: Longest history, in items.
         batch_size: Samples per training batch, from the pool or of ``warm_samples``.

@@ -72,8 +72,8 @@ class MiniRecSelector:
             gate: Lowest and highest difficulty, both inclusive, that may be picked in mode "paper".
             on_short: If fewer than k samples pass the gate: "shrink" picks fewer and warns, "fill" picks the others
                 outside the gate.
-            gradient: "first" (first-order), "hvp" (Hessian-vector products) or "trajectory" (see above); None takes
-                that of the mode.
+            gradient: "first" (first-order), "hvp" (Hessian-vector products) or "trajectory" (way of the
+                parameters); None takes that of the mode.
             num_generations: Rollouts in a training group, G, for "pass_at_group"; None takes that of the module, or 8
                 without one.
             gradient_space: Where the module takes the gradient: "answer", at the hidden states that produce the answer,
