@@ -147,8 +147,8 @@ def test_missing_ledger(command, tmp_path, capsys):
 
 
 YAMLS = {
-    "broken": ("model: [1,\n", ("line 2", "no YAML")),
-    "tab": ("model:\n\tclass_path: x\n", ("line 2, column 1", "no YAML")),
+    "broken": ("model: [1,\n", ("line 2", "not valid YAML")),
+    "tab": ("model:\n\tclass_path: x\n", ("line 2, column 1", "not valid YAML")),
     "list": ("- 1\n", ("mapping",)),
     "empty": ("", ("mapping",)),
     "unknown_key": ("nonsense: 1\n", ("unknown option nonsense",)),
