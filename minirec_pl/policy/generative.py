@@ -59,9 +59,9 @@ class GenerativePolicy(ItemIdGenerator):
             `token` of its own, with which a single forward pass ranks the whole catalogue.
         semantic_ids: how semantic ids are made; the defaults of `SemanticIds` if None.
         prompt: what a language model is asked; the defaults of `PromptTemplate` if None.
-        evaluation_beams: rank only the items that a beam search of this width ends with, since the exact
-            log-probabilities of all ids of several tokens take a large model long; the others follow in the order of
-            the catalogue, and metrics at ranks beyond the width mean nothing. None ranks all of them exactly.
+        evaluation_beams: rank only the items that a beam search of this width ends with; None ranks all of them
+            exactly, which takes a large model long where ids have several tokens. The others follow in the order of
+            the catalogue, so metrics at ranks beyond the width mean nothing.
 
     Raises:
         InputError: if not exactly one of the three is given, an option does not go with it, the folder or its side file

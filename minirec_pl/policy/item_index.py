@@ -28,7 +28,7 @@ class ItemIndex(ExactBuffers):
     Args:
         tokens: of each item, each at least one; the vector is the last hidden state.
         width: D.
-        dtype: of the vectors.
+        dtype: dtype of the vectors.
         pad: token that pads.
     """
 

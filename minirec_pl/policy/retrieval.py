@@ -70,7 +70,7 @@ class RetrievalPolicy(Policy):
         refresh_items_every_n_steps: optimizer steps after which rollouts get items encoded anew. Evaluation always
             takes vectors of the present weights.
         refresh_budget: tokens of such a refresh, stalest items first, among equals the shortest; None takes all.
-        item_dtype: of the cached vectors.
+        item_dtype: dtype of the cached item vectors.
 
     Raises:
         InputError: if both or neither of `language_model` and `pretrained` are given, the folder holds no such policy,

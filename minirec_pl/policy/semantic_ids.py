@@ -24,11 +24,11 @@ class SemanticIds:
     """How the codes of a catalogue are made.
 
     Args:
-        levels: codes of an item.
-        codes: clusters at each level.
+        levels: number of codes of an item.
+        codes: number of clusters at each level.
         embeddings: `.npy` or `.safetensors` with one array [n_items, D], rows in the order of the catalogue, of any
             sentence encoder; None for the mean last hidden states of the items' texts in the language model itself.
-        seed: of the clusters' first centres.
+        seed: seed of the clusters' first centres.
 
     Raises:
         InputError: if an option is out of range, or scikit-learn is not installed.

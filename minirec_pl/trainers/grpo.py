@@ -64,25 +64,26 @@ class GRPORecModule(RecModule):
         delta: upper bound of the ratio where the advantage is negative; None for none.
         beta: weight of the KL term against the policy at the start; 0 keeps no reference copy.
         use_bias_correction_kl: multiply the KL estimate by the ratio, so that its gradient is that of the divergence.
-        loss_type: how token losses are averaged, see `minirec_pl.grpo.policy_loss`.
+        loss_type: how token losses are averaged: `grpo`, `bnpo`, `dr_grpo` or `dapo`, see `minirec_pl.grpo.policy_loss`.
         importance_sampling_level: `token`, or `sequence` for one ratio per completion (GSPO).
-        scale_rewards: what divides the centred rewards, see `minirec_pl.grpo.group_advantages`.
+        scale_rewards: what divides the centred rewards: the standard deviation of the `group` or of the `batch`, or
+            `none`, see `minirec_pl.grpo.group_advantages`.
         baseline: what is subtracted from a reward: the `mean` of the group, or of the others, `leave_one_out`.
         num_iterations: how often each rollout is trained on.
         steps_per_generation: training batches that rollouts are made for at once, a multiple of the Trainer's
             accumulate_grad_batches; None takes that.
-        wasted_groups: what becomes of groups without reward variance: `keep` counts them in the average;
-            `dynamic_sampling` drops them and draws for more prompts (DAPO); `preference_pairs` turns those in which
-            nothing found the target into target-over-sampled pairs, see `minirec_pl.grpo.loss`.
+        wasted_groups: what becomes of groups without reward variance. `keep` counts them in the average.
+            `dynamic_sampling` drops them and draws for more prompts (DAPO). `preference_pairs` turns those in which
+            nothing found the target into target-over-sampled pairs, see `minirec_pl.grpo.preference_loss`.
         oversample: with `dynamic_sampling`, how many prompts the loader delivers for one that is trained on.
         sync_ref_model: move the reference after the policy (TR-DPO, arXiv 2404.09656).
         ref_model_sync_steps: optimizer steps from one sync to the next.
         ref_model_mixup_alpha: share of the policy in the new reference; the rest is the old one.
         scoring_generations: rollouts per sample when samples are scored. The exact solve probability comes with the
             same forward pass and needs none, so 0 is allowed; at least 2 otherwise.
-        optimizer: see `RecModule`.
-        lr_scheduler: see `RecModule`.
-        predict_k: see `RecModule`.
+        optimizer: makes the optimizer from the trainable parameters.
+        lr_scheduler: makes a scheduler, stepped once per optimizer step; None keeps the rate constant.
+        predict_k: length of the lists of `predict`, at least 1.
 
     Raises:
         InputError: if an option is out of range.

@@ -46,7 +46,7 @@ class RecModule(LightningModule):
         policy: the recommender; bound to the DataModule's catalogue before the first step.
         optimizer: makes the optimizer from the trainable parameters.
         lr_scheduler: makes a scheduler, stepped once per optimizer step; None keeps the rate constant.
-        predict_k: length of the lists of `predict`.
+        predict_k: length of the lists of `predict`, at least 1.
 
     Attributes:
         test_ranks: int64 [n, 2], sample_id and rank of the target of each sample of the last test.

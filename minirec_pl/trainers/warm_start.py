@@ -23,9 +23,9 @@ class WarmStartModule(RecModule):
         policy: the recommender to train.
         dropout: probability of dropping a value of the input embeddings and of the last hidden states, in training
             only; for ids of one token.
-        optimizer: see `RecModule`.
-        lr_scheduler: see `RecModule`.
-        predict_k: see `RecModule`.
+        optimizer: makes the optimizer from the trainable parameters.
+        lr_scheduler: makes a scheduler, stepped once per optimizer step; None keeps the rate constant.
+        predict_k: length of the lists of `predict`, at least 1.
 
     Raises:
         InputError: if `dropout` is outside [0, 1).
