@@ -64,7 +64,8 @@ class GRPORecModule(RecModule):
         delta: upper bound of the ratio where the advantage is negative; None for none.
         beta: weight of the KL term against the policy at the start; 0 keeps no reference copy.
         use_bias_correction_kl: multiply the KL estimate by the ratio, so that its gradient is that of the divergence.
-        loss_type: how token losses are averaged: `grpo`, `bnpo`, `dr_grpo` or `dapo`, see `minirec_pl.grpo.policy_loss`.
+        loss_type: how token losses are averaged: `grpo`, `bnpo`, `dr_grpo` or `dapo`, see
+            `minirec_pl.grpo.policy_loss`.
         importance_sampling_level: `token`, or `sequence` for one ratio per completion (GSPO).
         scale_rewards: what divides the centred rewards: the standard deviation of the `group` or of the `batch`, or
             `none`, see `minirec_pl.grpo.group_advantages`.

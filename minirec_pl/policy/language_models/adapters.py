@@ -72,7 +72,7 @@ class Lora:
     Only layers of the text decoder get adapters, since nothing else runs.
 
     Args:
-        r: rank.
+        r: rank of the adapters, at least 1.
         alpha: the adapters' product is scaled by alpha / r.
         dropout: probability of dropping an input of an adapter, in training.
         target_modules: names of the layers, ends of the full names. `all-linear` takes every linear layer but the head

@@ -31,7 +31,7 @@ class LanguageModel:
 
     Args:
         name: hub name, or the folder of a model or of an adapter, which names its model.
-        dtype: of the weights; adapters are float32.
+        dtype: dtype of the weights; adapters are float32.
         lora: new adapters; None trains the whole model, or trains the adapters of the folder further.
         gradient_checkpointing: recompute layers in the backward pass, for less memory.
     """
