@@ -16,12 +16,14 @@ import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer.states import TrainerStatus
 
 from minirec_pl.callbacks.run_folder import RunFolder, best_checkpoint
 from minirec_pl.cli.arguments import class_of, config_of_checkpoint, configs_first, values_of
-from minirec_pl.cli.process import finish_wandb, own_process_state
+from minirec_pl.cli.process import finish_wandb, own_process_state, quiet_wandb
+from minirec_pl.cli.progress import progress_lines
 from minirec_pl.cli.score import ScoringTrainer
 from minirec_pl.cli.sentences import CommentFormatter, check_yaml, sentence_of
 from minirec_pl.cli.stages import STAGES, WARM_START, Stages, WarmStart
@@ -93,11 +95,19 @@ class MiniRecCLI(LightningCLI):
     run_dir: Path
     side_trainer: Trainer | None = None
     new_folders: Sequence[Path] = ()
+    more_callbacks: Sequence[Callback] = ()
+    usage = "minirec {}"
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Those of the Trainer, and `score`."""
         return {**LightningCLI.subcommands(), "score": {"model", "datamodule"}}
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        """Makes the parsers, whose usage lines name the command as it is typed."""
+        super().setup_parser(*args, **kwargs)
+        for name, parser in self._subcommand_parsers.items():
+            parser.prog = self.usage.format(name)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds `--selection`, `--warm_start` and `--test_stages`."""
@@ -149,6 +159,8 @@ class MiniRecCLI(LightningCLI):
             config.trainer.logger = [csv_logger(self.run_dir)]
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             send_to(logger, self.run_dir)
+            if str(getattr(logger, "class_path", "")).endswith("WandbLogger"):
+                quiet_wandb(bool(logger.init_args.get("offline")))
         for callback in config.trainer.callbacks or []:
             if str(callback.class_path).endswith("ModelCheckpoint") and callback.init_args.dirpath is None:
                 callback.init_args.dirpath = str(self.run_dir / "checkpoints")
@@ -165,11 +177,20 @@ class MiniRecCLI(LightningCLI):
             raise InputError(sentence_of(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The Trainer with the selection, the run folder's callback and checkpoints that are written whole."""
-        selection = self._get(self.config_init, "selection")
+        """The Trainer with the selection, the run folder's callback and checkpoints that are written whole.
+
+        A line per epoch replaces the progress bar where the output is not a terminal, and a model summary comes only if
+        it is asked for.
+        """
+        selection, given = self._get(self.config_init, "selection"), self._get(self.config_init, "trainer")
         callbacks: list[Callback] = [selection] if selection is not None else []
-        self.trainer_defaults["callbacks"] = [*callbacks, RunFolder()]
-        if not self._get(self.config_init, "trainer").get("plugins"):
+        callbacks += [*self.more_callbacks, RunFolder()]
+        if not given.barebones and not any(isinstance(callback, ProgressBar) for callback in given.callbacks or []):
+            callbacks += progress_lines(given.enable_progress_bar)
+        self.trainer_defaults["callbacks"] = callbacks
+        if given.enable_model_summary is None:
+            kwargs["enable_model_summary"] = False
+        if not given.get("plugins"):
             kwargs["plugins"] = [AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
 
@@ -223,6 +244,7 @@ class MiniRecCLI(LightningCLI):
         """A Trainer on the same devices; Ctrl-C in it is known as one of this run."""
         given = self._get(self.config_init, "trainer")
         shared = {name: given[name] for name in SHARED if name in given}
+        options["callbacks"] = [*options.get("callbacks", ()), *progress_lines(given.enable_progress_bar)]
         self.side_trainer = Trainer(**shared, enable_model_summary=False, **options)
         return self.side_trainer
 
@@ -242,7 +264,9 @@ def config_after_warm_start(config: dict[str, Any], policy: Path) -> dict[str, A
 
 
 class _ParsedOnly(MiniRecCLI):
-    """Nothing is made or run."""
+    """For `minirec check`: nothing is made or run."""
+
+    usage = "minirec check"
 
     def before_instantiate_classes(self) -> None:
         pass
@@ -282,16 +306,18 @@ def _start(cli: MiniRecCLI, args: Sequence[str]) -> None:
     )
 
 
-def run(args: Sequence[str]) -> MiniRecCLI:
+def run(args: Sequence[str], callbacks: Sequence[Callback] = ()) -> MiniRecCLI:
     """Runs one of the Trainer's subcommands.
 
     Args:
         args: as on the command line, the subcommand first.
+        callbacks: for the Trainer, besides those of the config.
 
     Raises:
         InputError: for bad input, and when Ctrl-C stopped the run (the sentence then says how to resume).
     """
     cli = MiniRecCLI.__new__(MiniRecCLI)
+    cli.more_callbacks = callbacks
     finished = False
     try:
         with own_process_state():
