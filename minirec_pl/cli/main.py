@@ -84,10 +84,16 @@ def _dispatch(argv: list[str]) -> int:
         from minirec_pl.data.fetch import fetch_ml_100k
 
         fetch_ml_100k(Path(options.to or "data"))
+    elif options.command == "init":
+        from minirec_pl.cli.configs import write_configs
+
+        write_configs(Path(options.to))
     else:
+        from minirec_pl.cli.configs import shipped_configs
         from minirec_pl.cli.quickstart import quickstart
 
-        quickstart(Path(options.data), Path(options.to), Path(options.configs), options.seed)
+        configs = Path(options.configs) if options.configs else shipped_configs() / "ml-100k"
+        quickstart(Path(options.data), Path(options.to), configs, options.seed)
     return 0
 
 
@@ -108,16 +114,22 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument(
         "--to", metavar="DIR", help="folder that gets a folder of its name (default: data, or models for a model)"
     )
+    init = commands.add_parser(
+        "init",
+        help="write the shipped configs into a folder, to change them",
+        description="Writes the shipped configs, a YAML file per recipe, into DIR/configs.",
+    )
+    init.add_argument("to", nargs="?", default=".", metavar="DIR", help="folder that gets configs/ (default: this one)")
     quick = commands.add_parser(
         "quickstart",
         help="the comparison of the README on MovieLens-100K",
-        description="Warm start, then GRPO from it on the full pool, on a random part and on MiniRec's part; "
-        "prints the table.",
+        description="Trains a warm start, then GRPO from it on the full pool, on a random tenth and on the tenth that "
+        "MiniRec picks; prints a line per stage and a table of quality and cost. Needs `minirec fetch ml-100k` first.",
     )
     quick.add_argument("--data", default="data", metavar="DIR", help="folder with ml-100k/ (default: data)")
     quick.add_argument("--to", default="runs/quickstart", metavar="DIR", help="run folder (default: runs/quickstart)")
     quick.add_argument(
-        "--configs", default="configs/ml-100k", metavar="DIR", help="YAML files (default: configs/ml-100k)"
+        "--configs", metavar="DIR", help="folder with warm-start.yaml and quickstart.yaml (default: the shipped ones)"
     )
     quick.add_argument("--seed", type=int, default=42, help="seed of all runs (default: 42)")
     return parser

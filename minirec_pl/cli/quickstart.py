@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
 import shlex
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
+from lightning.pytorch import Callback
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from minirec_pl.cli.fit import run
-from minirec_pl.data.datamodule import RecDataModule
+from minirec_pl.cli.fit import MiniRecCLI, run
 from minirec_pl.metrics.evaluation import FIGURES, popularity_row
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import write_json
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 RUNS: dict[str, list[str]] = {
     "grpo_full": [
@@ -31,15 +40,18 @@ RUNS: dict[str, list[str]] = {
     "grpo_minirec": [],
 }
 SEEDED = {"grpo_random": "--selection.selector.seed", "grpo_minirec": "--selection.curriculum.seed"}
+NAMES = {"warm_start": "warm start", "grpo_full": "GRPO full", "grpo_random": "GRPO random", "grpo_minirec": "MiniRec"}
 SHOWN = (*FIGURES, *(f"{name}_se_users" for name in FIGURES))
-PIPE_WIDTH = 120
+COSTS = ("samples_per_epoch", "distinct_samples", "rollouts", "tokens", "seconds")
+WIDTH, TAIL = 100, 12  # characters of a line that is piped, lines of the log of a stage that failed
 Row = dict[str, Any]
 
 
 def quickstart(data: Path, to: Path, configs: Path, seed: int) -> None:
-    """Warm start once, GRPO from it on the full pool, on a random part and on MiniRec's part; tests and prints all.
+    """Trains a warm start, then GRPO from it on the full pool, a random part and MiniRec's part; tests and compares.
 
-    Writes `results.json`, the rows of the printed table, and a folder per run.
+    Prints a line per stage and the table. Writes `results.json`, the rows of the table, and per method a folder with
+    its runs and `log.txt`, all that they printed.
 
     Args:
         data: folder that holds `ml-100k/`.
@@ -48,63 +60,173 @@ def quickstart(data: Path, to: Path, configs: Path, seed: int) -> None:
         seed: seed of every run.
 
     Raises:
-        InputError: if a config or the data is missing, or a run fails for a reason the user can mend.
+        InputError: if a config or the data is missing, or a run fails for a reason the user can fix.
     """
-    files = {name: configs / f"{name}.yaml" for name in ("warm-start", "quickstart")}
-    for path in files.values():
+    warm_config, grpo_config = (configs / name for name in ("warm-start.yaml", "quickstart.yaml"))
+    for path in (warm_config, grpo_config):
         if not path.is_file():
-            raise InputError(
-                f"there is no '{path}': run this in the project's folder, or name its configs with --configs DIR"
-            )
+            raise InputError(f"there is no '{path}': give a folder that has it with --configs DIR")
+    if not (data / "ml-100k" / "ml-100k.inter").is_file():
+        raise InputError(f"there is no MovieLens-100K in '{data}': run `minirec fetch ml-100k --to {data}` first")
     common = [f"--data.path={data}", f"--data.seed={seed}", f"--seed_everything={seed}"]
-    warm_root = to / "warm_start"
-    warm = ["fit", "--config", str(files["warm-start"]), *common, f"--trainer.default_root_dir={warm_root}"]
-    warm_row, warm_data = _fit_and_test("warm_start", warm)
-    popularity = popularity_row(warm_data)
-    kept = {name: popularity[name] for name in (*SHOWN, "rollouts", "tokens", "seconds")}
-    rows = [{"method": "popularity", **kept, "samples_per_epoch": 0, "distinct_samples": 0}, warm_row]
-    policy = f"--model.policy.pretrained={warm_root / 'latest' / 'policy'}"
+    policy = f"--model.policy.pretrained={to / 'warm_start' / 'latest' / 'policy'}"
+    fits = {"warm_start": ["--config", str(warm_config), *common]}
     for method, overrides in RUNS.items():
-        root = f"--trainer.default_root_dir={to / method}"
-        arguments = ["fit", "--config", str(files["quickstart"]), *common, policy, root, *overrides]
-        if method in SEEDED:
-            arguments.append(f"{SEEDED[method]}={seed}")
-        rows.append(_fit_and_test(method, arguments)[0])
-    write_json(to / "results.json", {"rows": rows})
-    console = Console() if Console().is_terminal else Console(width=PIPE_WIDTH)
-    console.print(table_of(rows))
-    console.print(
-        "Test part of MovieLens-100K, the whole catalogue ranked. Tokens and seconds include the warm start, scoring "
-        "and selection; evaluation is not counted.",
-        style="dim",
-    )
-    print(f"table:   {to / 'results.json'}")
-    print(f"picture: {to / 'grpo_minirec' / 'latest' / 'curriculum.png'}")
+        seeded = [f"{SEEDED[method]}={seed}"] if method in SEEDED else []
+        fits[method] = ["--config", str(grpo_config), *common, policy, *overrides, *seeded]
+    results: dict[str, Row] = {}
+    with _stdout() as file:
+        console = Console(file=file)
+        if not console.is_terminal:
+            console = Console(file=file, width=WIDTH)
+        for method, arguments in fits.items():
+            with _Stage(console, NAMES[method]) as stage:
+                root = f"--trainer.default_root_dir={to / method}"
+                fitted = stage.run(["fit", *arguments, root], to / method / "log.txt", "w")
+                results[method] = _results(fitted)
+                stage.show(f"NDCG@10 {results[method]['best']['val/ndcg@10']:.4f} on validation")
+            if method == "warm_start":
+                popularity = popularity_row(fitted.datamodule)
+        rows = [{"method": "popularity", **popularity, "samples_per_epoch": 0, "distinct_samples": 0}]
+        with _Stage(console, "tests", len(fits)) as stage:
+            for method, fit in results.items():
+                arguments = ["test", "--ckpt_path", str(fit["best_checkpoint"])]
+                tested = stage.run(arguments, to / method / "log.txt", "a")
+                rows.append({"method": method, **fit, **_results(tested)})
+            stage.show(f"{len(fits)} policies")
+        rows = [{name: row[name] for name in ("method", *SHOWN, *COSTS)} for row in rows]
+        write_json(to / "results.json", {"rows": rows})
+        console.print(table_of(rows))
+        console.print(
+            "Test part of MovieLens-100K, the whole catalogue ranked. Tokens and seconds include the warm start, "
+            "scoring and selection; evaluation is not counted.",
+            style="dim",
+        )
+        picture = to / "grpo_minirec" / "latest" / "curriculum.png"
+        drawn = picture if picture.is_file() else "none without matplotlib: pip install 'minirec-pl[report]'"
+        for what, where in {"table": to / "results.json", "picture": drawn, "logs": to / "*" / "log.txt"}.items():
+            console.print(f"{what + ':':<8} {where}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _fit_and_test(method: str, arguments: list[str]) -> tuple[Row, RecDataModule]:
-    _say(arguments)
-    fitted = run(arguments)
-    fit = json.loads((fitted.run_dir / "results.json").read_text(encoding="utf-8"))
-    test_arguments = ["test", "--ckpt_path", str(fit["best_checkpoint"])]
-    _say(test_arguments)
-    tested = run(test_arguments)
-    test = json.loads((tested.run_dir / "results.json").read_text(encoding="utf-8"))
-    costs = ("samples_per_epoch", "distinct_samples", "rollouts", "tokens", "seconds")
-    row = {"method": method, **{name: test[name] for name in SHOWN}, **{name: fit[name] for name in costs}}
-    return row, fitted.datamodule
+class _Stage(Callback):
+    """A line of the terminal: what runs, how far it is, how long it took, a figure.
+
+    It is a callback of the Trainers that run in it, and what they print goes to a log.
+
+    Args:
+        console: that shows the line; without a bar where it is not a terminal.
+        name: what runs.
+        runs: how many Trainers run one after the other.
+    """
+
+    def __init__(self, console: Console, name: str, runs: int = 1) -> None:
+        super().__init__()
+        bar = [BarColumn()] if console.is_terminal else []
+        columns = (TextColumn("{task.description:<12}"), *bar, TimeElapsedColumn(), TextColumn("{task.fields[figure]}"))
+        self._progress = Progress(*columns, console=console, redirect_stdout=False, redirect_stderr=False)
+        self._task = self._progress.add_task(name, total=runs, figure="")
+        self._done = 0
+
+    def __enter__(self) -> _Stage:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def show(self, figure: str) -> None:
+        """Ends the line with a figure."""
+        self._progress.update(self._task, figure=figure)
+
+    def run(self, arguments: Sequence[str], log: Path, mode: str) -> MiniRecCLI:
+        """Runs `minirec` with these arguments, and shows the end of the log if that fails."""
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open(mode, encoding="utf-8") as file:
+                file.write(f"$ minirec {shlex.join(arguments)}\n")
+        except OSError as error:
+            raise InputError(f"cannot write '{log}' ({error.strerror}): choose another folder with --to") from error
+        try:
+            with _output_to(log):
+                finished = run(arguments, [self])
+        except BaseException:
+            self.show("failed")
+            self._progress.stop()
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]
+            text = "\n".join([f"last lines of {log}:", *(f"  {line}" for line in lines)])
+            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            raise
+        self._done += 1
+        self._progress.update(self._task, completed=self._done)
+        return finished
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Moves the bar."""
+        self._move((trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches) / (trainer.max_epochs or 1))
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Moves the bar."""
+        self._move((batch_idx + 1) / sum(trainer.num_test_batches))
+
+    def _move(self, part: float) -> None:
+        self._progress.update(self._task, completed=self._done + part)
 
 
-def _say(arguments: list[str]) -> None:
-    print(f"\n$ minirec {shlex.join(arguments)}", flush=True)
+@contextlib.contextmanager
+def _stdout() -> Iterator[TextIO]:
+    """Standard output as it is, for the time that its descriptor points to a log."""
+    try:
+        descriptor = os.dup(sys.stdout.fileno())
+    except io.UnsupportedOperation:
+        yield sys.stdout
+    else:
+        with open(descriptor, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors) as file:
+            yield file
+
+
+@contextlib.contextmanager
+def _output_to(log: Path) -> Iterator[None]:
+    """Appends to a file what this process and its children write to their standard output and error."""
+    _flush()
+    kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+    with log.open("a", encoding="utf-8") as file:
+        for descriptor in kept:
+            os.dup2(file.fileno(), descriptor)
+    try:
+        yield
+    finally:
+        _flush()
+        for descriptor, copy in kept.items():
+            os.dup2(copy, descriptor)
+            os.close(copy)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+
+
+def _results(finished: MiniRecCLI) -> Row:
+    row: Row = json.loads((finished.run_dir / "results.json").read_text(encoding="utf-8"))
+    return row
 
 
 def table_of(rows: list[Row]) -> Table:
     """The rows of `results.json` as a table for the terminal."""
     table = Table(title="MovieLens-100K quickstart")
-    columns = ("method", "HR@10", "NDCG@10", "samples an epoch", "distinct", "rollouts scoring + training")
-    for column in (*columns, "tokens forward + backward", "seconds"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+    columns = ("method", "HR@10", "NDCG@10", "samples per epoch", "distinct", "rollouts scoring + training")
+    for column in (*columns, "M tokens forward + backward", "seconds"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
     for row in rows:
         rollouts, tokens, seconds = row["rollouts"], row["tokens"], row["seconds"]
         table.add_row(
@@ -114,7 +236,7 @@ def table_of(rows: list[Row]) -> Table:
             f"{row['samples_per_epoch']:,}",
             f"{row['distinct_samples']:,}",
             f"{rollouts['scoring']:,} + {rollouts['training']:,}",
-            f"{tokens['forward'] / 1e6:.2f} M + {tokens['backward'] / 1e6:.2f} M",
+            f"{tokens['forward'] / 1e6:.2f} + {tokens['backward'] / 1e6:.2f}",
             f"{sum(seconds.values()):.1f}",
         )
     return table

@@ -239,6 +239,8 @@ def test_the_shipped_configs_say_what_is_missing(tmp_path, capsys, monkeypatch):
     assert main(["fit", "--config", str(CONFIGS / "warm-start.yaml")]) == 2
     assert "minirec fetch ml-100k --to data" in sentence(capsys)
     assert main(["quickstart"]) == 2
+    assert "minirec fetch ml-100k --to data" in sentence(capsys)
+    assert main(["quickstart", "--configs", "configs"]) == 2
     assert "--configs" in sentence(capsys)
     assert not list(tmp_path.iterdir())
 

@@ -1,6 +1,8 @@
 import json
 import os
 import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -35,21 +37,26 @@ def without_clock(rows):
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
-    """What two quickstarts on a toy MovieLens print: (folder, [(rows, text), (rows, text)])."""
+    """What two quickstarts on a toy MovieLens print: (folder, [(rows, text), (rows, text)]); the second is piped."""
     from contextlib import redirect_stdout
     from io import StringIO
 
     folder = tmp_path_factory.mktemp("quickstart")
     write_toy(folder / "data", name="ml-100k")
-    configs = short_configs(folder / "configs")
-    runs = []
-    for name in ("one", "two"):
-        text = StringIO()
-        arguments = ["--data", str(folder / "data"), "--to", str(folder / name), "--configs", str(configs)]
-        with redirect_stdout(text):
-            assert main(["quickstart", *arguments]) == 0
-        runs.append((json.loads((folder / name / "results.json").read_text())["rows"], text.getvalue()))
-    return folder, runs
+    arguments = ["quickstart", "--data", str(folder / "data"), "--configs", str(short_configs(folder / "configs"))]
+    text = StringIO()
+    with redirect_stdout(text):
+        assert main([*arguments, "--to", str(folder / "one")]) == 0
+    piped = subprocess.run(
+        [sys.executable, "-m", "minirec_pl", *arguments, "--to", str(folder / "two")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    texts = {"one": text.getvalue(), "two": piped.stdout}
+    return folder, [(json.loads((folder / name / "results.json").read_text())["rows"], texts[name]) for name in texts]
 
 
 def check_rows(rows):
@@ -96,6 +103,39 @@ def test_the_table_is_results_json(shown):
         assert cells[-1] == f"{sum(row['seconds'].values()):.1f}"
 
 
+def test_a_pipe_gets_a_line_per_stage_the_table_and_the_paths(shown):
+    folder, (_, (_, text)) = shown
+    lines = text.splitlines()
+    assert len(lines) <= 30
+    assert max(map(len, lines)) <= 100 + len(str(folder))  # paths are not broken
+    assert not {"\r", "\x1b"} & set(text)
+    stages = ["warm start", "GRPO full", "GRPO random", "MiniRec", "tests"]
+    assert [line[:12].strip() for line in lines[:5]] == stages
+    assert all("NDCG@10 0." in line for line in lines[:4])
+    assert f"picture: {folder / 'two' / 'grpo_minirec' / 'latest' / 'curriculum.png'}" in lines
+    for method in METHODS[1:]:
+        log = (folder / "two" / method / "log.txt").read_text()
+        assert log.count("$ minirec ") == 2
+        assert "Test metric" in log
+
+
+def test_a_stage_that_fails_shows_the_end_of_its_log(shown, tmp_path, capfd):
+    folder, _ = shown
+    for path in (folder / "configs").glob("*.yaml"):
+        config = yaml.safe_load(path.read_text())
+        config["trainer"]["callbacks"] = [
+            {"class_path": "helpers.cli_tools.InterruptAt", "init_args": {"hook": "on_train_start"}}
+        ]
+        (tmp_path / path.name).write_text(yaml.safe_dump(config))
+    to = tmp_path / "runs"
+    arguments = ["--data", str(folder / "data"), "--to", str(to), "--configs", str(tmp_path)]
+    assert main(["quickstart", *arguments]) == 2
+    shown = capfd.readouterr()
+    assert f"last lines of {to / 'warm_start' / 'log.txt'}" in shown.out
+    assert "$ minirec fit" in shown.out
+    assert "minirec: error: interrupted" in shown.err
+
+
 def test_two_quickstarts_with_one_seed_are_equal(shown):
     folder, ((one, _), (two, _)) = shown
     assert without_clock(one) == without_clock(two)
@@ -103,9 +143,10 @@ def test_two_quickstarts_with_one_seed_are_equal(shown):
         assert equal_weights(folder / "one" / method / "latest", folder / "two" / method / "latest")
 
 
-def test_each_printed_fit_and_test_gives_the_row(shown, tmp_path, capsys):
-    _, ((rows, text), _) = shown
-    commands = [shlex.split(line[2:]) for line in text.splitlines() if line.startswith("$ minirec ")]
+def test_each_logged_fit_and_test_gives_the_row(shown, tmp_path, capsys):
+    folder, ((rows, _), _) = shown
+    logs = [line for name in METHODS[1:] for line in (folder / "one" / name / "log.txt").read_text().splitlines()]
+    commands = [shlex.split(line[2:]) for line in logs if line.startswith("$ minirec ")]
     assert [command[1] for command in commands] == ["fit", "test"] * 4
     fit = commands[-2]
     assert main([*fit[1:], f"--trainer.default_root_dir={tmp_path}"]) == 0
