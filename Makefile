@@ -1,15 +1,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+QUICKSTART := $(VENV)/.quickstart
 INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq --constraint constraints.txt
 LOWEST := $(shell sed -n 's/.*"lightning>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
 .PHONY: quickstart test test-slow test-lowest lint docs format clean
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 
-quickstart: $(INSTALLED)
-	$(BIN)/minirec fetch ml-100k --to data
-	$(BIN)/minirec quickstart
+quickstart: $(QUICKSTART)
+	@$(BIN)/minirec fetch ml-100k --to data
+	@$(BIN)/minirec quickstart
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
@@ -44,8 +47,16 @@ format: $(INSTALLED)
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
-$(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit("minirec-pl needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[dev,report,bench]"
-	touch $@
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("minirec-pl needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -m venv $(VENV)
+
+$(QUICKSTART): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing minirec-pl into $(VENV), which takes a minute or two"
+	@$(PIP) --editable ".[report]"
+	@touch $@
+
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing minirec-pl and what its tests need into $(VENV), which takes a few minutes"
+	@$(PIP) --editable ".[dev,report,bench]"
+	@touch $(QUICKSTART) $@
