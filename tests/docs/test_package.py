@@ -19,4 +19,4 @@ def test_every_package_of_the_tree_is_installed():
 def test_the_citation_is_of_this_version():
     citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
     assert citation["version"] == PROJECT["project"]["version"]
-    assert citation["license"] == PROJECT["project"]["license"]["text"]
+    assert citation["license"] == PROJECT["project"]["license"]
