@@ -214,7 +214,7 @@ class MiniRecCLI(LightningCLI):
             os.replace(scratch, self.run_dir.with_name("latest"))
 
     def fit(self, model: RecModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
-        """The warm start if there is one, GRPO, and the tests of the stages; a checkpoint goes on with GRPO."""
+        """The warm start if there is one, GRPO, and the tests of the stages; a checkpoint resumes GRPO."""
         warm, tested = self._get(self.config_init, "warm_start"), self._get(self.config_init, "test_stages")
         stages = Stages(self._side_trainer, self.run_dir, model, datamodule, tested)  # type: ignore[arg-type]
         if kwargs.get("ckpt_path"):
@@ -350,7 +350,7 @@ def run(args: Sequence[str], callbacks: Sequence[Callback] = ()) -> MiniRecCLI:
 
 def _interrupted(cli: MiniRecCLI) -> str:
     if getattr(cli, "subcommand", None) == "predict":
-        return "interrupted; the same command goes on after the samples that are done"
+        return "interrupted; the same command resumes after the samples that are done"
     if getattr(cli, "subcommand", None) != "fit" or not hasattr(cli, "run_dir"):
         return "interrupted; nothing was written"
     run_dir = cli.run_dir
@@ -368,6 +368,6 @@ def _interrupted(cli: MiniRecCLI) -> str:
 def _go_on_from_warm_start(cli: MiniRecCLI) -> str:
     folder = cli.run_dir / WARM_START
     if cli.config[cli.subcommand].warm_start.reset_policy:
-        return f"interrupted before the first checkpoint; the policy in {folder} is a mere proxy, so start again"
+        return f"interrupted before the first checkpoint; the policy in {folder} only selects, so start again"
     command = ["minirec", "fit", "--config", str(folder / CONFIG)]
-    return f"interrupted after the warm start; go on from its policy with `{shlex.join(command)}`"
+    return f"interrupted after the warm start; continue from its policy with `{shlex.join(command)}`"

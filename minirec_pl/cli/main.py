@@ -99,12 +99,15 @@ def _dispatch(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="minirec", description="GRPO for recommenders on the small part of the data that teaches."
+        prog="minirec",
+        usage="minirec COMMAND [options]",
+        description="GRPO for recommenders on the small part of the data that teaches.",
+        epilog="`minirec COMMAND --help` lists the options of a command.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=16),
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in OWN_HELP.items():
-        command = "data describe" if name == "data" else name
-        commands.add_parser(name, help=f"{text}; see `minirec {command} --help`")
+    commands = parser.add_subparsers(
+        dest="command", required=True, prog="minirec", title="commands", metavar="COMMAND [options]"
+    )
     fetch = commands.add_parser(
         "fetch",
         help="download a public data set or language model",
@@ -114,15 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument(
         "--to", metavar="DIR", help="folder that gets a folder of its name (default: data, or models for a model)"
     )
-    init = commands.add_parser(
-        "init",
-        help="write the shipped configs into a folder, to change them",
-        description="Writes the shipped configs, a YAML file per recipe, into DIR/configs.",
-    )
-    init.add_argument("to", nargs="?", default=".", metavar="DIR", help="folder that gets configs/ (default: this one)")
     quick = commands.add_parser(
         "quickstart",
-        help="the comparison of the README on MovieLens-100K",
+        help="compare GRPO on all, random and picked samples of MovieLens-100K",
         description="Trains a warm start, then GRPO from it on the full pool, on a random tenth and on the tenth that "
         "MiniRec picks; prints a line per stage and a table of quality and cost. Needs `minirec fetch ml-100k` first.",
     )
@@ -132,4 +129,12 @@ def _parser() -> argparse.ArgumentParser:
         "--configs", metavar="DIR", help="folder with warm-start.yaml and quickstart.yaml (default: the shipped ones)"
     )
     quick.add_argument("--seed", type=int, default=42, help="seed of all runs (default: 42)")
+    init = commands.add_parser(
+        "init",
+        help="write the shipped configs into a folder, to change them",
+        description="Writes the shipped configs, a YAML file per recipe, into DIR/configs.",
+    )
+    init.add_argument("to", nargs="?", default=".", metavar="DIR", help="folder that gets configs/ (default: this one)")
+    for name, text in OWN_HELP.items():
+        commands.add_parser(name, help=text)
     return parser

@@ -137,7 +137,7 @@ def test_the_same_command_goes_on_after_an_interruption(checkpoint, data, tmp_pa
     monkeypatch.setattr(GRPORecModule, "predict_step", lambda self, *args: counted(self, *args))
     capsys.readouterr()
     assert predict(checkpoint, tmp_path / "top.parquet", small) == 2
-    assert "the same command goes on" in sentence(capsys)
+    assert "the same command resumes" in sentence(capsys)
     assert not (tmp_path / "top.parquet").exists()
     (parts,) = tmp_path.glob(".predictions-*")
     done = sum(len(pd.read_parquet(part)) for part in parts.glob("*.parquet"))
