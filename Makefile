@@ -32,6 +32,7 @@ test-lowest: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/helpers/layers.py
 	rm -rf build/types && mkdir -p build/types
 	cp -r minirec_pl build/types/minirec_pl && cp -r callbacks build/types/minirec_pl/callbacks
 	cd build/types && $(abspath $(BIN))/mypy --cache-dir ../../.mypy_cache --config-file ../../pyproject.toml --strict -p minirec_pl
