@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from minirec_pl.cli.check_report import Finding, Prompts
 from minirec_pl.policy.language_models.adapters import Lora, adapter_coverage
 from minirec_pl.policy.language_models.causal_lm import decoder_of
 from minirec_pl.policy.language_models.generation import eos_token_ids
@@ -15,8 +14,31 @@ from minirec_pl.policy.language_models.model_config import text_setting
 from minirec_pl.policy.language_models.model_support import described, few_layers, support_of
 from minirec_pl.policy.language_models.positions import position_rules
 
+Level = Literal["ok", "warning", "fails"]
 _ANSWER = "Answer 3141"
 _SHOWN = 5
+
+
+class Finding(NamedTuple):
+    """One line of the report."""
+
+    level: Level
+    what: str
+    text: str
+
+
+class Prompts(NamedTuple):
+    """What prompts look like.
+
+    Attributes:
+        text: the first one.
+        lengths: tokens of some from all over the pool.
+        completion: tokens of a completion at most.
+    """
+
+    text: str
+    lengths: list[int]
+    completion: int
 
 
 def describe_language_model(model: Any, tokenizer: Any, lora: Lora | None) -> list[Finding]:

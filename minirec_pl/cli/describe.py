@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import yaml
-from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from minirec_pl.cli.sentences import check_yaml
+from minirec_pl.cli.terminal import CommandParser, console
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.samples import Catalogue, IntArray
 from minirec_pl.data.sequence_table import SequenceTable
@@ -24,17 +23,15 @@ from minirec_pl.data.splits import LEAVE_ONE_OUT_LEAK, random_part
 from minirec_pl.policy.catalogue_text import encode_catalogue
 from minirec_pl.utils.errors import InputError
 
-PIPE_WIDTH = 120
+PromptText = Callable[[Catalogue, IntArray], str]
+Facts = dict[str, dict[str, str]]
+QUANTILES = (0.1, 0.5, 0.9, 1.0)
+PROMPTS = 500
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
-        raise InputError(f"{' '.join(message.split())}; see `minirec data describe --help`") from ex
-
-
-def parser() -> ArgumentParser:
+def parser() -> CommandParser:
     """The options of `minirec data describe`."""
-    made = _Parser(
+    made = CommandParser(
         prog="minirec data describe",
         description="Reads the data of a config and prints counts, sparsity, parts, history lengths, cold items, and "
         "what was dropped or mended and why; with a tokenizer, prompt lengths in tokens.",
@@ -66,7 +63,7 @@ def run(arguments: Sequence[str]) -> None:
     if options.tokenizer is not None:
         tokenizer = _tokenizer(options.tokenizer)
         facts |= token_facts(data, lambda texts, **_: {"input_ids": encode_catalogue(tokenizer, texts)})
-    _show(Console() if Console().is_terminal else Console(width=PIPE_WIDTH), facts, notes_on(data))
+    _show(facts, notes_on(data))
 
 
 def _config_of(arguments: Sequence[str]) -> Path | None:
@@ -98,7 +95,8 @@ def _tokenizer(name: str) -> Any:
         ) from error
 
 
-def _show(console: Console, facts: Facts, notes: Sequence[str]) -> None:
+def _show(facts: Facts, notes: Sequence[str]) -> None:
+    screen = console()
     table = Table(show_header=False)
     table.add_column("what")
     table.add_column("value", justify="right", no_wrap=True)
@@ -107,15 +105,9 @@ def _show(console: Console, facts: Facts, notes: Sequence[str]) -> None:
         for what, value in rows.items():
             table.add_row(f"  {escape(what)}", value)
         table.add_section()
-    console.print(table)
+    screen.print(table)
     for note in notes:
-        console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True, highlight=False)
-
-
-PromptText = Callable[[Catalogue, IntArray], str]
-Facts = dict[str, dict[str, str]]
-QUANTILES = (0.1, 0.5, 0.9, 1.0)
-PROMPTS = 500
+        screen.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True, highlight=False)
 
 
 def history_text(catalogue: Catalogue, history: IntArray) -> str:

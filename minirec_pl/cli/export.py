@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from minirec_pl.cli.terminal import CommandParser
 from minirec_pl.policy.folder import SIDE_FILE
 from minirec_pl.policy.language_models.pretrained import LanguageModel, save_language_model
 from minirec_pl.utils.errors import InputError
@@ -53,17 +53,25 @@ def export(policy: str | Path, to: str | Path) -> Path:
     return target
 
 
+def parser() -> CommandParser:
+    """The options of `minirec export`."""
+    made = CommandParser(
+        prog="minirec export",
+        description="Writes a policy's language model as an ordinary Hugging Face folder, adapters merged in.",
+    )
+    made.add_argument("policy", help="folder of the policy, for example runs/.../policy")
+    made.add_argument("--to", required=True, metavar="DIR", help="folder to write")
+    return made
+
+
 def run(arguments: Sequence[str]) -> None:
     """Runs `minirec export`.
 
     Args:
-        arguments: those after the subcommand.
+        arguments: what follows `minirec export`.
+
+    Raises:
+        InputError: for bad input.
     """
-    parser = argparse.ArgumentParser(
-        prog="minirec export",
-        description="Writes a policy's language model as an ordinary Hugging Face folder, adapters merged in.",
-    )
-    parser.add_argument("policy", help="folder of the policy, for example runs/.../policy")
-    parser.add_argument("--to", required=True, metavar="DIR", help="folder to write")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     print(f"model: {export(options.policy, options.to)}")

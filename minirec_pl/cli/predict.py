@@ -74,19 +74,6 @@ def table_of(rows: pd.DataFrame, item_ids: Sequence[str], user_ids: Sequence[str
     return pd.DataFrame(table)
 
 
-def write_predictions(batches: Sequence[Any], module: RecModule, data: Any, path: Path) -> Path:
-    """Writes parquet with the columns sample_id, user_id, item_id, score (as the policy gives it) and rank (from 1).
-
-    Args:
-        batches: what `RecModule.predict_step` returned.
-        module: the recommender, for its item ids.
-        data: the DataModule, for its user ids.
-        path: file to write.
-    """
-    table = table_of(rows_of(batches), module.item_ids.tolist(), data.table.user_ids)
-    return write_atomically(path, lambda temporary: table.to_parquet(temporary, index=False))
-
-
 class RequestData(LightningDataModule):
     """The requests of one prediction that no part answers yet.
 

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from jsonargparse import ArgumentParser
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from minirec_pl.cli.terminal import CommandParser, console
 from minirec_pl.selection.budget import budget_count, check_budget
 from minirec_pl.selection.curriculum import default_folds, fold_curriculum, fold_starts
 from minirec_pl.selection.diagnostics import Diagnostics, diagnose
@@ -32,14 +31,9 @@ SAMPLES = "samples.parquet"  # as `minirec score` leaves it beside the signals
 LEDGER = "ledger.parquet"
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
-        raise InputError(f"{' '.join(message.split())}; see `minirec select --help`") from ex
-
-
-def parser() -> ArgumentParser:
+def parser() -> CommandParser:
     """The options of `minirec select`."""
-    made = _Parser(
+    made = CommandParser(
         prog="minirec select",
         description="Picks a subset from the signals of a pool and orders it from easy to hard. Writes ledger.parquet "
         "(every sample's terms, rank and reason), selected.npy and .txt (sample_ids, best first), plan.npy, .txt and "
@@ -92,7 +86,7 @@ def run(arguments: Sequence[str]) -> None:
     diagnostics.warnings = [*warned, *diagnostics.warnings]
     to = Path(config.to)
     write_selection(to, found.signals, ledger, plan, diagnostics)
-    _show(Console(), diagnostics, ledger, to)
+    _show(diagnostics, ledger, to)
 
 
 def plan_table(ledger: SelectionLedger, n_folds: int | None, seed: int) -> pd.DataFrame:
@@ -207,7 +201,8 @@ def _read_samples(path: Path | None, signals: Sequence[Path]) -> pd.DataFrame | 
         raise InputError(f"{path} is no readable parquet or CSV table ({error}).") from error
 
 
-def _show(console: Console, diagnostics: Diagnostics, ledger: SelectionLedger, to: Path) -> None:
+def _show(diagnostics: Diagnostics, ledger: SelectionLedger, to: Path) -> None:
+    screen = console()
     table = Table(title=f"{diagnostics.n_selected:,} of {diagnostics.n_pool:,} samples")
     table.add_column("what", no_wrap=True)
     table.add_column("value", justify="right")
@@ -225,8 +220,8 @@ def _show(console: Console, diagnostics: Diagnostics, ledger: SelectionLedger, t
         table.add_row(text, "-" if math.isnan(value) else f"{value:.1%}")
     correlation = diagnostics.correlation
     table.add_row("correlation of L and R", "-" if math.isnan(correlation) else f"{correlation:+.2f}")
-    console.print(table)
+    screen.print(table)
     for warning in diagnostics.warnings:
-        console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True, highlight=False)
+        screen.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True, highlight=False)
     for name in (LEDGER, "plan.txt", "diagnostics.json", "selection.png"):
         print(f"{name.partition('.')[0]}: {to / name}")

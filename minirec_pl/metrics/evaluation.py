@@ -1,15 +1,13 @@
-"""Full-ranking figures of a test part with their standard errors, popularity as the rival, and the table of stages."""
+"""Full-ranking figures of a test part with their standard errors, and popularity as the rival."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from rich.table import Table
 from torch import Tensor
 
 from minirec_pl.data.datamodule import RecDataModule
@@ -79,25 +77,6 @@ def popularity_figures(data: RecDataModule) -> dict[str, float | int]:
 def popularity_row(data: RecDataModule) -> Row:
     """The row of popularity in `results.json`, with its cost, which is none."""
     return {"stage": "popularity", **popularity_figures(data), **Cost().row()}
-
-
-def stage_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The stages of a fit for the terminal: figures, standard errors by user, and what was spent until then."""
-    samples, users = rows[0]["samples"], rows[0]["users"]
-    table = Table(title=f"Test part: {samples:,} samples of {users:,} users, the whole catalogue ranked")
-    columns = ("stage", f"HR@{K}", f"NDCG@{K}", "rollouts scoring + training", "tokens forward + backward", "seconds")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "stage" else "right")
-    for row in rows:
-        rollouts, tokens = row["rollouts"], row["tokens"]
-        table.add_row(
-            row["stage"].replace("_", " "),
-            *(f"{row[name]:.4f} ± {row[f'{name}_se_users']:.4f}" for name in FIGURES),
-            f"{rollouts['scoring']:,} + {rollouts['training']:,}",
-            f"{tokens['forward'] / 1e6:.2f} M + {tokens['backward'] / 1e6:.2f} M",
-            f"{sum(row['seconds'].values()):.1f}",
-        )
-    return table
 
 
 def sample_ranks(policy: Policy, data: RecDataModule, sample_ids: IntArray) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+
+from minirec_pl.cli.terminal import CommandParser
+from minirec_pl.utils.errors import InputError
 
 
 def run(args: Sequence[str]) -> int:
@@ -18,43 +20,37 @@ def run(args: Sequence[str]) -> int:
     Raises:
         InputError: for a study, cell, pattern or folder that cannot be used.
     """
-    options = _parser().parse_args(args)
+    options = parser().parse_args(args)
+    if options.jobs < 1:
+        raise InputError(f"--jobs is {options.jobs}: give at least 1")
     from minirec_pl.cli.compare.running import run_study
 
     return run_study(options)
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("give at least 1")
-    return number
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """The options of `minirec compare`."""
+    made = CommandParser(
         prog="minirec compare",
         description="Compares selection methods at equal cost: every cell of a study (data set, method, budget, seed) "
         "starts from the same warm policy, counts every token and second, and is evaluated on validation and test "
         "before training and after each epoch. The same command goes on where an interrupted one stopped.",
     )
-    parser.add_argument(
+    made.add_argument(
         "--config", required=True, metavar="FILE", help="study, such as benchmarks/studies/data_efficiency.yaml"
     )
-    parser.add_argument(
+    made.add_argument(
         "--to", required=True, metavar="DIR", help="folder for warm starts, cells and the table STUDY.parquet"
     )
-    parser.add_argument(
-        "--jobs", type=_positive, default=1, metavar="N", help="worker processes, one core each (default: 1)"
-    )
-    parser.add_argument("--cell", metavar="ID", help="run this cell only, such as ml-100k/late/random/0.1/42")
-    parser.add_argument("--only", metavar="PATTERN", help="run the cells whose id matches, such as '*/random/*'")
-    parser.add_argument("--time-limit", type=float, metavar="MIN", help="begin no cell after so many minutes")
-    parser.add_argument(
+    made.add_argument("--jobs", type=int, default=1, metavar="N", help="worker processes, one core each")
+    made.add_argument("--cell", metavar="ID", help="run this cell only, such as ml-100k/late/random/0.1/42")
+    made.add_argument("--only", metavar="PATTERN", help="run the cells whose id matches, such as '*/random/*'")
+    made.add_argument("--time-limit", type=float, metavar="MIN", help="begin no cell after so many minutes")
+    made.add_argument(
         "--path",
         action="append",
         default=[],
         metavar="NAME=DIR",
         help="folder with the files of a data set, instead of the study's; may be repeated",
     )
-    return parser
+    return made

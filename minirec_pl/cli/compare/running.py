@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 import os
 import time
@@ -10,19 +9,18 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from rich.console import Console
+from jsonargparse import Namespace
 
-from minirec_pl.cli.compare.report import tables_of
+from minirec_pl.cli.compare.comparison import tables_of
 from minirec_pl.cli.compare.results import read_cell, tidy, write_tidy
 from minirec_pl.cli.compare.study import Cell, Study
 from minirec_pl.cli.compare.tasks import cell_path, check, run_cell, warm_folder, warm_start
 from minirec_pl.cli.compare.workers import Workers
+from minirec_pl.cli.terminal import console
 from minirec_pl.utils.errors import InputError
 
-PIPE_WIDTH = 160
 
-
-def run_study(options: argparse.Namespace) -> int:
+def run_study(options: Namespace) -> int:
     """Runs the cells that are not finished, writes the table and prints what came of them.
 
     Args:
@@ -51,9 +49,9 @@ def run_study(options: argparse.Namespace) -> int:
     if done:
         frame, path = tidy(done), to / f"{study.path.stem}.parquet"
         write_tidy(frame, path)
-        console = Console() if Console().is_terminal else Console(width=PIPE_WIDTH)
+        screen = console(pipe_width=160)
         for table in tables_of(frame, study.references):
-            console.print(table)
+            screen.print(table)
         print(f"table: {path}, {len(done)} of {len(study.cells())} cells")
     for name, sentence in failed.items():
         print(f"failed: {name}: {sentence}")

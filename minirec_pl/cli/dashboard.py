@@ -1,0 +1,69 @@
+"""`minirec dashboard`: a W&B workspace and a W&B report for the runs of a project."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from minirec_pl.cli.terminal import CommandParser
+from minirec_pl.reporting.workspace import specs, wandb_report, workspace
+from minirec_pl.utils.errors import InputError
+
+
+def parser() -> CommandParser:
+    """The options of `minirec dashboard`."""
+    made = CommandParser(
+        prog="minirec dashboard",
+        description="Builds a W&B workspace and a W&B report that show the runs of a project, which log by "
+        "minirec_pl.callbacks.SelectionDashboard. Each call makes new ones.",
+    )
+    made.add_argument("--entity", help="W&B user or team")
+    made.add_argument("--project", help="W&B project of the runs")
+    made.add_argument("--dry-run", action="store_true", help="print both as JSON; needs no network and no login")
+    return made
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Runs `minirec dashboard`.
+
+    Args:
+        arguments: what follows `minirec dashboard`.
+
+    Raises:
+        InputError: without an entity, a project, the package wandb-workspaces, a login or a network.
+    """
+    options = parser().parse_args(arguments)
+    for name, what in (("entity", "user or team"), ("project", "project")):
+        if not re.fullmatch(r"[^/\s]+", options[name] or ""):
+            raise InputError(
+                f"--{name} is {options[name]!r}: give the name of a W&B {what}, as in "
+                "`minirec dashboard --entity me --project minirec`"
+            )
+    if options.dry_run:
+        print(json.dumps(specs(options.entity, options.project), indent=2))
+        return
+    _save(options.entity, options.project)
+
+
+def _save(entity: str, project: str) -> None:
+    import wandb
+
+    made: list[str] = []
+    try:
+        wandb.Api()
+        parts: dict[str, Any] = {"report": wandb_report(entity, project), "workspace": workspace(entity, project)}
+        for name, part in parts.items():  # the report makes the project where it is new
+            made.append(f"{name}: {part.save().url}")
+    except wandb.errors.UsageError as error:
+        raise InputError("you are not logged in to W&B: run `wandb login`, or use --dry-run") from error
+    except (wandb.Error, OSError, ValueError) as error:
+        kept = f" after {made[0]} was made" if made else ""
+        raise InputError(
+            f"W&B did not answer as it should{kept} ({' '.join(str(error).split())}): check the network, "
+            f"`wandb login`, and that you may write to {entity}/{project}"
+        ) from error
+    finally:
+        for line in made:
+            print(line)
