@@ -129,7 +129,9 @@ class Preflight:
     def _data(self) -> RecDataModule:
         data = _made(LightningDataModule, _plain(self.config.data))
         if not isinstance(data, RecDataModule):
-            raise InputError("minirec check knows the RecDataModule only")
+            raise InputError(
+                f"data is a {type(data).__name__}, which cannot be checked: set it to minirec_pl.RecDataModule"
+            )
         data.prepare_data()
         data.setup("fit")
         parts = {"warm": data.warm_ids, "pool": data.pool_ids, "validation": data.val_ids, "test": data.test_ids}
@@ -256,7 +258,7 @@ def _show(findings: Sequence[Finding], prompts: Prompts | None, load: Load | Non
             table.add_row(f"memory: {name}", f"{size / _GIB:.2f} GiB")
         table.add_row("memory at the fullest moment", f"{peak(memory) / _GIB:.2f} GiB")
         table.add_section()
-        table.add_row("samples an epoch, of the pool", f"{load.selected:,} of {load.pool:,}")
+        table.add_row("samples per epoch, of the pool", f"{load.selected:,} of {load.pool:,}")
         for phase, count in load.rollouts().items():
             table.add_row(f"rollouts: {phase}", f"{count:,}")
         for kind, count in load.tokens().items():

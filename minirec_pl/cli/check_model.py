@@ -20,7 +20,7 @@ _SHOWN = 5
 
 
 class Finding(NamedTuple):
-    """One line of the report."""
+    """One line of what `minirec check` prints."""
 
     level: Level
     what: str
@@ -42,7 +42,7 @@ class Prompts(NamedTuple):
 
 
 def describe_language_model(model: Any, tokenizer: Any, lora: Lora | None) -> list[Finding]:
-    """Findings on a model, which may be on the meta device, and on its tokenizer.
+    """Describes a model, which may be on the meta device, and on its tokenizer.
 
     Args:
         model: of `LanguageModel.on_meta`, given this tokenizer.
@@ -57,7 +57,7 @@ def describe_language_model(model: Any, tokenizer: Any, lora: Lora | None) -> li
 
 
 def describe_family(config: Any, prompts: Prompts, completions: bool) -> list[Finding]:
-    """Findings on head, cache and positions, tried on a few untrained layers of the model's family.
+    """Describes head, cache and positions, tried on a few untrained layers of the model's family.
 
     Args:
         config: of a causal language model of transformers.
@@ -86,7 +86,7 @@ def _vocabulary(model: Any, tokenizer: Any) -> Finding:
     lacking = sorted(token for token, index in vocabulary.items() if index >= rows)
     if lacking:
         more = f" and {len(lacking) - _SHOWN} more" if len(lacking) > _SHOWN else ""
-        text += f"; no prompt may hold {', '.join(lacking[:_SHOWN])}{more}, which the model has no row for"
+        text += f"; no prompt may hold {', '.join(lacking[:_SHOWN])}{more}, for which the model has no row"
     return Finding("ok", "vocabulary", text)
 
 

@@ -13,7 +13,7 @@ from minirec_pl.utils.errors import InputError
 
 
 def parser() -> CommandParser:
-    """The options of `minirec dashboard`."""
+    """Makes the parser of `minirec dashboard`."""
     made = CommandParser(
         prog="minirec dashboard",
         description="Builds a W&B workspace and a W&B report that show the runs of a project, which log by "

@@ -30,11 +30,11 @@ PROMPTS = 500
 
 
 def parser() -> CommandParser:
-    """The options of `minirec data describe`."""
+    """Makes the parser of `minirec data describe`."""
     made = CommandParser(
         prog="minirec data describe",
         description="Reads the data of a config and prints counts, sparsity, parts, history lengths, cold items, and "
-        "what was dropped or mended and why; with a tokenizer, prompt lengths in tokens.",
+        "what was dropped or fixed and why; with a tokenizer, prompt lengths in tokens.",
     )
     made.add_argument("--config", required=True, help="YAML file of `minirec fit`, or one with its section data alone")
     made.add_argument("--tokenizer", default=None, help="folder or hub name of a tokenizer")
@@ -57,7 +57,7 @@ def run(arguments: Sequence[str]) -> None:
     options = made.instantiate_classes(made.parse_args([*section, *arguments]))
     data = options.data
     if not isinstance(data, RecDataModule):
-        raise InputError(f"{options.config}: data is a {type(data).__name__}; describe reads a RecDataModule.")
+        raise InputError(f"{options.config}: data is a {type(data).__name__}: set it to a RecDataModule")
     data.setup()
     facts = facts_of(data)
     if options.tokenizer is not None:
@@ -79,7 +79,7 @@ def _data_section(path: Path) -> Any:
     check_yaml(path)
     data = yaml.safe_load(path.read_text(encoding="utf-8")).get("data")
     if not isinstance(data, dict):
-        raise InputError(f"{path} has no section data; give the config of `minirec fit`.")
+        raise InputError(f"{path} has no section data: give the config of `minirec fit`")
     return data
 
 
@@ -91,7 +91,7 @@ def _tokenizer(name: str) -> Any:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"no tokenizer in {name!r} ({reason}); give a folder with a tokenizer.json, or a name of the hub."
+            f"no tokenizer in {name!r} ({reason}): give a folder with a tokenizer.json, or a name of the hub"
         ) from error
 
 
@@ -111,12 +111,12 @@ def _show(facts: Facts, notes: Sequence[str]) -> None:
 
 
 def history_text(catalogue: Catalogue, history: IntArray) -> str:
-    """The items' texts, a line each: the part of a prompt whose length depends on the data."""
+    """Joins the items' texts, one per line: the part of a prompt whose length depends on the data."""
     return "\n".join(catalogue.texts[item] for item in history)
 
 
 def facts_of(data: RecDataModule) -> Facts:
-    """Counts, parts, history lengths, cold items, and what was dropped or mended.
+    """Measures counts, parts, history lengths, cold items, and what was dropped or fixed.
 
     Args:
         data: After ``setup``.
@@ -160,7 +160,7 @@ def facts_of(data: RecDataModule) -> Facts:
             "different items among these": _count(len(np.unique(target[cold]))),
             "test samples of users that are not in train": _share(~trained),
         },
-        "not served, dropped or mended": {
+        "not served, dropped or fixed": {
             "no earlier interaction: history only": _count(counts["no_history"]),
             "the user had the item before: history only": _count(counts["repeats"]),
             **{what: _count(count) for what, count in data.report.items() if count},
@@ -169,7 +169,7 @@ def facts_of(data: RecDataModule) -> Facts:
 
 
 def token_facts(data: RecDataModule, tokenizer: Any, prompt: PromptText = history_text) -> Facts:
-    """Lengths in tokens of item texts, and of the prompts of at most 500 random samples.
+    """Measures lengths in tokens of item texts, and of the prompts of at most 500 random samples.
 
     Args:
         data: After ``setup``.
@@ -188,7 +188,7 @@ def token_facts(data: RecDataModule, tokenizer: Any, prompt: PromptText = histor
 
 
 def notes_on(data: RecDataModule) -> list[str]:
-    """What a reader of results should know of the split."""
+    """Lists what a reader of results should know of the split."""
     return [LEAVE_ONE_OUT_LEAK] if data.split_by == "leave_one_out" else []
 
 

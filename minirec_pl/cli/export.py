@@ -35,7 +35,9 @@ def export(policy: str | Path, to: str | Path) -> Path:
     """
     folder, target = Path(policy), Path(to)
     if not (folder / SIDE_FILE).is_file():
-        raise InputError(f"no policy in '{folder}' ({SIDE_FILE} is missing): give the folder `policy` of a run")
+        raise InputError(
+            f"there is no policy in '{folder}' ({SIDE_FILE} is missing): give the folder `policy` of a run"
+        )
     if target.resolve() == folder.resolve():
         raise InputError(f"'{target}' is the policy itself: export it to another folder")
     try:
@@ -54,7 +56,7 @@ def export(policy: str | Path, to: str | Path) -> Path:
 
 
 def parser() -> CommandParser:
-    """The options of `minirec export`."""
+    """Makes the parser of `minirec export`."""
     made = CommandParser(
         prog="minirec export",
         description="Writes a policy's language model as an ordinary Hugging Face folder, adapters merged in.",

@@ -53,7 +53,7 @@ def report(folders: Sequence[str | Path], to: str | Path | None = None) -> Path:
 
 
 def parser() -> CommandParser:
-    """The options of `minirec report`."""
+    """Makes the parser of `minirec report`."""
     made = CommandParser(
         prog="minirec report",
         description="Writes one HTML page about runs: quality and its cost, what was picked and why, the plan, samples "

@@ -32,7 +32,7 @@ LEDGER = "ledger.parquet"
 
 
 def parser() -> CommandParser:
-    """The options of `minirec select`."""
+    """Makes the parser of `minirec select`."""
     made = CommandParser(
         prog="minirec select",
         description="Picks a subset from the signals of a pool and orders it from easy to hard. Writes ledger.parquet "
@@ -90,7 +90,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def plan_table(ledger: SelectionLedger, n_folds: int | None, seed: int) -> pd.DataFrame:
-    """The picks in training order.
+    """Puts the picks in training order.
 
     Args:
         ledger: of the selection.
@@ -194,11 +194,11 @@ def _read_samples(path: Path | None, signals: Sequence[Path]) -> pd.DataFrame | 
             return None
         return pd.concat([pd.read_parquet(table) for table in beside]).drop_duplicates("sample_id")
     if not path.is_file():
-        raise InputError(f"there is no table of samples at {path}; leave out --samples or give a parquet or CSV file.")
+        raise InputError(f"there is no table of samples at {path}: leave out --samples or give a parquet or CSV file")
     try:
         return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is no readable parquet or CSV table ({error}).") from error
+        raise InputError(f"{path} cannot be read ({error}): give a parquet or CSV table") from error
 
 
 def _show(diagnostics: Diagnostics, ledger: SelectionLedger, to: Path) -> None:

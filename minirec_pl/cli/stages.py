@@ -77,7 +77,7 @@ class WarmStart:
             raise InputError("warm_start.samples counts single samples: set warm_start.train_on to warm_samples")
 
     def data(self, data: RecDataModule) -> RecDataModule:
-        """The same data, already read, that trains on the warm part.
+        """Makes the same data, already read, train on the warm part.
 
         Raises:
             InputError: if it is empty.
@@ -181,7 +181,7 @@ class Stages:
             policy.save_pretrained(folder / "policy", self.model.cost.state_dict())
 
     def take_over(self, checkpoint: Path) -> None:
-        """Goes on with the stages of the run that a checkpoint was taken in."""
+        """Resumes the stages of the run that a checkpoint was taken in."""
         for name in (STAGES, RESULTS):
             earlier = checkpoint.parent.parent / name
             if self.tested and not self.rows and earlier.is_file():
@@ -200,7 +200,7 @@ class Stages:
 
 
 def stage_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The stages of a fit for the terminal: figures, standard errors by user, and what was spent until then."""
+    """Makes the terminal's table of a fit's stages: figures, standard errors by user, what was spent until then."""
     samples, users = rows[0]["samples"], rows[0]["users"]
     table = Table(title=f"Test part: {samples:,} samples of {users:,} users, the whole catalogue ranked")
     columns = ("stage", f"HR@{K}", f"NDCG@{K}", "rollouts scoring + training", "tokens forward + backward", "seconds")

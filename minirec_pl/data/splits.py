@@ -38,7 +38,7 @@ class Parts(NamedTuple):
 def split_table(
     table: SampleTable, split: Split, warm_fraction: float, window: tuple[float, float] | None = None
 ) -> tuple[Parts, TimeSplit | None]:
-    """Part the samples.
+    """Splits the samples into warm part, pool, validation and test.
 
     Args:
         table: The samples, sorted by time.
@@ -60,20 +60,22 @@ def split_table(
         borders = pairwise((window_rows(table, window)[0], *cuts))
         return Parts(*(np.arange(begin, end) for begin, end in borders)), cuts
     if window is not None:
-        raise InputError(f"window={list(window)} needs a split in global time, such as [0.8, 0.1, 0.1], not {split!r}.")
+        raise InputError(
+            f"window={list(window)} does not fit split={split!r}: give a split in global time, such as [0.8, 0.1, 0.1]"
+        )
     check_warm_fraction(warm_fraction)
     if split == "leave_one_out":
         train, validation, test = leave_one_out(table)
     elif split == "given":
         train, validation, test = given_parts(table)
     else:
-        raise InputError(f"split={split!r}: give three shares of time, 'leave_one_out' or 'given'.")
+        raise InputError(f"split={split!r}: give three shares of time, 'leave_one_out' or 'given'")
     cut = cut_forward(table.timestamp[train], len(train) * warm_fraction)
     return Parts(train[:cut], train[cut:], validation, test), None
 
 
 def leave_one_out(table: SampleTable) -> tuple[IntArray, IntArray, IntArray]:
-    """Of each user with at least three interactions the last for test, the one before for validation.
+    """Keeps each user's last sample for test and the one before for validation, if there are at least three.
 
     All else is train. This leaks the future, see ``LEAVE_ONE_OUT_LEAK``; it is there because much of the literature
     splits so.
@@ -89,7 +91,7 @@ def leave_one_out(table: SampleTable) -> tuple[IntArray, IntArray, IntArray]:
 
 
 def given_parts(table: SampleTable) -> tuple[IntArray, IntArray, IntArray]:
-    """The parts that the data name; without validation, the latest tenth of train becomes that.
+    """Reads the parts that the data name; without validation, the latest tenth of train becomes that.
 
     The cut moves forward to the next timestamp.
 
@@ -101,7 +103,7 @@ def given_parts(table: SampleTable) -> tuple[IntArray, IntArray, IntArray]:
     """
     if table.part is None:
         raise InputError(
-            "split='given' needs a column 'split' (train, validation, test) in the data; add it, or name it in columns."
+            "split='given' needs a column 'split' (train, validation, test) in the data: add it, or name it in columns"
         )
     train, validation, test = (np.flatnonzero(table.part == name) for name in ("train", "validation", "test"))
     if len(validation) == 0:
@@ -111,7 +113,7 @@ def given_parts(table: SampleTable) -> tuple[IntArray, IntArray, IntArray]:
 
 
 def random_part(ids: IntArray, size: int | None, seed: int) -> IntArray:
-    """A random subset of at most ``size`` ids, ascending; all of them where size is None."""
+    """Draws a random subset of at most ``size`` ids, ascending; all of them where size is None."""
     if size is None or size >= len(ids):
         return ids
     return np.sort(np.random.default_rng(seed).choice(ids, size, replace=False))

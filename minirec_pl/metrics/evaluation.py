@@ -24,13 +24,13 @@ Row = dict[str, Any]
 
 
 def gains(ranks: Tensor) -> npt.NDArray[np.float64]:
-    """NDCG@10 of each sample, float64 of the shape of `ranks` (integers, from 1)."""
+    """Computes NDCG@10 of each sample, float64 of the shape of `ranks` (integers, from 1)."""
     rank = ranks.numpy().astype(np.float64)
     return np.where(rank <= K, 1 / np.log2(1 + rank), 0.0)
 
 
 def ranking_figures(ranks: Tensor, users: IntArray) -> dict[str, float | int]:
-    """HR@10 and NDCG@10 with their standard errors.
+    """Computes HR@10 and NDCG@10 with their standard errors.
 
     Two errors of a mean m of n samples x_i: `_se`, sqrt(sum (x_i - m)^2 / (n (n - 1))), for which samples are
     independent; and `_se_users`, sqrt(U / (U - 1) sum_u (sum_{i of u} (x_i - m))^2) / n, for which the U users are and
@@ -65,7 +65,7 @@ def _root(squares: float, n: int) -> float:
 
 
 def popularity_figures(data: RecDataModule) -> dict[str, float | int]:
-    """`ranking_figures` of the test part for items ranked by their interactions in the train part."""
+    """Computes `ranking_figures` of the test part for items ranked by their interactions in the train part."""
     scores = torch.from_numpy(data.item_popularity).float()
     ranks, users = [], []
     for batch in data.sample_loader(data.test_ids):
@@ -75,12 +75,12 @@ def popularity_figures(data: RecDataModule) -> dict[str, float | int]:
 
 
 def popularity_row(data: RecDataModule) -> Row:
-    """The row of popularity in `results.json`, with its cost, which is none."""
+    """Makes the row of popularity in `results.json`; it costs nothing."""
     return {"stage": "popularity", **popularity_figures(data), **Cost().row()}
 
 
 def sample_ranks(policy: Policy, data: RecDataModule, sample_ids: IntArray) -> Tensor:
-    """Rank of the target of each sample among the whole catalogue with what the user had masked, int64 [n], from 1.
+    """Ranks the target of each sample among the whole catalogue with what the user had masked, int64 [n], from 1.
 
     Neither the policy's mode nor any global random number generator is disturbed.
 

@@ -57,7 +57,7 @@ LINES: dict[str, tuple[str, list[tuple[str, str, list[str]]]]] = {
         [
             ("Mean reward met in training", STEP, ["selection/trained_reward"]),
             ("Groups with mixed rewards", STEP, ["selection/trained_share_mixed"]),
-            ("Samples an epoch", STEP, ["curriculum/length"]),
+            ("Samples per epoch", STEP, ["curriculum/length"]),
         ],
     ),
     "Cost": (
@@ -76,7 +76,7 @@ LINES: dict[str, tuple[str, list[tuple[str, str, list[str]]]]] = {
 
 
 def workspace(entity: str, project: str) -> Workspace:
-    """The workspace, a section for each of `LINES`, not saved yet.
+    """Makes the workspace, a section for each of `LINES`; it is not saved yet.
 
     Args:
         entity: W&B user or team.
@@ -91,7 +91,7 @@ def workspace(entity: str, project: str) -> Workspace:
 
 
 def wandb_report(entity: str, project: str) -> Report:
-    """The report template: the same panels with a sentence on each section, not saved yet.
+    """Makes the W&B report: the same panels with a sentence on each section; it is not saved yet.
 
     Args:
         entity: W&B user or team.
@@ -116,7 +116,7 @@ def wandb_report(entity: str, project: str) -> Report:
 
 
 def specs(entity: str, project: str) -> dict[str, Any]:
-    """Workspace and report as they would be sent to W&B, as plain JSON values."""
+    """Returns workspace and report as they would be sent to W&B, as plain JSON values."""
     parts: dict[str, Any] = {"workspace": workspace(entity, project), "report": wandb_report(entity, project)}
     return {
         name: json.loads(part._to_model().model_dump_json(by_alias=True, exclude_none=True))

@@ -15,14 +15,14 @@ from minirec_pl.utils.errors import InputError
 
 
 def world() -> tuple[int, int]:
-    """Number of replicas and the own rank: of torch.distributed when it is initialised, else (1, 0)."""
+    """Returns number of replicas and own rank: of torch.distributed when it is initialised, else (1, 0)."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size(), torch.distributed.get_rank()
     return 1, 0
 
 
 def gather_rows(rows: Tensor, device: torch.device) -> list[Tensor]:
-    """The rows that every rank has, in the order of the ranks.
+    """Gathers the rows that every rank has, in the order of the ranks.
 
     Args:
         rows: [n, D], n may differ between ranks, D may not.
@@ -45,7 +45,7 @@ def gather_rows(rows: Tensor, device: torch.device) -> list[Tensor]:
 
 
 def gather_states(state: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
-    """What each rank holds, in the order of the ranks; every rank must call this at the same time.
+    """Gathers what each rank holds, in the order of the ranks; every rank must call this at the same time.
 
     Args:
         state: tensors and primitives.
@@ -64,7 +64,7 @@ def gather_states(state: dict[str, Any], device: torch.device) -> list[dict[str,
 
 
 def own_state(states: list[dict[str, Any]], what: str) -> dict[str, Any]:
-    """This rank's part of what `gather_states` gave.
+    """Picks this rank's part of what `gather_states` gave.
 
     Args:
         states: of the ranks that saved them.
@@ -83,7 +83,7 @@ def own_state(states: list[dict[str, Any]], what: str) -> dict[str, Any]:
 
 
 def agree(error: Exception | None, device: torch.device, plan: Sequence[int] = ()) -> None:
-    """Every rank fails if one has failed; every rank must call this at the same time.
+    """Fails on every rank if one has failed; every rank must call this at the same time.
 
     Args:
         error: of this rank.

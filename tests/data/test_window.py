@@ -76,5 +76,5 @@ def test_shares_out_of_range_are_refused(window):
 
 def test_a_window_needs_a_split_in_time():
     table = SampleTable(*zip(*[(u, int(i[1:]), t) for u, i, t in random_rows(n=50)], strict=True), 60)
-    with pytest.raises(InputError, match="needs a split in global time"):
+    with pytest.raises(InputError, match="give a split in global time"):
         split_table(table, "leave_one_out", 0.5, (0.0, 0.5))

@@ -29,12 +29,12 @@ def run(args: Sequence[str]) -> int:
 
 
 def parser() -> CommandParser:
-    """The options of `minirec compare`."""
+    """Makes the parser of `minirec compare`."""
     made = CommandParser(
         prog="minirec compare",
         description="Compares selection methods at equal cost: every cell of a study (data set, method, budget, seed) "
         "starts from the same warm policy, counts every token and second, and is evaluated on validation and test "
-        "before training and after each epoch. The same command goes on where an interrupted one stopped.",
+        "before training and after each epoch. The same command resumes where an interrupted one stopped.",
     )
     made.add_argument(
         "--config", required=True, metavar="FILE", help="study, such as benchmarks/studies/data_efficiency.yaml"

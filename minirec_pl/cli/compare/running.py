@@ -108,13 +108,13 @@ def _chosen(study: Study, cell: str | None, only: str | None) -> list[Cell]:
     if cell is not None:
         found = [one for one in cells if one.id == cell]
         if not found:
-            raise InputError(f"there is no cell {cell!r} in {study.path}; its cells are like {cells[0].id!r}")
+            raise InputError(f"there is no cell {cell!r} in {study.path}: give one like {cells[0].id!r}")
         return found
     if only is not None:
         cells = [one for one in cells if fnmatch.fnmatchcase(one.id, only)]
         if not cells:
             raise InputError(
-                f"--only {only!r} matches no cell of {study.path}; write it like '{study.cells()[0].data.name}/*'"
+                f"--only {only!r} matches no cell of {study.path}: write it like '{study.cells()[0].data.name}/*'"
             )
     return cells
 
@@ -125,7 +125,7 @@ def _finished(study: Study, cell: Cell, to: Path) -> bool:
         return False
     if not _is_of(study, cell, path):
         raise InputError(
-            f"{path} was run with another study: its config, overrides, epochs or budget differ from {study.path}; "
+            f"{path} was run with another study: its config, overrides, epochs or budget differ from {study.path}: "
             "choose another --to, or delete the file to run the cell again"
         )
     return True
