@@ -224,17 +224,7 @@ class Preflight:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs `minirec check`.
-
-    Args:
-        arguments: what follows `minirec check`: those of `minirec fit`.
-
-    Returns:
-        0, or 1 if the fit would fail.
-
-    Raises:
-        InputError: if the config cannot be parsed.
-    """
+    """Runs `minirec check` on the words that follow it; returns 1 if the fit would fail, else 0."""
     from minirec_pl.cli.fit import parsed
 
     preflight = Preflight(parsed(["fit", *arguments]))

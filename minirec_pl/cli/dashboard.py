@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from minirec_pl.cli.terminal import CommandParser
-from minirec_pl.reporting.workspace import specs, wandb_report, workspace
+from minirec_pl.reporting.workspace import views
 from minirec_pl.utils.errors import InputError
 
 
@@ -26,14 +25,7 @@ def parser() -> CommandParser:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Runs `minirec dashboard`.
-
-    Args:
-        arguments: what follows `minirec dashboard`.
-
-    Raises:
-        InputError: without an entity, a project, the package wandb-workspaces, a login or a network.
-    """
+    """Runs `minirec dashboard` on the words that follow it."""
     options = parser().parse_args(arguments)
     for name, what in (("entity", "user or team"), ("project", "project")):
         if not re.fullmatch(r"[^/\s]+", options[name] or ""):
@@ -42,7 +34,9 @@ def run(arguments: Sequence[str]) -> None:
                 "`minirec dashboard --entity me --project minirec`"
             )
     if options.dry_run:
-        print(json.dumps(specs(options.entity, options.project), indent=2))
+        made = views(options.entity, options.project)
+        sent = {name: view._to_model().model_dump_json(by_alias=True, exclude_none=True) for name, view in made.items()}
+        print(json.dumps({name: json.loads(text) for name, text in sent.items()}, indent=2))
         return
     _save(options.entity, options.project)
 
@@ -53,9 +47,8 @@ def _save(entity: str, project: str) -> None:
     made: list[str] = []
     try:
         wandb.Api()
-        parts: dict[str, Any] = {"report": wandb_report(entity, project), "workspace": workspace(entity, project)}
-        for name, part in parts.items():  # the report makes the project where it is new
-            made.append(f"{name}: {part.save().url}")
+        for name, view in views(entity, project).items():  # the report makes the project where it is new
+            made.append(f"{name}: {view.save().url}")
     except wandb.errors.UsageError as error:
         raise InputError("you are not logged in to W&B: run `wandb login`, or use --dry-run") from error
     except (wandb.Error, OSError, ValueError) as error:

@@ -43,14 +43,7 @@ def parser() -> CommandParser:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Runs `minirec data describe`.
-
-    Args:
-        arguments: what follows `minirec data describe`.
-
-    Raises:
-        InputError: for bad input.
-    """
+    """Runs `minirec data describe` on the words that follow it."""
     made = parser()
     config = _config_of(arguments)
     section = [] if config is None else [f"--data={json.dumps(_data_section(config))}"]

@@ -67,13 +67,6 @@ def parser() -> CommandParser:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Runs `minirec export`.
-
-    Args:
-        arguments: what follows `minirec export`.
-
-    Raises:
-        InputError: for bad input.
-    """
+    """Runs `minirec export` on the words that follow it."""
     options = parser().parse_args(arguments)
     print(f"model: {export(options.policy, options.to)}")

@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -25,7 +24,17 @@ from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.sampler import OrderedSampler
 from minirec_pl.data.samples import Catalogue, IntArray, SampleTable
 from minirec_pl.data.sequence_table import SequenceTable
-from minirec_pl.data.sources.tables import Table, as_id, ids_of, numbers_of, read_table, read_text, times_of, unique_ids
+from minirec_pl.data.sources.tables import (
+    Table,
+    as_id,
+    ids_of,
+    lengths_of,
+    numbers_of,
+    read_table,
+    read_text,
+    times_of,
+    unique_ids,
+)
 from minirec_pl.selection.fingerprints import weights_fingerprint
 from minirec_pl.trainers.recommender import RecModule
 from minirec_pl.utils.errors import InputError
@@ -251,7 +260,7 @@ def read_history(path: Path, catalogue: Catalogue) -> Requests:
         rows = _of_log(table.select({}, (Columns.USER_ID, Columns.ITEM_ID, Columns.TIMESTAMP)))
     if not len(rows):
         raise InputError(f"{path} has no rows: give at least one user's history")
-    known = rows.assign(item=pd.Index(catalogue.item_ids, dtype=object).get_indexer(pd.Index(rows["item"])))
+    known = rows.assign(item=catalogue.indices_of(rows["item"].tolist()))
     known = known[known["item"] >= 0]
     dropped = []
     if len(known) < len(rows):
@@ -298,22 +307,14 @@ def _of_log(table: Table) -> pd.DataFrame:
 
 
 def _of_lists(table: Table) -> pd.DataFrame:
-    users, lists = ids_of(table, Columns.USER_ID), table.frame[Columns.HISTORY_ITEM_ID].tolist()
-    twice = [user for user, count in Counter(users).items() if count > 1]
-    if twice:
-        row = len(users) - 1 - users[::-1].index(twice[0])
-        raise InputError(f"{table.where(row)}: the user {twice[0]!r} comes twice: give each user one row")
-    for row, value in enumerate(lists):
-        if not isinstance(value, (list, tuple, np.ndarray)):
-            raise InputError(
-                f"{table.where(row)}, column {Columns.HISTORY_ITEM_ID}: {str(value)[:40]!r} is not a list: write "
-                "parquet, or a CSV with user_id, item_id and timestamp"
-            )
-    lengths = [len(items) for items in lists]
-    flat: Sequence[Any] = [item for items in lists for item in items]
-    return pd.DataFrame(
-        {"user": np.repeat(np.array(users, dtype=object), lengths), "item": unique_ids(flat), "time": np.nan}
-    ).assign(rating=np.nan)
+    users, lengths = ids_of(table, Columns.USER_ID), lengths_of(table, Columns.HISTORY_ITEM_ID)
+    again = pd.Series(users).duplicated().to_numpy()
+    if again.any():
+        row = int(np.argmax(again))
+        raise InputError(f"{table.where(row)}: the user {users[row]!r} comes twice: give each user one row")
+    items = unique_ids([item for items in table.frame[Columns.HISTORY_ITEM_ID] for item in items])
+    owners = np.repeat(np.array(users, dtype=object), lengths)
+    return pd.DataFrame({"user": owners, "item": items, "time": np.nan, "rating": np.nan})
 
 
 def read_candidates(path: Path, catalogue: Catalogue) -> Tensor:

@@ -70,13 +70,6 @@ def parser() -> CommandParser:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Runs `minirec report`.
-
-    Args:
-        arguments: what follows `minirec report`.
-
-    Raises:
-        InputError: for bad input.
-    """
+    """Runs `minirec report` on the words that follow it."""
     options = parser().parse_args(arguments)
     print(f"report: {report(options.folders, options.to)}")

@@ -62,14 +62,7 @@ def parser() -> CommandParser:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Runs `minirec select`.
-
-    Args:
-        arguments: what follows `minirec select`.
-
-    Raises:
-        InputError: for bad input; nothing is written then.
-    """
+    """Runs `minirec select` on the words that follow it."""
     words = [_short(word, before) for word, before in zip(arguments, ["", *arguments], strict=False)]
     made = parser()
     config = made.parse_args(words)

@@ -11,13 +11,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from minirec_pl.data.batches import Batch, SampleDataset, identity
 from minirec_pl.data.columns import Columns
-from minirec_pl.data.loader import GenerationSchedule, ResumableLoader
+from minirec_pl.data.loader import GenerationSchedule, ResumableLoader, limited
 from minirec_pl.data.sampler import CurriculumSampler, OrderedSampler
-from minirec_pl.data.samples import Catalogue, IntArray, SampleTable, TimeSplit, digest
+from minirec_pl.data.samples import Catalogue, IntArray, SampleTable, digest
 from minirec_pl.data.sequence_table import SequenceTable
 from minirec_pl.data.sources.assemble import Faults, Source
 from minirec_pl.data.sources.atomic_files import AtomicFiles
-from minirec_pl.data.splits import Parts, random_part, split_table
+from minirec_pl.data.splits import Parts, TimeSplit, random_part, split_table
 from minirec_pl.data.warm_batches import WarmChunkSampler, WarmDataset, WarmSequenceDataset
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.ranks import world
@@ -218,8 +218,7 @@ class RecDataModule(LightningDataModule):
             # Lightning builds the iterator of a resumed run before it calls set_epoch, and workers read ahead at once.
             progress: Any = self.trainer.fit_loop.epoch_progress.current
             sampler.set_epoch(progress.processed)
-            limit, n = self.trainer.limit_train_batches, len(loader)
-            loader.batches_per_epoch = min(limit, n) if isinstance(limit, int) else int(n * limit)
+            loader.batches_per_epoch = limited(len(loader), self.trainer.limit_train_batches)
         return loader
 
     def val_dataloader(self) -> DataLoader[Any]:

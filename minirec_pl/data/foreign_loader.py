@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from minirec_pl.data.loader import ResumableLoader, in_hand
+from minirec_pl.data.loader import ResumableLoader, in_hand, limited
 from minirec_pl.data.sampler import CurriculumSampler
 from minirec_pl.data.samples import IntArray
 from minirec_pl.utils.errors import InputError
@@ -208,11 +208,6 @@ class _Winder(Iterator[Any]):
     def __next__(self) -> Any:
         self.wind()
         return next(self._entries)
-
-
-def limited(n_batches: int, limit: int | float) -> int:
-    """Counts the batches that Lightning's `limit_train_batches` leaves: an int is a number, a float a share."""
-    return min(limit, n_batches) if isinstance(limit, int) else int(n_batches * limit)
 
 
 def rebuild(loader: object, limit: int | float = 1.0, sampler: ForeignSampler | None = None) -> ForeignLoader:

@@ -34,6 +34,11 @@ def in_hand(progress: Any) -> int:
     return int(progress.current.ready - progress.current.processed)
 
 
+def limited(n_batches: int, limit: int | float) -> int:
+    """Counts the batches that Lightning's `limit_train_batches` leaves: an int is a number, a float a share."""
+    return min(limit, n_batches) if isinstance(limit, int) else int(n_batches * limit)
+
+
 class _Skipping:
     """The (batch) sampler of a loader, without the entries that the loader wants skipped at the time of ``iter``."""
 

@@ -1,10 +1,9 @@
-"""The table of samples, the catalogue of items and the cuts in time: pure numpy and pandas."""
+"""The table of samples and the catalogue of items: pure numpy and pandas."""
 
 import hashlib
-import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -104,6 +103,11 @@ class Catalogue:
             raise InputError(
                 f"the item {item_id!r} is not in the catalogue of {len(self)} items: give the id of one that is"
             ) from None
+
+    def indices_of(self, item_ids: Sequence[str]) -> IntArray:
+        """Looks up the item indices of external ids, int64 [n]; -1 where the catalogue does not have one."""
+        index = pd.Index(self.item_ids, dtype=object)
+        return index.get_indexer(pd.Index(item_ids, dtype=object)).astype(np.int64)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -214,7 +218,7 @@ class SampleTable:
         Raises:
             InputError: An item is not in the catalogue; names ``source``, the line (row + 2) and the item id.
         """
-        items = pd.Index(catalogue.item_ids).get_indexer(pd.Index(frame[Columns.ITEM_ID]))
+        items = catalogue.indices_of(frame[Columns.ITEM_ID].tolist())
         if (items < 0).any():
             row = int(np.argmax(items < 0))
             raise InputError(
@@ -223,7 +227,7 @@ class SampleTable:
             )
         return cls(
             frame[Columns.USER_ID].tolist(),
-            items.astype(np.int64),
+            items,
             frame[Columns.TIMESTAMP].to_numpy(dtype=np.float64),
             len(catalogue),
             frame[Columns.RATING].to_numpy(dtype=np.float64) if Columns.RATING in frame else None,
@@ -252,86 +256,3 @@ class SampleTable:
         return hashlib.sha256(
             digest(self.user_ids).encode() + b"".join(array.tobytes() for array in arrays)
         ).hexdigest()
-
-
-def cut_forward(times: FloatArray, position: float) -> int:
-    """Finds the cut nearest to a position among sorted times, moved forward until it splits no timestamp."""
-    row = round(position)
-    return row if row == 0 else int(np.searchsorted(times, times[row - 1], side="right"))
-
-
-def check_warm_fraction(warm_fraction: float) -> None:
-    """Refuses what is not a share from 0 to 1.
-
-    Raises:
-        InputError: Naming the option.
-    """
-    if not 0 <= warm_fraction <= 1:
-        raise InputError(f"warm_fraction={warm_fraction}: give a share of the train part from 0 to 1")
-
-
-class TimeSplit(NamedTuple):
-    """Cuts in sample_ids: warm [0, warm_end), pool [warm_end, train_end), validation up to val_end, test up to end.
-
-    With a window of time the warm part begins where that does.
-    """
-
-    warm_end: int
-    train_end: int
-    val_end: int
-    end: int
-
-
-def window_rows(table: SampleTable, window: tuple[float, float]) -> tuple[int, int]:
-    """Finds where a window of time begins and ends, in sample_ids; like every cut, at the next timestamp.
-
-    Args:
-        table: The samples, sorted by time.
-        window: Begin and end, as shares of the samples in time order.
-
-    Raises:
-        InputError: Not two shares, the first below the second.
-    """
-    if len(window) != 2 or not 0 <= window[0] < window[1] <= 1:
-        raise InputError(
-            f"window={list(window)}: give begin and end as shares of the samples in time order, such as [0.2, 0.8]"
-        )
-    begin, end = (cut_forward(table.timestamp, len(table) * share) for share in window)
-    return begin, end
-
-
-def split_by_time(
-    table: SampleTable,
-    ratios: Sequence[float] = (0.8, 0.1, 0.1),
-    *,
-    warm_fraction: float = 0.0,
-    window: tuple[float, float] = (0.0, 1.0),
-) -> TimeSplit:
-    """Cuts the samples in time; a cut moves forward to the next timestamp, so no timestamp is in two parts.
-
-    Args:
-        table: The samples, sorted by time.
-        ratios: Shares of train, validation and test, each above 0, together 1.
-        warm_fraction: Share of the train part, from its start, that is kept for the warm start, 0 to 1.
-        window: The stretch of time that is cut, as shares of the samples in time order: (0.2, 0.8) leaves the earliest
-            and the latest fifth out.
-
-    Returns:
-        The cuts. A part can come out empty when many rows share a timestamp.
-
-    Raises:
-        InputError: Ratios, fraction or window outside their range.
-    """
-    if len(ratios) != 3 or not all(0 < ratio < 1 for ratio in ratios) or not math.isclose(sum(ratios), 1, abs_tol=1e-6):
-        raise InputError(f"split={tuple(ratios)}: give three shares above 0 (train, validation, test) that add up to 1")
-    check_warm_fraction(warm_fraction)
-    begin, end = window_rows(table, window)
-    times = table.timestamp[begin:end]
-    train_end = cut_forward(times, len(times) * ratios[0])
-    cuts = (
-        cut_forward(times[:train_end], train_end * warm_fraction),
-        train_end,
-        cut_forward(times, len(times) * (ratios[0] + ratios[1])),
-        len(times),
-    )
-    return TimeSplit(*(begin + cut for cut in cuts))

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minirec_pl.utils.errors import InputError
-
-if TYPE_CHECKING:
-    from wandb_workspaces.reports.v2.interface import Report
-    from wandb_workspaces.workspaces import Workspace
 
 NAME = "MiniRec"
 TOKENS, ROLLOUTS, SECONDS, STEP = "cost/tokens", "cost/rollouts", "cost/seconds", "trainer/global_step"
@@ -75,8 +70,8 @@ LINES: dict[str, tuple[str, list[tuple[str, str, list[str]]]]] = {
 }
 
 
-def workspace(entity: str, project: str) -> Workspace:
-    """Makes the workspace, a section for each of `LINES`; it is not saved yet.
+def views(entity: str, project: str) -> dict[str, Any]:
+    """Makes the W&B report and the W&B workspace, a section for each of `LINES`; neither is saved yet.
 
     Args:
         entity: W&B user or team.
@@ -85,27 +80,12 @@ def workspace(entity: str, project: str) -> Workspace:
     Raises:
         InputError: without the package wandb-workspaces.
     """
-    ws = _packages()[0]
-    sections = [ws.Section(name=name, panels=_panels(name), is_open=True) for name in LINES]
-    return ws.Workspace(entity=entity, project=project, name=NAME, sections=sections)  # type: ignore[no-any-return]
-
-
-def wandb_report(entity: str, project: str) -> Report:
-    """Makes the W&B report: the same panels with a sentence on each section; it is not saved yet.
-
-    Args:
-        entity: W&B user or team.
-        project: of the runs.
-
-    Raises:
-        InputError: without the package wandb-workspaces.
-    """
-    wr = _packages()[1]
+    ws, wr = _packages()
     blocks: list[Any] = []
     for name, (text, _) in LINES.items():
         runs = wr.Runset(name="Runs")  # of the report's own project, so that nothing has to be looked up
         blocks += [wr.H2(text=name), wr.P(text=text), wr.PanelGrid(runsets=[runs], panels=_panels(name))]
-    return wr.Report(  # type: ignore[no-any-return]
+    report = wr.Report(
         entity=entity,
         project=project,
         title="MiniRec: quality, selection and cost",
@@ -113,15 +93,8 @@ def wandb_report(entity: str, project: str) -> Report:
         blocks=blocks,
         width="fluid",
     )
-
-
-def specs(entity: str, project: str) -> dict[str, Any]:
-    """Returns workspace and report as they would be sent to W&B, as plain JSON values."""
-    parts: dict[str, Any] = {"workspace": workspace(entity, project), "report": wandb_report(entity, project)}
-    return {
-        name: json.loads(part._to_model().model_dump_json(by_alias=True, exclude_none=True))
-        for name, part in parts.items()
-    }
+    sections = [ws.Section(name=name, panels=_panels(name), is_open=True) for name in LINES]
+    return {"report": report, "workspace": ws.Workspace(entity=entity, project=project, name=NAME, sections=sections)}
 
 
 def _panels(section: str) -> list[Any]:

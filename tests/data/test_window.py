@@ -6,8 +6,8 @@ from helpers.toy_data import random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirec_pl.data.samples import SampleTable, window_rows
-from minirec_pl.data.splits import split_table
+from minirec_pl.data.samples import SampleTable
+from minirec_pl.data.splits import split_table, window_rows
 from minirec_pl.utils.errors import InputError
 
 ROWS = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 9), st.integers(0, 30)), min_size=8, max_size=60)

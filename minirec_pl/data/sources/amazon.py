@@ -91,7 +91,7 @@ class AmazonReviews2023:
         catalogue = make_catalogue(Table(f"the metadata of {self.category}", frame), (), self.item_text, faults)
         table = SampleTable(
             reviews[Columns.USER_ID].tolist(),
-            pd.Index(catalogue.item_ids, dtype=object).get_indexer(pd.Index(reviews[_ASIN])).astype(np.int64),
+            catalogue.indices_of(reviews[_ASIN].tolist()),
             reviews[Columns.TIMESTAMP].to_numpy(),
             len(catalogue),
             reviews[Columns.RATING].to_numpy(),

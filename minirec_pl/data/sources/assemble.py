@@ -19,6 +19,7 @@ from minirec_pl.data.sources.tables import (
     clean_text,
     ids_of,
     in_seconds,
+    lengths_of,
     numbers_of,
     read_table,
     times_of,
@@ -82,7 +83,7 @@ def from_interactions(log: Table, items: Table | None, item_text: Sequence[str])
     _check_rows(log)
     item_ids = ids_of(log, Columns.ITEM_ID)
     catalogue = make_catalogue(items, item_ids, item_text, faults)
-    frame = pd.DataFrame({"user": ids_of(log, Columns.USER_ID), "item": _indices(catalogue, item_ids)})
+    frame = pd.DataFrame({"user": ids_of(log, Columns.USER_ID), "item": catalogue.indices_of(item_ids)})
     frame["time"] = times_of(log, Columns.TIMESTAMP)
     frame["rating"], frame["part"] = _ratings(log, faults), _parts(log)
     known = frame["item"].to_numpy() >= 0
@@ -119,11 +120,11 @@ def from_sequences(rows: Table, items: Table | None, item_text: Sequence[str]) -
     """
     faults = Faults()
     _check_rows(rows)
-    lengths = _lengths(rows, Columns.HISTORY_ITEM_ID)
+    lengths = lengths_of(rows, Columns.HISTORY_ITEM_ID)
     flat_ids = unique_ids(_flat(rows, Columns.HISTORY_ITEM_ID))
     item_ids = ids_of(rows, Columns.ITEM_ID)
     catalogue = make_catalogue(items, flat_ids + item_ids, item_text, faults)
-    flat, target = _indices(catalogue, flat_ids), _indices(catalogue, item_ids)
+    flat, target = catalogue.indices_of(flat_ids), catalogue.indices_of(item_ids)
     beside = {
         name: _numbers_beside(rows, name, lengths)
         for name in (Columns.HISTORY_TIMESTAMP, Columns.HISTORY_RATING)
@@ -213,11 +214,6 @@ def _check_known(
         )
 
 
-def _indices(catalogue: Catalogue, item_ids: Sequence[str]) -> IntArray:
-    index = pd.Index(catalogue.item_ids, dtype=object)
-    return index.get_indexer(pd.Index(item_ids, dtype=object)).astype(np.int64)
-
-
 def _ratings(table: Table, faults: Faults) -> FloatArray:
     if Columns.RATING not in table.frame:
         return np.full(len(table.frame), np.nan)
@@ -238,22 +234,12 @@ def _parts(table: Table) -> list[str]:
     return [PARTS[name] for name in given]
 
 
-def _lengths(table: Table, column: str) -> IntArray:
-    values = table.frame[column]
-    for row, value in enumerate(values):
-        if not isinstance(value, list | tuple | np.ndarray):
-            raise InputError(
-                f"{table.where(row)}, column {column}: {str(value)[:40]!r} is not a list: store lists, as parquet can"
-            )
-    return np.array([len(value) for value in values], dtype=np.int64)
-
-
 def _flat(table: Table, column: str) -> list[object]:
     return [value for values in table.frame[column] for value in values]
 
 
 def _numbers_beside(table: Table, column: str, lengths: IntArray) -> FloatArray:
-    own = _lengths(table, column)
+    own = lengths_of(table, column)
     if (own != lengths).any():
         row = int(np.argmax(own != lengths))
         raise InputError(

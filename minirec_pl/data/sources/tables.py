@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from minirec_pl.data.columns import Columns
-from minirec_pl.data.samples import FloatArray
+from minirec_pl.data.samples import FloatArray, IntArray
 from minirec_pl.utils.errors import InputError
 
 _WHOLE: Final = re.compile(r"(-?(?:0|[1-9]\d*))\.0+")
@@ -183,6 +183,21 @@ def numbers_of(table: Table, column: str, *, required: bool) -> FloatArray:
             "column's name"
         )
     return numbers
+
+
+def lengths_of(table: Table, column: str) -> IntArray:
+    """Counts the values of each list of a column, [n] int64.
+
+    Raises:
+        InputError: What is there is not a list, with its line.
+    """
+    values = table.frame[column]
+    for row, value in enumerate(values):
+        if not isinstance(value, list | tuple | np.ndarray):
+            raise InputError(
+                f"{table.where(row)}, column {column}: {str(value)[:40]!r} is not a list: store lists, as parquet can"
+            )
+    return np.array([len(value) for value in values], dtype=np.int64)
 
 
 def times_of(table: Table, column: str) -> FloatArray:
