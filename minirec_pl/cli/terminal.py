@@ -22,7 +22,7 @@ class CommandParser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises the sentence."""
         see = f"see `{self.prog} --help`"
-        of_nested_parser = r"; see `[^`]*`$"
+        of_nested_parser = r": see `[^`]*`$"
         raise InputError(one_sentence(re.sub(of_nested_parser, "", message), see)) from ex
 
 
