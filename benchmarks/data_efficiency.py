@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 from measuring import machine
 
+from minirec_pl.cli.compare.comparison import at_equal_cost, cell, comparison
 from minirec_pl.cli.compare.intervals import Interval, user_bootstrap
-from minirec_pl.cli.compare.report import at_equal_cost, cell, comparison
 from minirec_pl.cli.compare.results import chosen_gains
 from minirec_pl.cli.compare.study import Study
 from minirec_pl.cli.compare.tasks import cell_path

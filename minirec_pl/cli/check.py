@@ -13,15 +13,17 @@ import numpy as np
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule
-from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
 from torch import nn
 
 from minirec_pl.cli.arguments import class_of
-from minirec_pl.cli.check_model import describe_family, describe_language_model
-from minirec_pl.cli.check_report import GIB, Finding, Level, Prompts, report
+from minirec_pl.cli.check_model import Finding, Level, Prompts, describe_family, describe_language_model
 from minirec_pl.cli.estimates import Load, Memory, memory_of, peak
 from minirec_pl.cli.sentences import one_sentence, sentence_of
-from minirec_pl.cli.stages import PIPE_WIDTH, WarmStart
+from minirec_pl.cli.stages import WarmStart
+from minirec_pl.cli.terminal import console
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy import GenerativePolicy, Policy, RetrievalPolicy
@@ -37,6 +39,8 @@ from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.utils.errors import InputError
 
 T = TypeVar("T")
+_GIB = 2**30
+_COLOURS = {"ok": "green", "warning": "yellow", "fails": "red"}
 _SHOWN_PROMPTS = 64
 
 
@@ -125,7 +129,9 @@ class Preflight:
     def _data(self) -> RecDataModule:
         data = _made(LightningDataModule, _plain(self.config.data))
         if not isinstance(data, RecDataModule):
-            raise InputError("minirec check knows the RecDataModule only")
+            raise InputError(
+                f"data is a {type(data).__name__}, which cannot be checked: set it to minirec_pl.RecDataModule"
+            )
         data.prepare_data()
         data.setup("fit")
         parts = {"warm": data.warm_ids, "pool": data.pool_ids, "validation": data.val_ids, "test": data.test_ids}
@@ -187,7 +193,7 @@ class Preflight:
             self._add(
                 "warning",
                 "memory",
-                f"about {need / GIB:.1f} GiB are needed and {where} has {there / GIB:.1f}: lower data.batch_size, "
+                f"about {need / _GIB:.1f} GiB are needed and {where} has {there / _GIB:.1f}: lower data.batch_size, "
                 "or set gradient_checkpointing or lora",
             )
 
@@ -218,24 +224,44 @@ class Preflight:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs `minirec check`.
-
-    Args:
-        arguments: what follows `minirec check`: those of `minirec fit`.
-
-    Returns:
-        0, or 1 if the fit would fail.
-
-    Raises:
-        InputError: if the config cannot be parsed.
-    """
+    """Runs `minirec check` on the words that follow it; returns 1 if the fit would fail, else 0."""
     from minirec_pl.cli.fit import parsed
 
     preflight = Preflight(parsed(["fit", *arguments]))
     preflight.run()
-    console = Console() if Console().is_terminal else Console(width=PIPE_WIDTH)
-    report(preflight.findings, preflight.prompts, preflight.load, preflight.memory, console)
+    _show(preflight.findings, preflight.prompts, preflight.load, preflight.memory)
     return int(preflight.fails)
+
+
+def _show(findings: Sequence[Finding], prompts: Prompts | None, load: Load | None, memory: Memory | None) -> None:
+    """Prints what was found, as far as it was found."""
+    screen = console()
+    if prompts is not None:
+        shortest, longest = min(prompts.lengths), max(prompts.lengths)
+        title = f"a prompt: {prompts.lengths[0]} tokens (others {shortest} to {longest})"
+        screen.print(Panel(escape(prompts.text), title=title, title_align="left"))
+    if load is not None and memory is not None:
+        table = Table(title="What the fit needs, at most", show_header=False)
+        table.add_column("what")
+        table.add_column("figure", justify="right")
+        for name, size in memory._asdict().items():
+            table.add_row(f"memory: {name}", f"{size / _GIB:.2f} GiB")
+        table.add_row("memory at the fullest moment", f"{peak(memory) / _GIB:.2f} GiB")
+        table.add_section()
+        table.add_row("samples per epoch, of the pool", f"{load.selected:,} of {load.pool:,}")
+        for phase, count in load.rollouts().items():
+            table.add_row(f"rollouts: {phase}", f"{count:,}")
+        for kind, count in load.tokens().items():
+            table.add_row(f"tokens: {kind}", f"{count:,}")
+        screen.print(table)
+    for level, what, text in findings:
+        screen.print(f"[{_COLOURS[level]}]{level:8}[/] {what}: {escape(text)}", soft_wrap=True, highlight=False)
+    verdict = (
+        "the fit would fail"
+        if any(found.level == "fails" for found in findings)
+        else "nothing stands in the way of the fit"
+    )
+    screen.print(verdict, highlight=False)
 
 
 def _plain(value: Any) -> Any:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from minirec_pl.cli.check_report import Finding, Prompts
 from minirec_pl.policy.language_models.adapters import Lora, adapter_coverage
 from minirec_pl.policy.language_models.causal_lm import decoder_of
 from minirec_pl.policy.language_models.generation import eos_token_ids
@@ -15,12 +14,35 @@ from minirec_pl.policy.language_models.model_config import text_setting
 from minirec_pl.policy.language_models.model_support import described, few_layers, support_of
 from minirec_pl.policy.language_models.positions import position_rules
 
+Level = Literal["ok", "warning", "fails"]
 _ANSWER = "Answer 3141"
 _SHOWN = 5
 
 
+class Finding(NamedTuple):
+    """One line of what `minirec check` prints."""
+
+    level: Level
+    what: str
+    text: str
+
+
+class Prompts(NamedTuple):
+    """What prompts look like.
+
+    Attributes:
+        text: the first one.
+        lengths: tokens of some from all over the pool.
+        completion: tokens of a completion at most.
+    """
+
+    text: str
+    lengths: list[int]
+    completion: int
+
+
 def describe_language_model(model: Any, tokenizer: Any, lora: Lora | None) -> list[Finding]:
-    """Findings on a model, which may be on the meta device, and on its tokenizer.
+    """Describes a model, which may be on the meta device, and on its tokenizer.
 
     Args:
         model: of `LanguageModel.on_meta`, given this tokenizer.
@@ -35,7 +57,7 @@ def describe_language_model(model: Any, tokenizer: Any, lora: Lora | None) -> li
 
 
 def describe_family(config: Any, prompts: Prompts, completions: bool) -> list[Finding]:
-    """Findings on head, cache and positions, tried on a few untrained layers of the model's family.
+    """Describes head, cache and positions, tried on a few untrained layers of the model's family.
 
     Args:
         config: of a causal language model of transformers.
@@ -64,7 +86,7 @@ def _vocabulary(model: Any, tokenizer: Any) -> Finding:
     lacking = sorted(token for token, index in vocabulary.items() if index >= rows)
     if lacking:
         more = f" and {len(lacking) - _SHOWN} more" if len(lacking) > _SHOWN else ""
-        text += f"; no prompt may hold {', '.join(lacking[:_SHOWN])}{more}, which the model has no row for"
+        text += f"; no prompt may hold {', '.join(lacking[:_SHOWN])}{more}, for which the model has no row"
     return Finding("ok", "vocabulary", text)
 
 

@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import yaml
-from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from minirec_pl.cli.sentences import check_yaml
+from minirec_pl.cli.terminal import CommandParser, console
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.samples import Catalogue, IntArray
 from minirec_pl.data.sequence_table import SequenceTable
@@ -24,20 +23,18 @@ from minirec_pl.data.splits import LEAVE_ONE_OUT_LEAK, random_part
 from minirec_pl.policy.catalogue_text import encode_catalogue
 from minirec_pl.utils.errors import InputError
 
-PIPE_WIDTH = 120
+PromptText = Callable[[Catalogue, IntArray], str]
+Facts = dict[str, dict[str, str]]
+QUANTILES = (0.1, 0.5, 0.9, 1.0)
+PROMPTS = 500
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
-        raise InputError(f"{' '.join(message.split())}; see `minirec data describe --help`") from ex
-
-
-def parser() -> ArgumentParser:
-    """The options of `minirec data describe`."""
-    made = _Parser(
+def parser() -> CommandParser:
+    """Makes the parser of `minirec data describe`."""
+    made = CommandParser(
         prog="minirec data describe",
         description="Reads the data of a config and prints counts, sparsity, parts, history lengths, cold items, and "
-        "what was dropped or mended and why; with a tokenizer, prompt lengths in tokens.",
+        "what was dropped or fixed and why; with a tokenizer, prompt lengths in tokens.",
     )
     made.add_argument("--config", required=True, help="YAML file of `minirec fit`, or one with its section data alone")
     made.add_argument("--tokenizer", default=None, help="folder or hub name of a tokenizer")
@@ -46,27 +43,20 @@ def parser() -> ArgumentParser:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Runs `minirec data describe`.
-
-    Args:
-        arguments: what follows `minirec data describe`.
-
-    Raises:
-        InputError: for bad input.
-    """
+    """Runs `minirec data describe` on the words that follow it."""
     made = parser()
     config = _config_of(arguments)
     section = [] if config is None else [f"--data={json.dumps(_data_section(config))}"]
     options = made.instantiate_classes(made.parse_args([*section, *arguments]))
     data = options.data
     if not isinstance(data, RecDataModule):
-        raise InputError(f"{options.config}: data is a {type(data).__name__}; describe reads a RecDataModule.")
+        raise InputError(f"{options.config}: data is a {type(data).__name__}: set it to a RecDataModule")
     data.setup()
     facts = facts_of(data)
     if options.tokenizer is not None:
         tokenizer = _tokenizer(options.tokenizer)
         facts |= token_facts(data, lambda texts, **_: {"input_ids": encode_catalogue(tokenizer, texts)})
-    _show(Console() if Console().is_terminal else Console(width=PIPE_WIDTH), facts, notes_on(data))
+    _show(facts, notes_on(data))
 
 
 def _config_of(arguments: Sequence[str]) -> Path | None:
@@ -82,7 +72,7 @@ def _data_section(path: Path) -> Any:
     check_yaml(path)
     data = yaml.safe_load(path.read_text(encoding="utf-8")).get("data")
     if not isinstance(data, dict):
-        raise InputError(f"{path} has no section data; give the config of `minirec fit`.")
+        raise InputError(f"{path} has no section data: give the config of `minirec fit`")
     return data
 
 
@@ -94,11 +84,12 @@ def _tokenizer(name: str) -> Any:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"no tokenizer in {name!r} ({reason}); give a folder with a tokenizer.json, or a name of the hub."
+            f"no tokenizer in {name!r} ({reason}): give a folder with a tokenizer.json, or a name of the hub"
         ) from error
 
 
-def _show(console: Console, facts: Facts, notes: Sequence[str]) -> None:
+def _show(facts: Facts, notes: Sequence[str]) -> None:
+    screen = console()
     table = Table(show_header=False)
     table.add_column("what")
     table.add_column("value", justify="right", no_wrap=True)
@@ -107,24 +98,18 @@ def _show(console: Console, facts: Facts, notes: Sequence[str]) -> None:
         for what, value in rows.items():
             table.add_row(f"  {escape(what)}", value)
         table.add_section()
-    console.print(table)
+    screen.print(table)
     for note in notes:
-        console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True, highlight=False)
-
-
-PromptText = Callable[[Catalogue, IntArray], str]
-Facts = dict[str, dict[str, str]]
-QUANTILES = (0.1, 0.5, 0.9, 1.0)
-PROMPTS = 500
+        screen.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True, highlight=False)
 
 
 def history_text(catalogue: Catalogue, history: IntArray) -> str:
-    """The items' texts, a line each: the part of a prompt whose length depends on the data."""
+    """Joins the items' texts, one per line: the part of a prompt whose length depends on the data."""
     return "\n".join(catalogue.texts[item] for item in history)
 
 
 def facts_of(data: RecDataModule) -> Facts:
-    """Counts, parts, history lengths, cold items, and what was dropped or mended.
+    """Measures counts, parts, history lengths, cold items, and what was dropped or fixed.
 
     Args:
         data: After ``setup``.
@@ -168,7 +153,7 @@ def facts_of(data: RecDataModule) -> Facts:
             "different items among these": _count(len(np.unique(target[cold]))),
             "test samples of users that are not in train": _share(~trained),
         },
-        "not served, dropped or mended": {
+        "not served, dropped or fixed": {
             "no earlier interaction: history only": _count(counts["no_history"]),
             "the user had the item before: history only": _count(counts["repeats"]),
             **{what: _count(count) for what, count in data.report.items() if count},
@@ -177,7 +162,7 @@ def facts_of(data: RecDataModule) -> Facts:
 
 
 def token_facts(data: RecDataModule, tokenizer: Any, prompt: PromptText = history_text) -> Facts:
-    """Lengths in tokens of item texts, and of the prompts of at most 500 random samples.
+    """Measures lengths in tokens of item texts, and of the prompts of at most 500 random samples.
 
     Args:
         data: After ``setup``.
@@ -196,7 +181,7 @@ def token_facts(data: RecDataModule, tokenizer: Any, prompt: PromptText = histor
 
 
 def notes_on(data: RecDataModule) -> list[str]:
-    """What a reader of results should know of the split."""
+    """Lists what a reader of results should know of the split."""
     return [LEAVE_ONE_OUT_LEAK] if data.split_by == "leave_one_out" else []
 
 

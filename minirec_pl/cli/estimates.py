@@ -16,7 +16,7 @@ class Load:
 
     Attributes:
         pool: samples that may be trained on.
-        selected: samples an epoch.
+        selected: samples per epoch.
         epochs: of GRPO.
         num_generations: G.
         scoring_generations: rollouts of a scored sample.
@@ -24,7 +24,7 @@ class Load:
         scored: samples that are scored before the first epoch.
         prompt: tokens of a prompt.
         completion: tokens of a completion at most.
-        batch_size: prompts a training batch.
+        batch_size: prompts per training batch.
         generated_at_once: prompts that rollouts are made for at once.
         checkpointing: layers are recomputed in the backward pass.
         items: rows of the table of item vectors; 0 without one.
@@ -45,7 +45,7 @@ class Load:
     items: int = 0
 
     def rollouts(self) -> dict[str, int]:
-        """Rollouts at most, by phase: `scoring` and `training`."""
+        """Bounds the rollouts by phase: `scoring` and `training`."""
         scored = self.scored + self.rescored * (self.epochs - 1)
         return {
             "scoring": scored * self.scoring_generations,
@@ -53,7 +53,7 @@ class Load:
         }
 
     def tokens(self) -> dict[str, int]:
-        """Tokens at most that are `generated`, and that go `forward` and `backward` besides.
+        """Bounds the tokens that are `generated`, and that go `forward` and `backward` besides.
 
         A prompt goes through the model once for its group to generate and once more to train; every completion once to
         be trained on, and a generated token counts as generated only.
@@ -81,7 +81,7 @@ class Memory(NamedTuple):
 
 
 def memory_of(model: Any, load: Load, itemsize: int, reference: bool = False) -> Memory:
-    """A rough estimate, good to about a third; what is left out is small beside it or a matter of the device.
+    """Estimates the memory of a run, to about a third; what is left out is small beside it or a matter of the device.
 
     With P parameters of which P_t are trained, layers l of width H and feed-forward width I, b bytes a value,
     T = batch_size (prompt + G completion) tokens of a training batch and S of the prompts that rollouts are made for at
@@ -124,5 +124,5 @@ def memory_of(model: Any, load: Load, itemsize: int, reference: bool = False) ->
 
 
 def peak(memory: Memory) -> int:
-    """Bytes at the fullest moment: activations and cache are not there at once."""
+    """Sums the bytes at the fullest moment: activations and cache are not there at once."""
     return sum(memory) - min(memory.activations, memory.cache)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from minirec_pl.cli.terminal import CommandParser
 from minirec_pl.policy.folder import SIDE_FILE
 from minirec_pl.policy.language_models.pretrained import LanguageModel, save_language_model
 from minirec_pl.utils.errors import InputError
@@ -35,7 +35,9 @@ def export(policy: str | Path, to: str | Path) -> Path:
     """
     folder, target = Path(policy), Path(to)
     if not (folder / SIDE_FILE).is_file():
-        raise InputError(f"no policy in '{folder}' ({SIDE_FILE} is missing): give the folder `policy` of a run")
+        raise InputError(
+            f"there is no policy in '{folder}' ({SIDE_FILE} is missing): give the folder `policy` of a run"
+        )
     if target.resolve() == folder.resolve():
         raise InputError(f"'{target}' is the policy itself: export it to another folder")
     try:
@@ -53,17 +55,18 @@ def export(policy: str | Path, to: str | Path) -> Path:
     return target
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Runs `minirec export`.
-
-    Args:
-        arguments: those after the subcommand.
-    """
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Makes the parser of `minirec export`."""
+    made = CommandParser(
         prog="minirec export",
         description="Writes a policy's language model as an ordinary Hugging Face folder, adapters merged in.",
     )
-    parser.add_argument("policy", help="folder of the policy, for example runs/.../policy")
-    parser.add_argument("--to", required=True, metavar="DIR", help="folder to write")
-    options = parser.parse_args(arguments)
+    made.add_argument("policy", help="folder of the policy, for example runs/.../policy")
+    made.add_argument("--to", required=True, metavar="DIR", help="folder to write")
+    return made
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Runs `minirec export` on the words that follow it."""
+    options = parser().parse_args(arguments)
     print(f"model: {export(options.policy, options.to)}")

@@ -20,7 +20,7 @@ TRAINER_COMMANDS = {
 OWN_COMMANDS = {
     "check": "minirec_pl.cli.check",
     "compare": "minirec_pl.cli.compare.command",
-    "dashboard": "minirec_pl.reporting.workspace",
+    "dashboard": "minirec_pl.cli.dashboard",
     "export": "minirec_pl.cli.export",
     "report": "minirec_pl.cli.report",
     "select": "minirec_pl.cli.select",

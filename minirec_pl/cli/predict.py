@@ -1,4 +1,4 @@
-"""Recommendations as a table with external ids, written in parts so that an interrupted run goes on."""
+"""Recommendations as a table with external ids, written in parts so that an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -25,7 +24,17 @@ from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.sampler import OrderedSampler
 from minirec_pl.data.samples import Catalogue, IntArray, SampleTable
 from minirec_pl.data.sequence_table import SequenceTable
-from minirec_pl.data.sources.tables import Table, as_id, ids_of, numbers_of, read_table, read_text, times_of, unique_ids
+from minirec_pl.data.sources.tables import (
+    Table,
+    as_id,
+    ids_of,
+    lengths_of,
+    numbers_of,
+    read_table,
+    read_text,
+    times_of,
+    unique_ids,
+)
 from minirec_pl.selection.fingerprints import weights_fingerprint
 from minirec_pl.trainers.recommender import RecModule
 from minirec_pl.utils.errors import InputError
@@ -36,7 +45,7 @@ SECONDS_A_PART = 30.0
 
 
 def rows_of(outputs: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """A row per sample of what `RecModule.predict_step` returned: sample_id, user, items, scores, perhaps reasoning."""
+    """Makes a row per sample of what `RecModule.predict_step` returned: sample_id, user, items, scores, reasoning."""
     columns: dict[str, Any] = {
         name: np.concatenate([output[name].cpu().numpy() for output in outputs])
         for name in (Columns.SAMPLE_ID, "user", "items", "scores")
@@ -48,7 +57,7 @@ def rows_of(outputs: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def table_of(rows: pd.DataFrame, item_ids: Sequence[str], user_ids: Sequence[str]) -> pd.DataFrame:
-    """A row per recommendation.
+    """Makes a row per recommendation.
 
     Args:
         rows: of `rows_of`.
@@ -74,19 +83,6 @@ def table_of(rows: pd.DataFrame, item_ids: Sequence[str], user_ids: Sequence[str
     return pd.DataFrame(table)
 
 
-def write_predictions(batches: Sequence[Any], module: RecModule, data: Any, path: Path) -> Path:
-    """Writes parquet with the columns sample_id, user_id, item_id, score (as the policy gives it) and rank (from 1).
-
-    Args:
-        batches: what `RecModule.predict_step` returned.
-        module: the recommender, for its item ids.
-        data: the DataModule, for its user ids.
-        path: file to write.
-    """
-    table = table_of(rows_of(batches), module.item_ids.tolist(), data.table.user_ids)
-    return write_atomically(path, lambda temporary: table.to_parquet(temporary, index=False))
-
-
 class RequestData(LightningDataModule):
     """The requests of one prediction that no part answers yet.
 
@@ -110,7 +106,7 @@ class RequestData(LightningDataModule):
         return self.data.catalogue
 
     def prepare_data(self) -> None:
-        """As the data does."""
+        """Prepares the data."""
         self.data.prepare_data()
 
     def setup(self, stage: str) -> None:
@@ -124,7 +120,7 @@ class RequestData(LightningDataModule):
         module.candidates = None if self.candidates is None else read_candidates(self.candidates, self.catalogue)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """What is not done; called when the weights of a checkpoint are in place."""
+        """Makes the loader of what is not done; called when the weights of a checkpoint are in place."""
         module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
         self.folder = self.parts / f".predictions-{self._fingerprint(module)[:16]}"
         done = [pd.read_parquet(path, columns=[Columns.SAMPLE_ID]) for path in self.finished()]
@@ -136,7 +132,7 @@ class RequestData(LightningDataModule):
             for text in self.requests.dropped:
                 print(f"history: {text}")
             if done:
-                print(f"going on after {len(self.requests.sample_ids) - len(ids):,} finished samples")
+                print(f"resuming after {len(self.requests.sample_ids) - len(ids):,} finished samples")
         table, window = self.requests.table, self.data.history_window
         return DataLoader(
             SampleDataset(table, window, self.requests.sample_ids, "the requests"),
@@ -147,7 +143,7 @@ class RequestData(LightningDataModule):
         )
 
     def finished(self) -> list[Path]:
-        """The parts there are."""
+        """Lists the parts there are."""
         return sorted(self.folder.glob("part-*.parquet"))
 
     def _fingerprint(self, module: RecModule) -> str:
@@ -242,7 +238,7 @@ class Requests(NamedTuple):
 
 
 def read_history(path: Path, catalogue: Catalogue) -> Requests:
-    """One request for each user of a file, who may be unknown to training: what comes after all of the history.
+    """Reads one request per user of a file, who may be unknown to training: what comes after all of the history.
 
     The file, CSV or parquet, has a row per interaction (`user_id`, `item_id`, `timestamp`, perhaps `rating`, in any
     order) or a row per user (`user_id`, `history_item_id`: a list, oldest first; parquet only). Times ago are counted
@@ -264,7 +260,7 @@ def read_history(path: Path, catalogue: Catalogue) -> Requests:
         rows = _of_log(table.select({}, (Columns.USER_ID, Columns.ITEM_ID, Columns.TIMESTAMP)))
     if not len(rows):
         raise InputError(f"{path} has no rows: give at least one user's history")
-    known = rows.assign(item=pd.Index(catalogue.item_ids, dtype=object).get_indexer(pd.Index(rows["item"])))
+    known = rows.assign(item=catalogue.indices_of(rows["item"].tolist()))
     known = known[known["item"] >= 0]
     dropped = []
     if len(known) < len(rows):
@@ -274,8 +270,8 @@ def read_history(path: Path, catalogue: Catalogue) -> Requests:
     if not len(users):
         example = rows["item"].iloc[0]
         raise InputError(
-            f"{path}: no item of it is in the catalogue of {len(catalogue)}; ids are like {example!r} there and like "
-            f"{catalogue.item_ids[0]!r} here, so mend the column item_id"
+            f"{path}: none of its items is in the catalogue of {len(catalogue)}, ids are like {example!r} in the one "
+            f"and like {catalogue.item_ids[0]!r} in the other: fix the column item_id"
         )
     if len(users) < n_users:
         dropped.append(f"{n_users - len(users):,} of {n_users:,} users have no history item left: dropped")
@@ -311,29 +307,21 @@ def _of_log(table: Table) -> pd.DataFrame:
 
 
 def _of_lists(table: Table) -> pd.DataFrame:
-    users, lists = ids_of(table, Columns.USER_ID), table.frame[Columns.HISTORY_ITEM_ID].tolist()
-    twice = [user for user, count in Counter(users).items() if count > 1]
-    if twice:
-        row = len(users) - 1 - users[::-1].index(twice[0])
-        raise InputError(f"{table.where(row)}: the user {twice[0]!r} comes twice; give each user one row")
-    for row, value in enumerate(lists):
-        if not isinstance(value, (list, tuple, np.ndarray)):
-            raise InputError(
-                f"{table.where(row)}, column {Columns.HISTORY_ITEM_ID}: {str(value)[:40]!r} is no list; write parquet, "
-                "or a CSV with user_id, item_id and timestamp"
-            )
-    lengths = [len(items) for items in lists]
-    flat: Sequence[Any] = [item for items in lists for item in items]
-    return pd.DataFrame(
-        {"user": np.repeat(np.array(users, dtype=object), lengths), "item": unique_ids(flat), "time": np.nan}
-    ).assign(rating=np.nan)
+    users, lengths = ids_of(table, Columns.USER_ID), lengths_of(table, Columns.HISTORY_ITEM_ID)
+    again = pd.Series(users).duplicated().to_numpy()
+    if again.any():
+        row = int(np.argmax(again))
+        raise InputError(f"{table.where(row)}: the user {users[row]!r} comes twice: give each user one row")
+    items = unique_ids([item for items in table.frame[Columns.HISTORY_ITEM_ID] for item in items])
+    owners = np.repeat(np.array(users, dtype=object), lengths)
+    return pd.DataFrame({"user": owners, "item": items, "time": np.nan, "rating": np.nan})
 
 
 def read_candidates(path: Path, catalogue: Catalogue) -> Tensor:
-    """Which items may be recommended, bool [n_items].
+    """Reads which items may be recommended, bool [n_items].
 
     Args:
-        path: parquet or CSV with a column `item_id`, or text with an id a line.
+        path: parquet or CSV with a column `item_id`, or text with one id per line.
         catalogue: the items that the policy knows.
 
     Raises:
@@ -341,19 +329,19 @@ def read_candidates(path: Path, catalogue: Catalogue) -> Tensor:
     """
     if path.suffix == ".txt":
         if not path.is_file():
-            raise InputError(f"{path} does not exist; give a file of item ids, one a line")
+            raise InputError(f"{path} does not exist: give a file of item ids, one per line")
         lines = [(number, as_id(line)) for number, line in enumerate(read_text(path).splitlines(), start=1)]
         found = [(f"{path}, line {number}", item_id) for number, item_id in lines if item_id]
     else:
         table = read_table(path).select({}, (Columns.ITEM_ID,))
         found = [(table.where(row), item_id) for row, item_id in enumerate(ids_of(table, Columns.ITEM_ID))]
     if not found:
-        raise InputError(f"{path} names no candidate: give at least one item id")
+        raise InputError(f"{path} has no candidates: give at least one item id")
     mask = torch.zeros(len(catalogue), dtype=torch.bool)
     for where, item_id in found:
         if item_id not in catalogue:
             raise InputError(
-                f"{where}: the item {item_id!r} is not in the catalogue of {len(catalogue)}; remove the line or add "
+                f"{where}: the item {item_id!r} is not in the catalogue of {len(catalogue)}: remove the line or add "
                 "the item to the data"
             )
         mask[catalogue.index_of(item_id)] = True

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from minirec_pl.cli.terminal import CommandParser
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import write_atomically
 
@@ -52,23 +52,24 @@ def report(folders: Sequence[str | Path], to: str | Path | None = None) -> Path:
     return write_atomically(path, lambda scratch: scratch.write_text(page, encoding="utf-8"))
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Runs `minirec report`.
-
-    Args:
-        arguments: those after the subcommand.
-    """
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Makes the parser of `minirec report`."""
+    made = CommandParser(
         prog="minirec report",
         description="Writes one HTML page about runs: quality and its cost, what was picked and why, the plan, samples "
         "in words, the config. It opens without a network.",
     )
-    parser.add_argument(
+    made.add_argument(
         "folders",
         nargs="+",
         metavar="RUN_DIR",
         help="folder of a fit (version_N), of runs (its latest is taken), of a quickstart, or with a ledger.parquet",
     )
-    parser.add_argument("--to", metavar="FILE.html", help=f"file to write (default: {PAGE} in the first folder)")
-    options = parser.parse_args(arguments)
+    made.add_argument("--to", metavar="FILE.html", help=f"file to write; {PAGE} in the first folder if it is not given")
+    return made
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Runs `minirec report` on the words that follow it."""
+    options = parser().parse_args(arguments)
     print(f"report: {report(options.folders, options.to)}")

@@ -41,14 +41,14 @@ class ScoringTrainer(Trainer):
         """Writes the best items of each sample of the test part, or of each user of a history file, as parquet.
 
         Columns user_id, item_id, score and rank with external ids; sample_id too where the test part is served. Parts
-        are kept until all is done: the same command goes on where an interrupted one stopped.
+        are kept until all is done: the same command resumes where an interrupted one stopped.
 
         Args:
             args: as of `Trainer.predict`.
             to: file to write, by default predictions.parquet in the run folder.
             history: CSV or parquet of the users to serve, who may be new: user_id, item_id and timestamp, or user_id
                 and history_item_id, a list. By default the test part is served.
-            candidates: the only items that may be recommended: text, an id a line, or CSV or parquet with item_id.
+            candidates: the only items that may be recommended: text, one id per line, or CSV or parquet with item_id.
             mask_seen: leave out what the user has had already.
             reasoning: keep the text that a recommendation rests on, in the column reasoning.
             kwargs: as of `Trainer.predict`.
@@ -92,7 +92,7 @@ class ScoringTrainer(Trainer):
         """
         if not callable(getattr(model, "sample_signals", None)):
             raise InputError(
-                f"{type(model).__name__} cannot be scored: it has no sample_signals(batch); set model to GRPORecModule"
+                f"{type(model).__name__} cannot be scored, it has no sample_signals(batch): set model to GRPORecModule"
             )
         if not isinstance(datamodule, RecDataModule) or not isinstance(model, RecModule):
             raise InputError("minirec score needs a RecDataModule and a module of minirec_pl: set data and model so")
@@ -102,7 +102,9 @@ class ScoringTrainer(Trainer):
         model.policy.bind(datamodule.catalogue)
         pool = datamodule.pool_ids[number - 1 :: count]
         if not len(pool):
-            raise InputError(f"shard {shard} is empty: the pool has {len(datamodule.pool_ids)} samples")
+            raise InputError(
+                f"shard {shard} is empty: the pool has {len(datamodule.pool_ids)} samples, make fewer shards"
+            )
         store = SignalStore(pool, fingerprints=fingerprints_of(model, datamodule, datamodule.pool_ids))
         scorer = _Scorer(model, store, self._asked(), folder / SIGNALS)
         with model.cost.timed("scoring"):

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from jsonargparse import ArgumentParser
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from minirec_pl.cli.terminal import CommandParser, console
 from minirec_pl.selection.budget import budget_count, check_budget
 from minirec_pl.selection.curriculum import default_folds, fold_curriculum, fold_starts
 from minirec_pl.selection.diagnostics import Diagnostics, diagnose
@@ -32,14 +31,9 @@ SAMPLES = "samples.parquet"  # as `minirec score` leaves it beside the signals
 LEDGER = "ledger.parquet"
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
-        raise InputError(f"{' '.join(message.split())}; see `minirec select --help`") from ex
-
-
-def parser() -> ArgumentParser:
-    """The options of `minirec select`."""
-    made = _Parser(
+def parser() -> CommandParser:
+    """Makes the parser of `minirec select`."""
+    made = CommandParser(
         prog="minirec select",
         description="Picks a subset from the signals of a pool and orders it from easy to hard. Writes ledger.parquet "
         "(every sample's terms, rank and reason), selected.npy and .txt (sample_ids, best first), plan.npy, .txt and "
@@ -68,14 +62,7 @@ def parser() -> ArgumentParser:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Runs `minirec select`.
-
-    Args:
-        arguments: what follows `minirec select`.
-
-    Raises:
-        InputError: for bad input; nothing is written then.
-    """
+    """Runs `minirec select` on the words that follow it."""
     words = [_short(word, before) for word, before in zip(arguments, ["", *arguments], strict=False)]
     made = parser()
     config = made.parse_args(words)
@@ -92,11 +79,11 @@ def run(arguments: Sequence[str]) -> None:
     diagnostics.warnings = [*warned, *diagnostics.warnings]
     to = Path(config.to)
     write_selection(to, found.signals, ledger, plan, diagnostics)
-    _show(Console(), diagnostics, ledger, to)
+    _show(diagnostics, ledger, to)
 
 
 def plan_table(ledger: SelectionLedger, n_folds: int | None, seed: int) -> pd.DataFrame:
-    """The picks in training order.
+    """Puts the picks in training order.
 
     Args:
         ledger: of the selection.
@@ -200,14 +187,15 @@ def _read_samples(path: Path | None, signals: Sequence[Path]) -> pd.DataFrame | 
             return None
         return pd.concat([pd.read_parquet(table) for table in beside]).drop_duplicates("sample_id")
     if not path.is_file():
-        raise InputError(f"there is no table of samples at {path}; leave out --samples or give a parquet or CSV file.")
+        raise InputError(f"there is no table of samples at {path}: leave out --samples or give a parquet or CSV file")
     try:
         return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is no readable parquet or CSV table ({error}).") from error
+        raise InputError(f"{path} cannot be read ({error}): give a parquet or CSV table") from error
 
 
-def _show(console: Console, diagnostics: Diagnostics, ledger: SelectionLedger, to: Path) -> None:
+def _show(diagnostics: Diagnostics, ledger: SelectionLedger, to: Path) -> None:
+    screen = console()
     table = Table(title=f"{diagnostics.n_selected:,} of {diagnostics.n_pool:,} samples")
     table.add_column("what", no_wrap=True)
     table.add_column("value", justify="right")
@@ -225,8 +213,8 @@ def _show(console: Console, diagnostics: Diagnostics, ledger: SelectionLedger, t
         table.add_row(text, "-" if math.isnan(value) else f"{value:.1%}")
     correlation = diagnostics.correlation
     table.add_row("correlation of L and R", "-" if math.isnan(correlation) else f"{correlation:+.2f}")
-    console.print(table)
+    screen.print(table)
     for warning in diagnostics.warnings:
-        console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True, highlight=False)
+        screen.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True, highlight=False)
     for name in (LEDGER, "plan.txt", "diagnostics.json", "selection.png"):
         print(f"{name.partition('.')[0]}: {to / name}")

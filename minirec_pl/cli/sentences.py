@@ -20,15 +20,16 @@ _COMMENT_LENGTH = 160
 _GOT = re.compile(r"(?:Given value: NestedArg\(key='.*?', val=(.*)\)|Got value: (.*)|Given value: (.*))")
 
 
-def one_sentence(message: str) -> str:
-    r"""Boils a message of jsonargparse down to where, what and how to mend it.
+def one_sentence(message: str, see: str | None = None) -> str:
+    r"""Boils a message of jsonargparse down to where, what and how to fix it.
 
     Args:
         message: as given to `ArgumentParser.error`; nested lists of what each type of a union did not like.
+        see: where the options are listed; None for those of `minirec fit`.
 
     Example:
         >>> one_sentence('Parser key "trainer.max_epochs": Expected a <class \'int\'>. Got value: many')
-        'trainer.max_epochs: expected int, got many; see `minirec fit --help`'
+        'trainer.max_epochs: expected int, got many: see `minirec fit --help`'
     """
     keys: list[str] = []
     reasons: list[str] = []
@@ -43,10 +44,10 @@ def one_sentence(message: str) -> str:
     where = ".".join(dict.fromkeys(keys))
     if unknown := next((r for r in reasons if r.startswith("unknown option ")), None):
         option = ".".join([*([where] if where else []), unknown.removeprefix("unknown option ")])
-        return f"unknown option {option}; {_help(where)}"
+        return f"unknown option {option}: {see or _help(where)}"
     what = " or ".join(dict.fromkeys(reasons)).replace(" or expected ", " or ") or "the value is not accepted"
     value = f", got {got[:80]}" if got and what.startswith("expected ") and len(got) < 200 else ""
-    return f"{where + ': ' if where else ''}{what}{value}; {_help(where)}"
+    return f"{where + ': ' if where else ''}{what}{value}: {see or _help(where)}"
 
 
 def sentence_of(error: BaseException) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +14,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.loggers import CSVLogger
-from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 
+from minirec_pl.cli.terminal import console
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.splits import random_part
-from minirec_pl.metrics.evaluation import Row, popularity_row, ranking_figures, stage_table
+from minirec_pl.metrics.evaluation import FIGURES, K, Row, popularity_row, ranking_figures
 from minirec_pl.trainers.recommender import RecModule
 from minirec_pl.trainers.warm_start import WarmStartModule
 from minirec_pl.utils.checkpoints import load_policy_weights
@@ -28,7 +29,6 @@ from minirec_pl.utils.files import write_json
 from minirec_pl.utils.seeds import isolated_random_state
 
 RESULTS, STAGES, WARM_START = "results.json", "stages.json", "warm_start"
-PIPE_WIDTH = 120
 
 
 @dataclass
@@ -77,7 +77,7 @@ class WarmStart:
             raise InputError("warm_start.samples counts single samples: set warm_start.train_on to warm_samples")
 
     def data(self, data: RecDataModule) -> RecDataModule:
-        """The same data, already read, that trains on the warm part.
+        """Makes the same data, already read, train on the warm part.
 
         Raises:
             InputError: if it is empty.
@@ -181,7 +181,7 @@ class Stages:
             policy.save_pretrained(folder / "policy", self.model.cost.state_dict())
 
     def take_over(self, checkpoint: Path) -> None:
-        """Goes on with the stages of the run that a checkpoint was taken in."""
+        """Resumes the stages of the run that a checkpoint was taken in."""
         for name in (STAGES, RESULTS):
             earlier = checkpoint.parent.parent / name
             if self.tested and not self.rows and earlier.is_file():
@@ -195,9 +195,27 @@ class Stages:
         results = json.loads((self.folder / RESULTS).read_text(encoding="utf-8"))
         write_json(self.folder / RESULTS, {**results, "stages": self.rows})
         (self.folder / STAGES).unlink(missing_ok=True)
-        console = Console() if Console().is_terminal else Console(width=PIPE_WIDTH)
-        console.print(stage_table(self.rows))
+        console().print(stage_table(self.rows))
         print(f"results: {self.folder / 'results.json'}")
+
+
+def stage_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Makes the terminal's table of a fit's stages: figures, standard errors by user, what was spent until then."""
+    samples, users = rows[0]["samples"], rows[0]["users"]
+    table = Table(title=f"Test part: {samples:,} samples of {users:,} users, the whole catalogue ranked")
+    columns = ("stage", f"HR@{K}", f"NDCG@{K}", "rollouts scoring + training", "tokens forward + backward", "seconds")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for row in rows:
+        rollouts, tokens = row["rollouts"], row["tokens"]
+        table.add_row(
+            row["stage"].replace("_", " "),
+            *(f"{row[name]:.4f} ± {row[f'{name}_se_users']:.4f}" for name in FIGURES),
+            f"{rollouts['scoring']:,} + {rollouts['training']:,}",
+            f"{tokens['forward'] / 1e6:.2f} M + {tokens['backward'] / 1e6:.2f} M",
+            f"{sum(row['seconds'].values()):.1f}",
+        )
+    return table
 
 
 class _StartWeights(Callback):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from minirec_pl.data.samples import NO_ITEM, IntArray, SampleTable
+from minirec_pl.data.samples import NO_ITEM, IntArray, SampleTable, gather_padded
 from minirec_pl.utils.errors import InputError
 
 Batch = dict[str, Tensor]
@@ -17,30 +17,8 @@ T = TypeVar("T", bound=np.generic)
 
 
 def identity(batch: Any) -> Any:
-    """Collation of what is a batch already."""
+    """Returns a batch as it is: the collation of a dataset that makes whole batches."""
     return batch
-
-
-def gather_padded(
-    values: npt.NDArray[T], begin: IntArray, end: IntArray, *, left: bool, fill: float = NO_ITEM
-) -> npt.NDArray[T]:
-    """Rows ``values[begin:end]`` as one array, padded on the left or on the right.
-
-    Args:
-        values: [M] values.
-        begin: [B] first positions.
-        end: [B] positions after the last.
-        left: Pad on the left, else on the right.
-        fill: What to pad with.
-
-    Returns:
-        [B, max(end - begin)], of the type of `values`.
-    """
-    width = int((end - begin).max(initial=0))
-    steps = np.arange(width)
-    positions = (end[:, None] - width + steps) if left else (begin[:, None] + steps)
-    inside = (positions >= begin[:, None]) & (positions < end[:, None])
-    return np.where(inside, values[np.where(inside, positions, 0)], values.dtype.type(fill))
 
 
 class SampleDataset(Dataset[Batch]):
@@ -76,7 +54,7 @@ class SampleDataset(Dataset[Batch]):
         return self.__getitems__([sample_id])
 
     def __getitems__(self, sample_ids: Sequence[int] | IntArray) -> Batch:
-        """The batch of these samples, in this order.
+        """Makes the batch of these samples, in this order.
 
         Raises:
             InputError: A sample_id is not one of those allowed.
@@ -86,8 +64,8 @@ class SampleDataset(Dataset[Batch]):
         known[known] = self.allowed[ids[known]]
         if not known.all():
             raise InputError(
-                f"sample_id {ids[~known][0]} is not in {self.part}; ask for its own sample_ids (for fewer "
-                "batches use limit_train_batches, not overfit_batches)."
+                f"sample_id {ids[~known][0]} is not in {self.part}: ask for its own sample_ids (for fewer "
+                "batches use limit_train_batches, not overfit_batches)"
             )
         begin, end = table.history_begin[ids], table.history_end[ids]
         begin, seen_of = np.maximum(begin, end - self.window), (table.seen_begin[ids], table.seen_end[ids])

@@ -11,14 +11,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from minirec_pl.data.batches import Batch, SampleDataset, identity
 from minirec_pl.data.columns import Columns
-from minirec_pl.data.loader import GenerationSchedule, ResumableLoader
+from minirec_pl.data.loader import GenerationSchedule, ResumableLoader, limited
 from minirec_pl.data.sampler import CurriculumSampler, OrderedSampler
-from minirec_pl.data.samples import Catalogue, IntArray, SampleTable, TimeSplit, digest
-from minirec_pl.data.sequence_table import SequenceTable, WarmSequenceDataset
-from minirec_pl.data.sources.assemble import Report, Source
+from minirec_pl.data.samples import Catalogue, IntArray, SampleTable, digest
+from minirec_pl.data.sequence_table import SequenceTable
+from minirec_pl.data.sources.assemble import Faults, Source
 from minirec_pl.data.sources.atomic_files import AtomicFiles
-from minirec_pl.data.splits import Parts, random_part, split_table
-from minirec_pl.data.warm_batches import WarmChunkSampler, WarmDataset
+from minirec_pl.data.splits import Parts, TimeSplit, random_part, split_table
+from minirec_pl.data.warm_batches import WarmChunkSampler, WarmDataset, WarmSequenceDataset
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.ranks import world
 
@@ -64,7 +64,7 @@ class RecDataModule(LightningDataModule):
     Attributes:
         table: All samples.
         catalogue: All items.
-        report: What was dropped or mended while reading, in words, and how often.
+        report: What was dropped or fixed while reading, in words, and how often.
         parts: All sample_ids of each part.
         warm_ids: Eligible sample_ids of the warm part, int64; likewise ``pool_ids``, ``val_ids`` and ``test_ids``.
         item_popularity: Interactions of each item in the train part (warm and pool), [n_items] int64; of ready-made
@@ -80,7 +80,7 @@ class RecDataModule(LightningDataModule):
 
     table: SampleTable
     catalogue: Catalogue
-    report: Report
+    report: Faults
     parts: Parts
     split: TimeSplit | None
     warm_ids: IntArray
@@ -112,7 +112,7 @@ class RecDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         if train_on not in TRAIN_ON:
-            raise InputError(f"train_on={train_on!r}: give 'warm', 'pool' or 'warm_samples'.")
+            raise InputError(f"train_on={train_on!r}: give 'warm', 'pool' or 'warm_samples'")
         counts = {
             "history_window": history_window,
             "batch_size": batch_size,
@@ -125,7 +125,7 @@ class RecDataModule(LightningDataModule):
         }
         for name, value in counts.items():
             if value is not None and value < 1:
-                raise InputError(f"{name}={value}: give a whole number of at least 1.")
+                raise InputError(f"{name}={value}: give a whole number of at least 1")
         self.source = source or AtomicFiles(path, dataset)
         self.train_on = train_on
         self.split_by, self.warm_fraction, self.history_window = split, warm_fraction, history_window
@@ -156,8 +156,8 @@ class RecDataModule(LightningDataModule):
             return CurriculumSampler(self.warm_ids, seed=self.seed)
         if self.sizes[0] is not None:
             raise InputError(
-                f"warm_samples={self.sizes[0]}: train_on='warm' trains on whole stretches of users' interactions; set "
-                "train_on to 'warm_samples', or leave warm_samples out."
+                f"warm_samples={self.sizes[0]} does not fit train_on='warm', which trains on whole stretches of users' "
+                "interactions: set train_on to 'warm_samples', or leave warm_samples out"
             )
         return WarmChunkSampler(self.table, self.parts.warm, self.history_window, seed=self.seed)
 
@@ -181,11 +181,11 @@ class RecDataModule(LightningDataModule):
                 raise InputError(
                     f"{source}: the {name} part is empty, no sample in it has a history and a new item "
                     f"(split={self.split_by}, warm_fraction={self.warm_fraction}, {len(self.table)} interactions at "
-                    f"{moments} different timestamps); change {options.get(name, 'split')} or check the timestamps."
+                    f"{moments} different timestamps): change {options.get(name, 'split')} or check the timestamps"
                 )
 
     def train_dataloader(self) -> ResumableLoader:
-        """Batches of single samples (see SampleDataset) or of the warm start (see WarmDataset), resumable in an epoch.
+        """Makes the training loader: single samples (see SampleDataset) or the warm start (see WarmDataset), resumable.
 
         A module with a ``generation_schedule`` gets the batches of single samples as that says.
         """
@@ -218,28 +218,27 @@ class RecDataModule(LightningDataModule):
             # Lightning builds the iterator of a resumed run before it calls set_epoch, and workers read ahead at once.
             progress: Any = self.trainer.fit_loop.epoch_progress.current
             sampler.set_epoch(progress.processed)
-            limit, n = self.trainer.limit_train_batches, len(loader)
-            loader.batches_per_epoch = min(limit, n) if isinstance(limit, int) else int(n * limit)
+            loader.batches_per_epoch = limited(len(loader), self.trainer.limit_train_batches)
         return loader
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Validation samples in time order."""
+        """Makes the loader of the validation samples, in time order."""
         return self.sample_loader(self.val_ids)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Test samples in time order."""
+        """Makes the loader of the test samples, in time order."""
         return self.sample_loader(self.test_ids)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Test samples in time order."""
+        """Makes the loader of the test samples, in time order."""
         return self.sample_loader(self.test_ids)
 
     def sample_loader(self, sample_ids: IntArray, batch_size: int | None = None) -> DataLoader[Any]:
-        """Any eligible samples in the given order, each once, shared out over the ranks; for evaluation and scoring.
+        """Makes a loader of eligible samples in the given order, each once, over the ranks; for evaluation and scoring.
 
         Args:
             sample_ids: [n] ids.
-            batch_size: Samples a batch; None: ``eval_batch_size``.
+            batch_size: Samples per batch; None: ``eval_batch_size``.
         """
         dataset = SampleDataset(
             self.table, self.history_window, np.flatnonzero(self.table.eligible), "the eligible samples"
@@ -253,7 +252,7 @@ class RecDataModule(LightningDataModule):
         )
 
     def users_and_items(self, sample_ids: IntArray) -> pd.DataFrame:
-        """External user and target item of samples: columns sample_id, user_id and item_id, [n] rows."""
+        """Looks up external user and target item of samples: columns sample_id, user_id and item_id, [n] rows."""
         users, items = np.asarray(self.table.user_ids, dtype=object), np.asarray(self.catalogue.item_ids, dtype=object)
         return pd.DataFrame(
             {
@@ -264,7 +263,7 @@ class RecDataModule(LightningDataModule):
         )
 
     def sample_texts(self, sample_ids: IntArray, last: int = 8) -> pd.DataFrame:
-        """Samples in words: sample_id, user_id, history (list of titles, most recent last) and target, [n] rows.
+        """Puts samples in words: sample_id, user_id, history (list of titles, most recent last) and target, [n] rows.
 
         Args:
             sample_ids: [n].
@@ -282,7 +281,7 @@ class RecDataModule(LightningDataModule):
         return digest((self.catalogue.fingerprint, self.table.fingerprint))
 
     def describe(self) -> dict[str, int]:
-        """Counts for printing: what there is, rows and eligible samples of each part, what was left out and why."""
+        """Counts what there is: rows and eligible samples of each part, what was left out and why."""
         table, parts = self.table, self.parts
         return {
             "users": len(table.user_ids),

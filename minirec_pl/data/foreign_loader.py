@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from minirec_pl.data.loader import ResumableLoader, in_hand
+from minirec_pl.data.loader import ResumableLoader, in_hand, limited
 from minirec_pl.data.sampler import CurriculumSampler
 from minirec_pl.data.samples import IntArray
 from minirec_pl.utils.errors import InputError
@@ -44,7 +44,7 @@ class ForeignSampler(CurriculumSampler):
         if ids.shape != (len(dataset),) or not np.issubdtype(ids.dtype, np.integer) or len(np.unique(ids)) != len(ids):
             raise InputError(
                 f"{type(dataset).__name__}.sample_ids must hold {len(dataset)} different integers, one for each row of "
-                "the dataset; give it such or none"
+                "the dataset: give it such, or leave the attribute out"
             )
         self.drawn: list[int] = []
         self._by_id = np.argsort(ids)
@@ -57,11 +57,11 @@ class ForeignSampler(CurriculumSampler):
         return self.own.shuffle if isinstance(self.own, DistributedSampler) else isinstance(self.own, RandomSampler)
 
     def rows(self, sample_ids: Sequence[int] | IntArray) -> list[int]:
-        """Rows of the dataset that hold these sample_ids."""
+        """Looks up the rows of the dataset that hold these sample_ids."""
         return cast(list[int], self._by_id[np.searchsorted(self._sorted_ids, sample_ids)].tolist())
 
     def order(self) -> Sequence[int]:
-        """The plan; else all ids, in the order that Lightning's own sampler would give the ranks together."""
+        """Returns the plan; else all ids, in the order that Lightning's own sampler would give the ranks together."""
         if self._plan is not None or not self._shuffled:
             return cast(list[int], (self.sample_ids if self._plan is None else self._plan).tolist())
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
@@ -117,7 +117,7 @@ class ForeignLoader(ResumableLoader):
 
     @property
     def batches_per_epoch(self) -> int:  # type: ignore[override]
-        """How many batches an epoch consumes."""
+        """Number of batches that an epoch consumes."""
         return limited(len(self), self.limit)
 
     @property
@@ -160,7 +160,7 @@ class ForeignLoader(ResumableLoader):
             generator.set_state(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position as of `ResumableLoader`, and the states of the generators now and at the epoch's start."""
+        """Returns the position as `ResumableLoader` does, and the generators' states now and at the epoch's start."""
         state = super().state_dict()
         own, reused = self._generator_states()[1:], self._reused
         if not state["batches"]:
@@ -169,12 +169,12 @@ class ForeignLoader(ResumableLoader):
         return {**state, "start": self._start, "own_generators": own, "workers_reused": reused}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As `ResumableLoader`; also puts the loader's own generators where they stood."""
+        """Restores the position as `ResumableLoader` does, and puts the loader's own generators where they stood."""
         super().load_state_dict(state)
         self.load_generators(state)
 
     def load_generators(self, state: dict[str, Any]) -> None:
-        """The part of `load_state_dict` that differs between ranks; changes no position."""
+        """Restores the part of the state that differs between ranks; changes no position."""
         if len(state.get("own_generators", ())) == len(self._own_generators):
             self._set_generators([torch.get_rng_state(), *state["own_generators"]])
             self._replay = state["start"]
@@ -200,7 +200,7 @@ class _Winder(Iterator[Any]):
         self._entries, self._skip = iter(entries), skip
 
     def wind(self) -> None:
-        """Passes over what is to be left out."""
+        """Skips what is to be left out."""
         while self._skip:
             next(self._entries, None)
             self._skip -= 1
@@ -210,18 +210,13 @@ class _Winder(Iterator[Any]):
         return next(self._entries)
 
 
-def limited(n_batches: int, limit: int | float) -> int:
-    """How many of the batches Lightning's `limit_train_batches` leaves: an int is a number, a float a share."""
-    return min(limit, n_batches) if isinstance(limit, int) else int(n_batches * limit)
-
-
 def rebuild(loader: object, limit: int | float = 1.0, sampler: ForeignSampler | None = None) -> ForeignLoader:
-    """A user's loader around our sampler.
+    """Rebuilds a user's loader around our sampler.
 
     Args:
         loader: what the user gave to `fit` or returned from `train_dataloader`.
         limit: Lightning's `limit_train_batches`.
-        sampler: to go on with, when the loader is reloaded.
+        sampler: to keep, when the loader is reloaded.
 
     Raises:
         InputError: if it is not one DataLoader that makes batches of single samples of a map-style dataset, or a
@@ -254,7 +249,7 @@ def rebuild(loader: object, limit: int | float = 1.0, sampler: ForeignSampler | 
         )
     if type(own) is RandomSampler and own.num_samples != len(loader.dataset):
         raise InputError(
-            f"the RandomSampler draws {own.num_samples} samples an epoch: leave num_samples out and set a budget"
+            f"the RandomSampler draws {own.num_samples} samples per epoch: leave num_samples out and set a budget"
         )
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise InputError(

@@ -21,7 +21,7 @@ class GenerationSchedule(NamedTuple):
     Attributes:
         steps: Batches that rollouts are made for together.
         iterations: How often each of them is trained on.
-        oversample: Samples a batch holds, as a multiple of those that are trained on.
+        oversample: Samples per batch, as a multiple of those that are trained on.
     """
 
     steps: int = 1
@@ -30,8 +30,13 @@ class GenerationSchedule(NamedTuple):
 
 
 def in_hand(progress: Any) -> int:
-    """How many batches, 0 or 1, have been taken from the loader and not trained on, by Lightning's batch progress."""
+    """Counts the batches, 0 or 1, taken from the loader and not trained on, by Lightning's batch progress."""
     return int(progress.current.ready - progress.current.processed)
+
+
+def limited(n_batches: int, limit: int | float) -> int:
+    """Counts the batches that Lightning's `limit_train_batches` leaves: an int is a number, a float a share."""
+    return min(limit, n_batches) if isinstance(limit, int) else int(n_batches * limit)
 
 
 class _Skipping:
@@ -127,7 +132,7 @@ class ResumableLoader(DataLoader[Any]):
             position = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Position: ``batches`` consumed in ``epoch`` of the sampler, and how they were made."""
+        """Returns the position: ``batches`` consumed in ``epoch`` of the sampler, and how they were made."""
         batches, epoch = self._yielded, int(getattr(self.sampler, "epoch", 0))
         if self.progress is not None:
             batches = max(0, batches - in_hand(self.progress))
@@ -142,7 +147,7 @@ class ResumableLoader(DataLoader[Any]):
         return made
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Skip the batches that ``state`` counts, in the next ``iter`` only.
+        """Skips the batches that ``state`` counts, in the next ``iter`` only.
 
         Raises:
             InputError: The state is from inside an epoch whose batches were made or used differently.
@@ -151,8 +156,8 @@ class ResumableLoader(DataLoader[Any]):
             before = state.get(name, 1)
             if state["batches"] and before != now:
                 raise InputError(
-                    f"{name}={now}: the checkpoint was taken inside an epoch with {name} {before}; resume with that, "
-                    "or from a checkpoint of an epoch's end."
+                    f"{name}={now}, but the checkpoint was taken inside an epoch with {name}={before}: resume with "
+                    "that, or from a checkpoint of an epoch's end"
                 )
         self._skip = state["batches"]
         if isinstance(self.sampler, DistributedSampler):

@@ -18,7 +18,7 @@ Ragged = Literal["repeat", "drop", "keep"]
 
 
 class ShardedSampler(DistributedSampler[T]):
-    """A common order of which each rank takes the positions ``rank::num_replicas``.
+    """Shards a common order: each rank takes the positions ``rank::num_replicas``.
 
     It is a DistributedSampler because Lightning leaves those alone; any other sampler that slices by rank would be
     sliced a second time.
@@ -47,15 +47,15 @@ class ShardedSampler(DistributedSampler[T]):
 
     @abstractmethod
     def order(self) -> Sequence[T]:
-        """The order of all ranks together in the current epoch."""
+        """Returns the order of all ranks together in the current epoch."""
 
     @abstractmethod
     def order_length(self) -> int:
-        """Length of :meth:`order`."""
+        """Returns the length of :meth:`order`."""
 
     @property
     def ragged_count(self) -> int:
-        """How many entries of the current order are repeated (or dropped) to give every rank equally many."""
+        """Number of entries of the current order that are repeated (or dropped) to give every rank equally many."""
         rest = self.order_length() % self.num_replicas
         if rest == 0 or self.ragged == "keep":
             return 0
@@ -81,7 +81,7 @@ class ShardedSampler(DistributedSampler[T]):
 
 
 class OrderedSampler(ShardedSampler[int]):
-    """The given sample_ids in the given order, over the ranks without repeats: for validation, test and scoring.
+    """Yields the given sample_ids in the given order, over the ranks without repeats: for evaluation and scoring.
 
     Args:
         sample_ids: [n] ids.
@@ -96,11 +96,11 @@ class OrderedSampler(ShardedSampler[int]):
         super().__init__(self.sample_ids, seed=0, num_replicas=num_replicas, rank=rank, ragged="keep")
 
     def order(self) -> Sequence[int]:
-        """The given ids."""
+        """Returns the given ids."""
         return self.sample_ids
 
     def order_length(self) -> int:
-        """Number of ids."""
+        """Returns the number of ids."""
         return len(self.sample_ids)
 
 
@@ -138,7 +138,7 @@ class CurriculumSampler(ShardedSampler[int]):
     ) -> None:
         self.sample_ids: IntArray = np.array(sample_ids, dtype=np.int64)
         if len(self.sample_ids) == 0:
-            raise InputError("There is no sample to train on; the pool is empty.")
+            raise InputError("there is no sample to train on: give at least one sample_id")
         self._plan: IntArray | None = None
         super().__init__(self.sample_ids, seed=seed, num_replicas=num_replicas, rank=rank, ragged=ragged)
 
@@ -148,7 +148,7 @@ class CurriculumSampler(ShardedSampler[int]):
         return None if self._plan is None else cast(list[int], self._plan.tolist())
 
     def set_plan(self, ids: Sequence[int] | IntArray | None) -> None:
-        """Use exactly this order from the next ``iter`` on; None goes back to shuffling all ids.
+        """Uses exactly this order from the next ``iter`` on; None goes back to shuffling all ids.
 
         Args:
             ids: sample_ids in training order, for all ranks together; an id may come several times.
@@ -161,33 +161,33 @@ class CurriculumSampler(ShardedSampler[int]):
             return
         plan = np.array(ids, dtype=np.int64)
         if len(plan) == 0:
-            raise InputError("The plan of the epoch is empty; select at least one sample.")
+            raise InputError("the plan of the epoch is empty: select at least one sample")
         outside = plan[~np.isin(plan, self.sample_ids)]
         if len(outside):
             raise InputError(
-                f"The plan names {len(outside)} sample_ids outside the pool, the first is {outside[0]}; plan only "
-                "samples of the pool this run trains on."
+                f"the plan names {len(outside)} sample_ids outside the pool, the first is {outside[0]}: plan only "
+                "samples of the pool that this run trains on"
             )
         self._plan = plan
 
     def order(self) -> Sequence[int]:
-        """The plan, or all ids shuffled by (seed, epoch)."""
+        """Returns the plan, or all ids shuffled by (seed, epoch)."""
         order = self._plan
         if order is None:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(self.sample_ids)
         return cast(list[int], order.tolist())
 
     def order_length(self) -> int:
-        """Length of the plan, or the number of ids."""
+        """Returns the length of the plan, or the number of ids."""
         return len(self.sample_ids if self._plan is None else self._plan)
 
     def state_dict(self) -> dict[str, Any]:
-        """``{"seed": int, "epoch": int, "plan": [n] int64 tensor | None}``."""
+        """Returns ``{"seed": int, "epoch": int, "plan": [n] int64 tensor | None}``."""
         plan = None if self._plan is None else torch.from_numpy(self._plan.copy())
         return {"seed": self.seed, "epoch": self.epoch, "plan": plan}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore seed, epoch and plan.
+        """Restores seed, epoch and plan.
 
         Raises:
             InputError: The plan does not fit the pool.

@@ -1,10 +1,9 @@
-"""The table of samples, the catalogue of items and the cuts in time: pure numpy and pandas."""
+"""The table of samples and the catalogue of items: pure numpy and pandas."""
 
 import hashlib
-import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +16,34 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 NO_ITEM = -1
+T = TypeVar("T", bound=np.generic)
 
 
 def digest(values: Iterable[str]) -> str:
-    """SHA-256 (hex) of an ordered list of strings, each followed by a newline."""
+    """Computes the SHA-256 (hex) of an ordered list of strings, each followed by a newline."""
     return hashlib.sha256("".join(f"{value}\n" for value in values).encode()).hexdigest()
+
+
+def gather_padded(
+    values: npt.NDArray[T], begin: IntArray, end: IntArray, *, left: bool, fill: float = NO_ITEM
+) -> npt.NDArray[T]:
+    """Gathers the rows ``values[begin:end]`` into one array, padded on the left or on the right.
+
+    Args:
+        values: [M] values.
+        begin: [B] first positions.
+        end: [B] positions after the last.
+        left: Pad on the left, else on the right.
+        fill: What to pad with.
+
+    Returns:
+        [B, max(end - begin)], of the type of `values`.
+    """
+    width = int((end - begin).max(initial=0))
+    steps = np.arange(width)
+    positions = (end[:, None] - width + steps) if left else (begin[:, None] + steps)
+    inside = (positions >= begin[:, None]) & (positions < end[:, None])
+    return np.where(inside, values[np.where(inside, positions, 0)], values.dtype.type(fill))
 
 
 class Catalogue:
@@ -50,13 +72,13 @@ class Catalogue:
         self.item_ids = list(item_ids)
         self._index = {item_id: index for index, item_id in enumerate(self.item_ids)}
         if not self.item_ids:
-            raise InputError("The catalogue holds no item; give at least one.")
+            raise InputError("the catalogue has no items: give at least one")
         if len(self._index) < len(self.item_ids):
             twice = next(item_id for index, item_id in enumerate(self.item_ids) if self._index[item_id] != index)
-            raise InputError(f"The item {twice!r} is in the catalogue twice; keep one of its rows.")
+            raise InputError(f"the item {twice!r} is in the catalogue twice: keep one of its rows")
         for what, given in (("titles", titles), ("texts", texts)):
             if given is not None and len(given) != len(self.item_ids):
-                raise InputError(f"{len(given)} {what} for {len(self.item_ids)} items; give each item one of them.")
+                raise InputError(f"{len(given)} {what} for {len(self.item_ids)} items: give one for each item")
         self.titles = (
             None if titles is None else [title or own for title, own in zip(titles, self.item_ids, strict=True)]
         )
@@ -70,7 +92,7 @@ class Catalogue:
         return item_id in self._index
 
     def index_of(self, item_id: str) -> int:
-        """The item index of an external id.
+        """Looks up the item index of an external id.
 
         Raises:
             InputError: The id is not in the catalogue.
@@ -78,7 +100,14 @@ class Catalogue:
         try:
             return self._index[item_id]
         except KeyError:
-            raise InputError(f"The item {item_id!r} is not in the catalogue of {len(self)} items.") from None
+            raise InputError(
+                f"the item {item_id!r} is not in the catalogue of {len(self)} items: give the id of one that is"
+            ) from None
+
+    def indices_of(self, item_ids: Sequence[str]) -> IntArray:
+        """Looks up the item indices of external ids, int64 [n]; -1 where the catalogue does not have one."""
+        index = pd.Index(self.item_ids, dtype=object)
+        return index.get_indexer(pd.Index(item_ids, dtype=object)).astype(np.int64)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -133,7 +162,7 @@ class SampleTable:
         parts: Sequence[str] | None = None,
     ) -> None:
         if len(user_ids) == 0:
-            raise InputError("There is no interaction; give a table with at least one row.")
+            raise InputError("there are no interactions: give a table with at least one row")
         source_time = np.asarray(timestamps, dtype=np.float64)
         by_time = np.argsort(source_time, kind="stable")
         self.source_row: IntArray = by_time.astype(np.int64)
@@ -182,23 +211,23 @@ class SampleTable:
     def from_interactions(
         cls, frame: pd.DataFrame, catalogue: Catalogue, *, source: str = "the interactions"
     ) -> "SampleTable":
-        """Build the table from a frame with the columns user_id, item_id (external ids) and timestamp (unix seconds).
+        """Builds the table from a frame with the columns user_id, item_id (external ids) and timestamp (unix seconds).
 
         A column rating (float, NaN where unknown) is kept where there is one.
 
         Raises:
             InputError: An item is not in the catalogue; names ``source``, the line (row + 2) and the item id.
         """
-        items = pd.Index(catalogue.item_ids).get_indexer(pd.Index(frame[Columns.ITEM_ID]))
+        items = catalogue.indices_of(frame[Columns.ITEM_ID].tolist())
         if (items < 0).any():
             row = int(np.argmax(items < 0))
             raise InputError(
-                f"{source}, line {row + 2}: the item {frame[Columns.ITEM_ID].iloc[row]!r} is not in the item file; add "
-                "it there or remove the interaction."
+                f"{source}, line {row + 2}: the item {frame[Columns.ITEM_ID].iloc[row]!r} is not in the item file: add "
+                "it there or remove the interaction"
             )
         return cls(
             frame[Columns.USER_ID].tolist(),
-            items.astype(np.int64),
+            items,
             frame[Columns.TIMESTAMP].to_numpy(dtype=np.float64),
             len(catalogue),
             frame[Columns.RATING].to_numpy(dtype=np.float64) if Columns.RATING in frame else None,
@@ -208,16 +237,16 @@ class SampleTable:
         return len(self.user)
 
     def item_counts(self, sample_ids: IntArray) -> IntArray:
-        """How often each item is the target of these samples, [n_items] int64."""
+        """Counts how often each item is the target of these samples, [n_items] int64."""
         return np.bincount(self.item[sample_ids], minlength=self.n_items).astype(np.int64)
 
     def history(self, sample_id: int, window: int | None = None) -> IntArray:
-        """The last ``window`` items (None: all) of strictly earlier timestamps, most recent last, [<= window] int64."""
+        """Returns the last ``window`` items (None: all) of earlier timestamps, latest last, [<= window] int64."""
         begin, end = int(self.history_begin[sample_id]), int(self.history_end[sample_id])
         return self.grouped_item[begin if window is None else max(begin, end - window) : end]
 
     def seen(self, sample_id: int) -> IntArray:
-        """All different items of strictly earlier timestamps, by first appearance, int64: what evaluation masks."""
+        """Returns the different items of strictly earlier timestamps, by first appearance, int64: what is masked."""
         return self.distinct_item[self.seen_begin[sample_id] : self.seen_end[sample_id]]
 
     @cached_property
@@ -227,84 +256,3 @@ class SampleTable:
         return hashlib.sha256(
             digest(self.user_ids).encode() + b"".join(array.tobytes() for array in arrays)
         ).hexdigest()
-
-
-def cut_forward(times: FloatArray, position: float) -> int:
-    """The cut nearest to a position among sorted times, moved forward until it splits no timestamp."""
-    row = round(position)
-    return row if row == 0 else int(np.searchsorted(times, times[row - 1], side="right"))
-
-
-def check_warm_fraction(warm_fraction: float) -> None:
-    """Raises InputError unless it is a share from 0 to 1."""
-    if not 0 <= warm_fraction <= 1:
-        raise InputError(f"warm_fraction={warm_fraction}: give a share of the train part from 0 to 1.")
-
-
-class TimeSplit(NamedTuple):
-    """Cuts in sample_ids: warm [0, warm_end), pool [warm_end, train_end), validation up to val_end, test up to end.
-
-    With a window of time the warm part begins where that does.
-    """
-
-    warm_end: int
-    train_end: int
-    val_end: int
-    end: int
-
-
-def window_rows(table: SampleTable, window: tuple[float, float]) -> tuple[int, int]:
-    """Where a window of time begins and ends, in sample_ids; like every cut, at the next timestamp.
-
-    Args:
-        table: The samples, sorted by time.
-        window: Begin and end, as shares of the samples in time order.
-
-    Raises:
-        InputError: Not two shares, the first below the second.
-    """
-    if len(window) != 2 or not 0 <= window[0] < window[1] <= 1:
-        raise InputError(
-            f"window={list(window)}: give begin and end as shares of the samples in time order, such as [0.2, 0.8]."
-        )
-    begin, end = (cut_forward(table.timestamp, len(table) * share) for share in window)
-    return begin, end
-
-
-def split_by_time(
-    table: SampleTable,
-    ratios: Sequence[float] = (0.8, 0.1, 0.1),
-    *,
-    warm_fraction: float = 0.0,
-    window: tuple[float, float] = (0.0, 1.0),
-) -> TimeSplit:
-    """Cut the samples in time; a cut moves forward to the next timestamp, so no timestamp is in two parts.
-
-    Args:
-        table: The samples, sorted by time.
-        ratios: Shares of train, validation and test, each above 0, together 1.
-        warm_fraction: Share of the train part, from its start, that is kept for the warm start, 0 to 1.
-        window: The stretch of time that is cut, as shares of the samples in time order: (0.2, 0.8) leaves the earliest
-            and the latest fifth out.
-
-    Returns:
-        The cuts. A part can come out empty when many rows share a timestamp.
-
-    Raises:
-        InputError: Ratios, fraction or window outside their range.
-    """
-    if len(ratios) != 3 or not all(0 < ratio < 1 for ratio in ratios) or not math.isclose(sum(ratios), 1, abs_tol=1e-6):
-        raise InputError(
-            f"split={tuple(ratios)}: give three shares above 0 (train, validation, test) that add up to 1."
-        )
-    check_warm_fraction(warm_fraction)
-    begin, end = window_rows(table, window)
-    times = table.timestamp[begin:end]
-    train_end = cut_forward(times, len(times) * ratios[0])
-    cuts = (
-        cut_forward(times[:train_end], train_end * warm_fraction),
-        train_end,
-        cut_forward(times, len(times) * (ratios[0] + ratios[1])),
-        len(times),
-    )
-    return TimeSplit(*(begin + cut for cut in cuts))

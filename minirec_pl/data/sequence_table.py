@@ -1,4 +1,4 @@
-"""Ready-made sequences: samples that bring their own history."""
+"""Ready-made sequences: samples that bring their own history; pure numpy."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch.utils.data import Dataset
 
-from minirec_pl.data.batches import Batch, gather_padded
-from minirec_pl.data.samples import NO_ITEM, FloatArray, IntArray, SampleTable
+from minirec_pl.data.samples import FloatArray, IntArray, SampleTable, gather_padded
 
 T = TypeVar("T", bound=np.generic)
 
@@ -86,7 +83,7 @@ class SequenceTable(SampleTable):
         self.eligible = (self.n_earlier > 0) & ~self.repeated
 
     def item_counts(self, sample_ids: IntArray) -> IntArray:
-        """How many users have each item as target or in the history of these samples, [n_items] int64."""
+        """Counts the users that have each item as target or in the history of these samples, [n_items] int64."""
         n_earlier = self.n_earlier[sample_ids]
         begin, end = self.history_begin[sample_ids], self.history_end[sample_ids]
         history = gather_padded(self.grouped_item, begin, end, left=False)
@@ -101,61 +98,6 @@ class SequenceTable(SampleTable):
         """SHA-256 (hex) of users, items, times and histories in order."""
         own = b"".join(array.tobytes() for array in (self.grouped_item, self.history_end))
         return hashlib.sha256(super().fingerprint.encode() + own).hexdigest()
-
-
-class WarmSequenceDataset(Dataset[Batch]):
-    """Turns sample_ids of ready-made sequences into warm-start batches, see :class:`WarmDataset`.
-
-    The sequence of a sample is its history. Each of its items is predicted from those before it, and the sample's own
-    target from all; but what a user did once is learnt once, though histories overlap: an item that follows another is
-    left out where the same step of the same user is a target of the warm part, or stands in an earlier history. So is
-    an item that the user had before. Pairs within a history carry the ``sample_id`` of the sample it belongs to.
-
-    Args:
-        table: All samples.
-        window: Longest history, in items.
-        sample_ids: Those of the warm part, eligible, [n].
-    """
-
-    def __init__(self, table: SequenceTable, window: int, sample_ids: IntArray) -> None:
-        self.table, self.window = table, window
-        histories = [table.history(int(sample_id), window).tolist() for sample_id in sample_ids]
-        users, targets = table.user[sample_ids].tolist(), table.item[sample_ids].tolist()
-        learnt = {(user, own[-1], target) for user, own, target in zip(users, histories, targets, strict=True)}
-        self._positions: dict[int, list[int]] = {}
-        for sample_id, user, own in zip(sample_ids.tolist(), users, histories, strict=True):
-            positions = self._positions[sample_id] = [len(own) - 1]
-            for position in range(len(own) - 1):
-                step = (user, own[position], own[position + 1])
-                if step not in learnt and own[position + 1] not in own[: position + 1]:
-                    learnt.add(step)
-                    positions.append(position)
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def __getitem__(self, sample_id: int) -> Batch:
-        return self.__getitems__([sample_id])
-
-    def __getitems__(self, sample_ids: Sequence[int] | IntArray) -> Batch:
-        """The batch of these samples, in this order."""
-        table, ids = self.table, np.asarray(sample_ids, dtype=np.int64)
-        end = table.history_end[ids]
-        begin = np.maximum(table.history_begin[ids], end - self.window)
-        sequence = gather_padded(table.grouped_item, begin, end, left=False)
-        positions = [self._positions[sample_id] for sample_id in ids.tolist()]
-        row = np.arange(len(ids)).repeat([len(own) for own in positions])
-        position = np.array([place for own in positions for place in own], dtype=np.int64)
-        following = np.concatenate([sequence[:, 1:], np.full((len(ids), 1), NO_ITEM)], axis=1)
-        following[np.arange(len(ids)), end - begin - 1] = table.item[ids]
-        batch = {
-            "sequence": sequence,
-            "row": row,
-            "position": position,
-            "target": following[row, position],
-            "sample_id": ids[row],
-        }
-        return {name: torch.from_numpy(values) for name, values in batch.items()}
 
 
 def _joined(arrays: Sequence[npt.NDArray[T]]) -> npt.NDArray[T]:

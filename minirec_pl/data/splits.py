@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from minirec_pl.data.samples import (
-    IntArray,
-    SampleTable,
-    TimeSplit,
-    check_warm_fraction,
-    cut_forward,
-    split_by_time,
-    window_rows,
-)
+from minirec_pl.data.samples import FloatArray, IntArray, SampleTable
 from minirec_pl.utils.errors import InputError
 
 Split = tuple[float, float, float] | Literal["leave_one_out", "given"]
@@ -24,6 +18,18 @@ LEAVE_ONE_OUT_LEAK = (
     "leave-one-out leaks the future: what is trained on holds interactions later than the targets of other users' "
     "validation and test samples; a split in global time does not"
 )
+
+
+class TimeSplit(NamedTuple):
+    """Cuts in sample_ids: warm [0, warm_end), pool [warm_end, train_end), validation up to val_end, test up to end.
+
+    With a window of time the warm part begins where that does.
+    """
+
+    warm_end: int
+    train_end: int
+    val_end: int
+    end: int
 
 
 class Parts(NamedTuple):
@@ -38,7 +44,7 @@ class Parts(NamedTuple):
 def split_table(
     table: SampleTable, split: Split, warm_fraction: float, window: tuple[float, float] | None = None
 ) -> tuple[Parts, TimeSplit | None]:
-    """Part the samples.
+    """Splits the samples into warm part, pool, validation and test.
 
     Args:
         table: The samples, sorted by time.
@@ -60,20 +66,77 @@ def split_table(
         borders = pairwise((window_rows(table, window)[0], *cuts))
         return Parts(*(np.arange(begin, end) for begin, end in borders)), cuts
     if window is not None:
-        raise InputError(f"window={list(window)} needs a split in global time, such as [0.8, 0.1, 0.1], not {split!r}.")
+        raise InputError(
+            f"window={list(window)} does not fit split={split!r}: give a split in global time, such as [0.8, 0.1, 0.1]"
+        )
     check_warm_fraction(warm_fraction)
     if split == "leave_one_out":
         train, validation, test = leave_one_out(table)
     elif split == "given":
         train, validation, test = given_parts(table)
     else:
-        raise InputError(f"split={split!r}: give three shares of time, 'leave_one_out' or 'given'.")
+        raise InputError(f"split={split!r}: give three shares of time, 'leave_one_out' or 'given'")
     cut = cut_forward(table.timestamp[train], len(train) * warm_fraction)
     return Parts(train[:cut], train[cut:], validation, test), None
 
 
+def window_rows(table: SampleTable, window: tuple[float, float]) -> tuple[int, int]:
+    """Finds where a window of time begins and ends, in sample_ids; like every cut, at the next timestamp.
+
+    Args:
+        table: The samples, sorted by time.
+        window: Begin and end, as shares of the samples in time order.
+
+    Raises:
+        InputError: Not two shares, the first below the second.
+    """
+    if len(window) != 2 or not 0 <= window[0] < window[1] <= 1:
+        raise InputError(
+            f"window={list(window)}: give begin and end as shares of the samples in time order, such as [0.2, 0.8]"
+        )
+    begin, end = (cut_forward(table.timestamp, len(table) * share) for share in window)
+    return begin, end
+
+
+def split_by_time(
+    table: SampleTable,
+    ratios: Sequence[float] = (0.8, 0.1, 0.1),
+    *,
+    warm_fraction: float = 0.0,
+    window: tuple[float, float] = (0.0, 1.0),
+) -> TimeSplit:
+    """Cuts the samples in time; a cut moves forward to the next timestamp, so no timestamp is in two parts.
+
+    Args:
+        table: The samples, sorted by time.
+        ratios: Shares of train, validation and test, each above 0, together 1.
+        warm_fraction: Share of the train part, from its start, that is kept for the warm start, 0 to 1.
+        window: The stretch of time that is cut, as shares of the samples in time order: (0.2, 0.8) leaves the earliest
+            and the latest fifth out.
+
+    Returns:
+        The cuts. A part can come out empty when many rows share a timestamp.
+
+    Raises:
+        InputError: Ratios, fraction or window outside their range.
+    """
+    if len(ratios) != 3 or not all(0 < ratio < 1 for ratio in ratios) or not math.isclose(sum(ratios), 1, abs_tol=1e-6):
+        raise InputError(f"split={tuple(ratios)}: give three shares above 0 (train, validation, test) that add up to 1")
+    check_warm_fraction(warm_fraction)
+    begin, end = window_rows(table, window)
+    times = table.timestamp[begin:end]
+    train_end = cut_forward(times, len(times) * ratios[0])
+    cuts = (
+        cut_forward(times[:train_end], train_end * warm_fraction),
+        train_end,
+        cut_forward(times, len(times) * (ratios[0] + ratios[1])),
+        len(times),
+    )
+    return TimeSplit(*(begin + cut for cut in cuts))
+
+
 def leave_one_out(table: SampleTable) -> tuple[IntArray, IntArray, IntArray]:
-    """Of each user with at least three interactions the last for test, the one before for validation.
+    """Keeps each user's last sample for test and the one before for validation, if there are at least three.
 
     All else is train. This leaks the future, see ``LEAVE_ONE_OUT_LEAK``; it is there because much of the literature
     splits so.
@@ -89,7 +152,7 @@ def leave_one_out(table: SampleTable) -> tuple[IntArray, IntArray, IntArray]:
 
 
 def given_parts(table: SampleTable) -> tuple[IntArray, IntArray, IntArray]:
-    """The parts that the data name; without validation, the latest tenth of train becomes that.
+    """Reads the parts that the data name; without validation, the latest tenth of train becomes that.
 
     The cut moves forward to the next timestamp.
 
@@ -101,7 +164,7 @@ def given_parts(table: SampleTable) -> tuple[IntArray, IntArray, IntArray]:
     """
     if table.part is None:
         raise InputError(
-            "split='given' needs a column 'split' (train, validation, test) in the data; add it, or name it in columns."
+            "split='given' needs a column 'split' (train, validation, test) in the data: add it, or name it in columns"
         )
     train, validation, test = (np.flatnonzero(table.part == name) for name in ("train", "validation", "test"))
     if len(validation) == 0:
@@ -111,7 +174,23 @@ def given_parts(table: SampleTable) -> tuple[IntArray, IntArray, IntArray]:
 
 
 def random_part(ids: IntArray, size: int | None, seed: int) -> IntArray:
-    """A random subset of at most ``size`` ids, ascending; all of them where size is None."""
+    """Draws a random subset of at most ``size`` ids, ascending; all of them where size is None."""
     if size is None or size >= len(ids):
         return ids
     return np.sort(np.random.default_rng(seed).choice(ids, size, replace=False))
+
+
+def cut_forward(times: FloatArray, position: float) -> int:
+    """Finds the cut nearest to a position among sorted times, moved forward until it splits no timestamp."""
+    row = round(position)
+    return row if row == 0 else int(np.searchsorted(times, times[row - 1], side="right"))
+
+
+def check_warm_fraction(warm_fraction: float) -> None:
+    """Refuses what is not a share from 0 to 1.
+
+    Raises:
+        InputError: Naming the option.
+    """
+    if not 0 <= warm_fraction <= 1:
+        raise InputError(f"warm_fraction={warm_fraction}: give a share of the train part from 0 to 1")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
-from minirec_pl.data.foreign_loader import ForeignLoader, limited, rebuild
+from minirec_pl.data.foreign_loader import ForeignLoader, rebuild
+from minirec_pl.data.loader import limited
 from minirec_pl.data.sampler import CurriculumSampler
 from minirec_pl.utils.errors import InputError
 

@@ -1,4 +1,4 @@
-"""Warm-start batches: stretches of users' interactions, every position trained on at once."""
+"""Warm-start batches: stretches of users' interactions or ready-made sequences, every position trained on at once."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,8 @@ from torch.utils.data import Dataset
 
 from minirec_pl.data.batches import Batch
 from minirec_pl.data.sampler import ShardedSampler
-from minirec_pl.data.samples import NO_ITEM, IntArray, SampleTable
+from minirec_pl.data.samples import NO_ITEM, IntArray, SampleTable, gather_padded
+from minirec_pl.data.sequence_table import SequenceTable
 from minirec_pl.utils.errors import InputError
 
 Chunk = tuple[int, ...]
@@ -54,7 +55,7 @@ class WarmChunkSampler(ShardedSampler[Chunk]):
         useful[table.user[rows[table.eligible[rows]]]] = True
         self.rows: IntArray = rows[useful[table.user[rows]]]
         if len(self.rows) == 0:
-            raise InputError("The warm-start part has no interaction with a history before it; raise warm_fraction.")
+            raise InputError("the warm part has no interaction with a history before it: raise warm_fraction")
         borders = np.flatnonzero(np.diff(table.user[self.rows])) + 1
         self.begins = [0, *borders.tolist()]
         self.ends = [*borders.tolist(), len(self.rows)]
@@ -64,7 +65,7 @@ class WarmChunkSampler(ShardedSampler[Chunk]):
         super().__init__(range(self.n_chunks), seed=seed, num_replicas=num_replicas, rank=rank)
 
     def order(self) -> Sequence[Chunk]:
-        """All chunks of the epoch in random order."""
+        """Returns all chunks of the epoch in random order."""
         rng = np.random.default_rng([self.seed, self.epoch])
         table, rows = self.table, self.rows
         shuffled = rows[np.lexsort((rng.random(len(rows)), table.timestamp[rows], table.user[rows]))].tolist()
@@ -79,7 +80,7 @@ class WarmChunkSampler(ShardedSampler[Chunk]):
         return [chunks[position] for position in rng.permutation(len(chunks))]
 
     def order_length(self) -> int:
-        """Number of chunks, the same in every epoch."""
+        """Returns the number of chunks, the same in every epoch."""
         return self.n_chunks
 
 
@@ -125,13 +126,13 @@ class WarmDataset(Dataset[Batch]):
         return self.__getitems__([chunk])
 
     def __getitems__(self, chunks: Sequence[Chunk]) -> Batch:
-        """The batch of these chunks, in this order.
+        """Makes the batch of these chunks, in this order.
 
         Raises:
             InputError: An index is not a chunk of WarmChunkSampler.
         """
         if not all(isinstance(chunk, tuple) for chunk in chunks):
-            raise InputError("Warm-start batches need their own sampler; use limit_train_batches, not overfit_batches.")
+            raise InputError("warm-start batches need their own sampler: use limit_train_batches, not overfit_batches")
         table = self.table
         width = max(map(len, chunks))
         ids = np.full((len(chunks), width), NO_ITEM, dtype=np.int64)
@@ -153,3 +154,58 @@ class WarmDataset(Dataset[Batch]):
             "target": torch.from_numpy(table.item[sample_id]),
             "sample_id": torch.from_numpy(sample_id),
         }
+
+
+class WarmSequenceDataset(Dataset[Batch]):
+    """Turns sample_ids of ready-made sequences into warm-start batches, see :class:`WarmDataset`.
+
+    The sequence of a sample is its history. Each of its items is predicted from those before it, and the sample's own
+    target from all; but what a user did once is learnt once, though histories overlap: an item that follows another is
+    left out where the same step of the same user is a target of the warm part, or stands in an earlier history. So is
+    an item that the user had before. Pairs within a history carry the ``sample_id`` of the sample it belongs to.
+
+    Args:
+        table: All samples.
+        window: Longest history, in items.
+        sample_ids: Those of the warm part, eligible, [n].
+    """
+
+    def __init__(self, table: SequenceTable, window: int, sample_ids: IntArray) -> None:
+        self.table, self.window = table, window
+        histories = [table.history(int(sample_id), window).tolist() for sample_id in sample_ids]
+        users, targets = table.user[sample_ids].tolist(), table.item[sample_ids].tolist()
+        learnt = {(user, own[-1], target) for user, own, target in zip(users, histories, targets, strict=True)}
+        self._positions: dict[int, list[int]] = {}
+        for sample_id, user, own in zip(sample_ids.tolist(), users, histories, strict=True):
+            positions = self._positions[sample_id] = [len(own) - 1]
+            for position in range(len(own) - 1):
+                step = (user, own[position], own[position + 1])
+                if step not in learnt and own[position + 1] not in own[: position + 1]:
+                    learnt.add(step)
+                    positions.append(position)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, sample_id: int) -> Batch:
+        return self.__getitems__([sample_id])
+
+    def __getitems__(self, sample_ids: Sequence[int] | IntArray) -> Batch:
+        """Makes the batch of these samples, in this order."""
+        table, ids = self.table, np.asarray(sample_ids, dtype=np.int64)
+        end = table.history_end[ids]
+        begin = np.maximum(table.history_begin[ids], end - self.window)
+        sequence = gather_padded(table.grouped_item, begin, end, left=False)
+        positions = [self._positions[sample_id] for sample_id in ids.tolist()]
+        row = np.arange(len(ids)).repeat([len(own) for own in positions])
+        position = np.array([place for own in positions for place in own], dtype=np.int64)
+        following = np.concatenate([sequence[:, 1:], np.full((len(ids), 1), NO_ITEM)], axis=1)
+        following[np.arange(len(ids)), end - begin - 1] = table.item[ids]
+        batch = {
+            "sequence": sequence,
+            "row": row,
+            "position": position,
+            "target": following[row, position],
+            "sample_id": ids[row],
+        }
+        return {name: torch.from_numpy(values) for name, values in batch.items()}

@@ -1,15 +1,13 @@
-"""Full-ranking figures of a test part with their standard errors, popularity as the rival, and the table of stages."""
+"""Full-ranking figures of a test part with their standard errors, and popularity as the rival."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from rich.table import Table
 from torch import Tensor
 
 from minirec_pl.data.datamodule import RecDataModule
@@ -26,13 +24,13 @@ Row = dict[str, Any]
 
 
 def gains(ranks: Tensor) -> npt.NDArray[np.float64]:
-    """NDCG@10 of each sample, float64 of the shape of `ranks` (integers, from 1)."""
+    """Computes NDCG@10 of each sample, float64 of the shape of `ranks` (integers, from 1)."""
     rank = ranks.numpy().astype(np.float64)
     return np.where(rank <= K, 1 / np.log2(1 + rank), 0.0)
 
 
 def ranking_figures(ranks: Tensor, users: IntArray) -> dict[str, float | int]:
-    """HR@10 and NDCG@10 with their standard errors.
+    """Computes HR@10 and NDCG@10 with their standard errors.
 
     Two errors of a mean m of n samples x_i: `_se`, sqrt(sum (x_i - m)^2 / (n (n - 1))), for which samples are
     independent; and `_se_users`, sqrt(U / (U - 1) sum_u (sum_{i of u} (x_i - m))^2) / n, for which the U users are and
@@ -67,7 +65,7 @@ def _root(squares: float, n: int) -> float:
 
 
 def popularity_figures(data: RecDataModule) -> dict[str, float | int]:
-    """`ranking_figures` of the test part for items ranked by their interactions in the train part."""
+    """Computes `ranking_figures` of the test part for items ranked by their interactions in the train part."""
     scores = torch.from_numpy(data.item_popularity).float()
     ranks, users = [], []
     for batch in data.sample_loader(data.test_ids):
@@ -77,31 +75,12 @@ def popularity_figures(data: RecDataModule) -> dict[str, float | int]:
 
 
 def popularity_row(data: RecDataModule) -> Row:
-    """The row of popularity in `results.json`, with its cost, which is none."""
+    """Makes the row of popularity in `results.json`; it costs nothing."""
     return {"stage": "popularity", **popularity_figures(data), **Cost().row()}
 
 
-def stage_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The stages of a fit for the terminal: figures, standard errors by user, and what was spent until then."""
-    samples, users = rows[0]["samples"], rows[0]["users"]
-    table = Table(title=f"Test part: {samples:,} samples of {users:,} users, the whole catalogue ranked")
-    columns = ("stage", f"HR@{K}", f"NDCG@{K}", "rollouts scoring + training", "tokens forward + backward", "seconds")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "stage" else "right")
-    for row in rows:
-        rollouts, tokens = row["rollouts"], row["tokens"]
-        table.add_row(
-            row["stage"].replace("_", " "),
-            *(f"{row[name]:.4f} ± {row[f'{name}_se_users']:.4f}" for name in FIGURES),
-            f"{rollouts['scoring']:,} + {rollouts['training']:,}",
-            f"{tokens['forward'] / 1e6:.2f} M + {tokens['backward'] / 1e6:.2f} M",
-            f"{sum(row['seconds'].values()):.1f}",
-        )
-    return table
-
-
 def sample_ranks(policy: Policy, data: RecDataModule, sample_ids: IntArray) -> Tensor:
-    """Rank of the target of each sample among the whole catalogue with what the user had masked, int64 [n], from 1.
+    """Ranks the target of each sample among the whole catalogue with what the user had masked, int64 [n], from 1.
 
     Neither the policy's mode nor any global random number generator is disturbed.
 

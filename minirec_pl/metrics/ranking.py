@@ -15,7 +15,7 @@ from minirec_pl.utils.errors import InputError
 
 
 def target_rank(scores: Tensor, target: Tensor, seen: Tensor) -> Tensor:
-    """Rank of each target among all items the user has not seen.
+    """Ranks each target among all items the user has not seen.
 
     The rank is 1 + #{j unseen, j != t: s_j > s_t, or s_j = s_t and j < t}, the place of t in a stable sort of -scores.
     A target that is itself in `seen` is ranked all the same.
@@ -39,7 +39,7 @@ def target_rank(scores: Tensor, target: Tensor, seen: Tensor) -> Tensor:
     n_items = scores.shape[1]
     if target.shape != scores.shape[:1]:
         raise InputError(
-            f"target has shape {tuple(target.shape)} but scores have {scores.shape[0]} rows; give one each."
+            f"target has shape {tuple(target.shape)} but scores have {scores.shape[0]} rows: give one target per row"
         )
     _check_items("target", target, n_items, lowest=0)
     column = target.unsqueeze(1)
@@ -52,7 +52,7 @@ def target_rank(scores: Tensor, target: Tensor, seen: Tensor) -> Tensor:
 
 
 def top_items(scores: Tensor, k: int, seen: Tensor) -> Tensor:
-    """The k best unseen items of each row, best first; equal scores by the smaller index.
+    """Lists the k best unseen items of each row, best first; equal scores by the smaller index.
 
     Args:
         scores: [B, n_items] floating point, higher is better; items at -inf are never recommended.
@@ -115,12 +115,12 @@ class SampleRanks(Metric):
         self.records.append(torch.empty(0, 2, dtype=torch.int64, device=self.device))
 
     def reset(self) -> None:
-        """Forget all samples."""
+        """Forgets all samples."""
         super().reset()
         self._open_records()
 
     def update(self, rank: Tensor, sample_id: Tensor) -> None:
-        """Add samples.
+        """Adds samples.
 
         Args:
             rank: [B] int64, 1-based rank of each target, see `target_rank`.
@@ -131,23 +131,23 @@ class SampleRanks(Metric):
         """
         if rank.ndim != 1 or rank.shape != sample_id.shape:
             raise InputError(
-                f"rank {tuple(rank.shape)} and sample_id {tuple(sample_id.shape)} must be vectors of one length; "
-                "give one rank per sample."
+                f"rank {tuple(rank.shape)} and sample_id {tuple(sample_id.shape)} must be vectors of one length: "
+                "give one rank per sample"
             )
         if rank.numel() and int(rank.min()) < 1:
             bad = sample_id[int(rank.argmin())]
-            raise InputError(f"sample_id {int(bad)} has rank {int(rank.min())}; ranks start at 1.")
+            raise InputError(f"sample_id {int(bad)} has rank {int(rank.min())}: give ranks from 1")
         self.records.append(torch.stack([sample_id, rank], dim=1).to(self.device, torch.int64))
 
     def compute(self) -> Tensor:
-        """`sample_id` and rank of each sample, int64 [n, 2], by ascending sample_id.
+        """Returns `sample_id` and rank of each sample, int64 [n, 2], by ascending sample_id.
 
         Raises:
             InputError: If there are no samples.
         """
         records = dim_zero_cat(self.records)
         if len(records) == 0:
-            raise InputError(f"{type(self).__name__} has no samples; update it with at least one batch first.")
+            raise InputError(f"{type(self).__name__} has no samples: update it with at least one batch first")
         sample_id, order = records[:, 0].sort(stable=True)
         first = torch.ones_like(sample_id, dtype=torch.bool)
         first[1:] = sample_id[1:] != sample_id[:-1]
@@ -160,7 +160,7 @@ class _RankMetric(SampleRanks):
     higher_is_better = True
 
     def compute(self) -> Tensor:
-        """Mean gain as a float32 scalar.
+        """Returns the mean gain as a float32 scalar.
 
         Raises:
             InputError: If there are no samples.
@@ -261,14 +261,14 @@ class Coverage(Metric):
     def __init__(self, k: int, n_items: int) -> None:
         super().__init__()
         if n_items < 1:
-            raise InputError(f"n_items is {n_items}; a catalogue needs at least one item.")
+            raise InputError(f"n_items is {n_items}: give at least 1, the size of the catalogue")
         self.k = _check_k(k)
         self.n_items = n_items
         self.add_state("recommended", default=torch.zeros(n_items, dtype=torch.int64), dist_reduce_fx="max")
         self.add_state("n_lists", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, top_items: Tensor) -> None:
-        """Add lists.
+        """Adds lists.
 
         Args:
             top_items: [B, >= k] int64 item indices, best first, -1 for no item; only the first k columns count.
@@ -277,39 +277,41 @@ class Coverage(Metric):
             InputError: If there are fewer than k columns or an index is outside the catalogue.
         """
         if top_items.ndim != 2 or top_items.shape[1] < self.k:
-            raise InputError(f"top_items has shape {tuple(top_items.shape)}; coverage@{self.k} needs [B, {self.k}].")
+            raise InputError(
+                f"top_items has shape {tuple(top_items.shape)}: give at least {self.k} columns, [B, {self.k}]"
+            )
         lists = top_items[:, : self.k]
         _check_items("top_items", lists, self.n_items, lowest=-1)
         self.recommended[lists[lists >= 0]] = 1
         self.n_lists += len(lists)
 
     def compute(self) -> Tensor:
-        """Covered share, from 0 to 1, as a float32 scalar.
+        """Returns the covered share, from 0 to 1, as a float32 scalar.
 
         Raises:
             InputError: If there are no samples.
         """
         if int(self.n_lists) == 0:
-            raise InputError("Coverage has no samples; update it with at least one batch first.")
+            raise InputError("Coverage has no samples: update it with at least one batch first")
         return self.recommended.sum().float() / self.n_items
 
 
 def _check_k(k: int) -> int:
     if k < 1:
-        raise InputError(f"k is {k}; a list of recommendations has at least one item.")
+        raise InputError(f"k is {k}: give at least 1, the length of the list")
     return k
 
 
 def _check_scores(scores: Tensor, seen: Tensor) -> None:
     if scores.ndim != 2 or seen.ndim != 2 or len(scores) != len(seen):
         raise InputError(
-            f"scores {tuple(scores.shape)} and seen {tuple(seen.shape)} must be [B, n_items] and [B, S]; "
-            "give one row of each per sample."
+            f"scores {tuple(scores.shape)} and seen {tuple(seen.shape)} must be [B, n_items] and [B, S]: "
+            "give one row of each per sample"
         )
     nan = scores.isnan()
     if bool(nan.any()):
         row, item = nan.nonzero()[0].tolist()
-        raise InputError(f"The score of item {item} in row {row} is NaN; check the policy's weights and learning rate.")
+        raise InputError(f"the score of item {item} in row {row} is NaN: check the policy's weights and learning rate")
     _check_items("seen", seen, scores.shape[1], lowest=-1)
 
 
@@ -320,5 +322,5 @@ def _check_items(name: str, items: Tensor, n_items: int, *, lowest: int) -> None
     if low < lowest or high >= n_items:
         wrong = low if low < lowest else high
         raise InputError(
-            f"{name} holds item {wrong}; item indices of this catalogue go from {lowest} to {n_items - 1}."
+            f"{name} holds item {wrong}: give item indices of this catalogue, from {lowest} to {n_items - 1}"
         )

@@ -19,7 +19,7 @@ _TEXTS = ("prompt", "target", "completion", "recommended")
 def completion_rows(
     rollouts: RolloutBatch, item_ids: Any, num_prompts: int, words: Callable[[Tensor], list[str]] | None = None
 ) -> list[Row]:
-    """A row for each rollout of the first prompts: texts and plain numbers, None where a reward does not apply.
+    """Makes a row for each rollout of the first prompts: texts and plain numbers, None where a reward does not apply.
 
     Args:
         rollouts: what was trained on.

@@ -22,12 +22,12 @@ _BINS = 40
 
 
 def totals(cost: Cost) -> dict[str, float]:
-    """Rollouts, tokens and seconds of all phases so far, by the names that are logged."""
+    """Sums rollouts, tokens and seconds of all phases so far, by the names that are logged."""
     return {f"cost/{name}": float(value) for name, value in cost.totals().items()}
 
 
 def phases(cost: Cost) -> dict[str, float]:
-    """The same by phase, where no other callback logs it."""
+    """Lists the same by phase, where no other callback logs it."""
     tokens = {name: cost.tokens_forward[name] + cost.tokens_backward[name] for name in cost.tokens_forward}
     return {
         **{f"cost/{name}_rollouts": float(cost.rollouts[name]) for name in ("scoring", "training")},
@@ -37,7 +37,7 @@ def phases(cost: Cost) -> dict[str, float]:
 
 
 def term_histograms(table: pd.DataFrame, selected: Sequence[int]) -> Histograms:
-    """The known values of each term of a ledger, of the pool and of the picks, and the edges of the pool's bins.
+    """Collects the known values of each term of a ledger, of pool and picks, and the edges of the pool's bins.
 
     Args:
         table: of the ledger.
@@ -56,7 +56,7 @@ def term_histograms(table: pd.DataFrame, selected: Sequence[int]) -> Histograms:
 
 
 def table_rows(table: pd.DataFrame, most: int) -> pd.DataFrame:
-    """At most so many rows of a ledger, in its order: the picks, best first, then others at even distances."""
+    """Keeps at most so many rows of a ledger, in its order: the picks, best first, then others at even distances."""
     if len(table) <= most:
         return table
     rank = table["rank"].to_numpy(dtype="float64", na_value=np.inf)
@@ -67,7 +67,7 @@ def table_rows(table: pd.DataFrame, most: int) -> pd.DataFrame:
 
 
 def wandb_row(session: SelectionSession, histograms: Histograms | None, step: int, max_rows: int) -> dict[str, Any]:
-    """What W&B is given of a plan, and of the selection before it if that is new.
+    """Makes what W&B is given of a plan, and of the selection before it if that is new.
 
     Args:
         session: that has planned an epoch; it has a ledger if there are histograms.

@@ -47,7 +47,7 @@ class Picture:
 
     Attributes:
         uri: `data:image/svg+xml;base64,...`
-        alt: what it shows, for who cannot see it.
+        alt: what it shows, for those who cannot see it.
         caption: how to read it.
         wide: whether it takes the whole width.
     """
@@ -59,7 +59,7 @@ class Picture:
 
 
 def style() -> AbstractContextManager[None]:
-    """Within it all pictures look alike."""
+    """Sets what all pictures of a report have in common, as a context manager."""
     return mpl.rc_context(_STYLE)
 
 
@@ -76,12 +76,12 @@ def _uri(figure: Figure) -> str:
 
 
 def _literal(name: str) -> str:
-    """A name that matplotlib does not take for a formula, whatever dollars are in it."""
+    """Escapes dollars in a name, which matplotlib would take for a formula."""
     return name.replace("$", r"\$")
 
 
 def quality(evaluations: Mapping[str, pd.DataFrame], figure_name: str, over: str, label: str) -> Picture:
-    """A figure of validation over what was spent, a line per run that spent anything.
+    """Draws a figure of validation over what was spent, a line per run that spent anything.
 
     Args:
         evaluations: of each run, see `minirec_pl.callbacks.run_folder.RunFolder`.
@@ -109,7 +109,7 @@ def quality(evaluations: Mapping[str, pd.DataFrame], figure_name: str, over: str
 
 
 def pool_and_picks(pool: Floats, picks: Floats, label: str, caption: str, *, logarithmic: bool = False) -> Picture:
-    """Two histograms over each other, each in shares of its own samples.
+    """Draws two histograms over each other, each in shares of its own samples.
 
     Args:
         pool: [N], NaN left out; an empty one is not drawn.
@@ -145,7 +145,7 @@ def pool_and_picks(pool: Floats, picks: Floats, label: str, caption: str, *, log
 
 
 def learnability_curve(difficulty: Floats, learnability: Floats, gate: tuple[float, float]) -> Picture:
-    """The histogram of the difficulty in use, with the learnability of each value.
+    """Draws the histogram of the difficulty in use, with the learnability of each value.
 
     Args:
         difficulty: [n] of the scored pool.
@@ -182,7 +182,7 @@ def learnability_curve(difficulty: Floats, learnability: Floats, gate: tuple[flo
 
 
 def value_by_rank(value: Floats) -> Picture:
-    """The value of each pick, in the order of the pick."""
+    """Draws the value of each pick, in the order of the pick."""
     figure, axes = _axes()
     axes.plot(np.arange(1, len(value) + 1), value, color=GREEN, linewidth=1.6)
     axes.set(xlabel="rank of the pick", ylabel="value when it was picked", ylim=(min(0.0, value.min()), None))
@@ -191,7 +191,7 @@ def value_by_rank(value: Floats) -> Picture:
 
 
 def vector_map(vectors: torch.Tensor, sample_id: torch.Tensor, plan: pd.DataFrame, what: str) -> Picture:
-    """Vectors on their two principal components, see `minirec_pl.reporting.plots.plot_map`.
+    """Draws vectors on their two principal components, see `minirec_pl.reporting.plots.plot_map`.
 
     Args:
         vectors: [N, D].
@@ -208,7 +208,7 @@ def vector_map(vectors: torch.Tensor, sample_id: torch.Tensor, plan: pd.DataFram
 
 
 def plan(table: pd.DataFrame) -> Picture:
-    """The easiness along a plan, see `SelectionSession.plan_table`."""
+    """Draws the easiness along a plan, see `SelectionSession.plan_table`."""
     figure, axes = _axes(_WIDE)
     starts = np.flatnonzero(np.diff(table["fold"], prepend=-1)).tolist()
     plot_plan(axes, table["easiness"].tolist(), starts)
@@ -219,7 +219,7 @@ def plan(table: pd.DataFrame) -> Picture:
 
 
 def stacked(cost: Mapping[str, Mapping[str, float]], phases: Sequence[str], label: str) -> Picture:
-    """What runs spent by phase, as bars.
+    """Draws what runs spent by phase, as bars.
 
     Args:
         cost: by run, then by phase.

@@ -92,21 +92,21 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Row], list[Run]]:
 
 def _results(folder: Path) -> Row:
     if not folder.is_dir():
-        raise InputError(f"there is no run folder '{folder}': give a folder that `minirec fit` or `quickstart` left.")
+        raise InputError(f"there is no run folder '{folder}': give a folder that `minirec fit` or `quickstart` left")
     if not (folder / RESULTS).is_file():
         if (folder / CONFIG).is_file():
             raise InputError(
                 f"the run in '{folder}' has not finished ({RESULTS} is missing): let it end, or resume it from its "
-                "last checkpoint."
+                "last checkpoint"
             )
         if (folder / LEDGER).is_file():
             return {}
-        raise InputError(f"'{folder}' is no run folder ({RESULTS} is missing): give one that `minirec fit` left.")
+        raise InputError(f"'{folder}' is not a run folder ({RESULTS} is missing): give one that `minirec fit` left")
     results = _json(folder / RESULTS)
     if "rows" not in results and results.get("stage") != "fit":
         raise InputError(
             f"'{folder}' is a run of `minirec {results.get('stage', '?')}`, which trains nothing: give the folder of a "
-            "fit; its test is found beside it."
+            "fit, whose test is found beside it"
         )
     return results
 
@@ -115,9 +115,9 @@ def _json(path: Path) -> Row:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error}); copy it again or repeat the run.") from error
+        raise InputError(f"{path} is damaged ({error}): copy it again or repeat the run") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} is damaged (no mapping); copy it again or repeat the run.")
+        raise InputError(f"{path} is damaged (it is not a mapping): copy it again or repeat the run")
     return content
 
 
@@ -127,7 +127,7 @@ def _table(path: Path) -> pd.DataFrame | None:
     try:
         return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error}); copy it again or repeat the run.") from error
+        raise InputError(f"{path} is damaged ({error}): copy it again or repeat the run") from error
 
 
 def _read(folder: Path, name: str, results: Row) -> Run:

@@ -80,7 +80,7 @@ class Section:
 
 
 def sections(rows: Sequence[Row], runs: Sequence[Run]) -> list[Section]:
-    """All sections of a report; one that nothing is known for says so.
+    """Makes all sections of a report; one that nothing is known for says so.
 
     Args:
         rows: of the headline table.
@@ -88,7 +88,7 @@ def sections(rows: Sequence[Row], runs: Sequence[Run]) -> list[Section]:
     """
 
     def each(make: Callable[[Run], Part | str]) -> list[Part]:
-        """A part for each run; runs with the same excuse share one."""
+        """Makes a part for each run; runs with the same excuse share one."""
         parts: list[Part] = []
         excuses: dict[str, list[str]] = {}
         for run in runs:
@@ -154,8 +154,8 @@ def _pair(value: Any, joint: str, other: Any, form: str) -> Cell:
 
 def _headline(rows: Sequence[Row]) -> Part:
     if not rows:
-        return Part(sentences=["No results.json is there, so quality and cost are not known."])
-    columns = ["run", "part", *("HR@10" if "hit" in name else "NDCG@10" for name in FIGURES), "samples an epoch"]
+        return Part(sentences=["There is no results.json, so quality and cost are not known."])
+    columns = ["run", "part", *("HR@10" if "hit" in name else "NDCG@10" for name in FIGURES), "samples per epoch"]
     columns += ["rollouts scoring + training", "tokens forward + backward", "seconds"]
     lines = []
     for row in rows:
@@ -221,7 +221,7 @@ def _learnability(run: Run) -> Part | str:
     columns = run.ledger.columns
     known = ~np.isnan(columns["difficulty"]) & ~np.isnan(columns["learnability"])
     if not known.any():
-        return "the selector used no learnability."
+        return "the selector did not use learnability."
     difficulty, reason = columns["difficulty"], columns["reason"]
     hard, easy = difficulty[reason == TOO_HARD], difficulty[reason == TOO_EASY]
     gate = (hard.max() if len(hard) else -math.inf, easy.min() if len(easy) else math.inf)
@@ -340,4 +340,4 @@ def _cost(runs: Sequence[Run]) -> list[Part]:
 
 
 def _config(run: Run) -> Part | str:
-    return "no config.yaml is there." if run.config is None else Part(code=run.config)
+    return "there is no config.yaml." if run.config is None else Part(code=run.config)

@@ -1,4 +1,4 @@
-"""Data frames as W&B tables, fast."""
+"""Data frames as W&B tables, fast; apart, because importing wandb takes seconds that a run without it saves."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class FrameTable(wandb.Table):
         super(wandb.Table, self).bind_to_run(*args, **kwargs)
 
     def to_json(self, run_or_artifact: Any) -> dict[str, Any]:
-        """What the history says of the table; into an artifact goes the file as it is."""
+        """Says what the history holds of the table; into an artifact goes the file as it is."""
         if isinstance(run_or_artifact, wandb.Artifact):
             entry = run_or_artifact.add_file(str(self._path), name=self.with_suffix(self._key))
             self._set_artifact_target(run_or_artifact, entry.path)

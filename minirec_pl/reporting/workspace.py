@@ -1,18 +1,10 @@
-"""`minirec dashboard`: a W&B workspace and a report template for runs with `SelectionDashboard`."""
+"""The W&B workspace and the W&B report that show runs with `SelectionDashboard`, and the names that both use."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 from minirec_pl.utils.errors import InputError
-
-if TYPE_CHECKING:
-    from wandb_workspaces.reports.v2.interface import Report
-    from wandb_workspaces.workspaces import Workspace
 
 NAME = "MiniRec"
 TOKENS, ROLLOUTS, SECONDS, STEP = "cost/tokens", "cost/rollouts", "cost/seconds", "trainer/global_step"
@@ -60,7 +52,7 @@ LINES: dict[str, tuple[str, list[tuple[str, str, list[str]]]]] = {
         [
             ("Mean reward met in training", STEP, ["selection/trained_reward"]),
             ("Groups with mixed rewards", STEP, ["selection/trained_share_mixed"]),
-            ("Samples an epoch", STEP, ["curriculum/length"]),
+            ("Samples per epoch", STEP, ["curriculum/length"]),
         ],
     ),
     "Cost": (
@@ -78,8 +70,8 @@ LINES: dict[str, tuple[str, list[tuple[str, str, list[str]]]]] = {
 }
 
 
-def workspace(entity: str, project: str) -> Workspace:
-    """The workspace, a section for each of `LINES`, not saved yet.
+def views(entity: str, project: str) -> dict[str, Any]:
+    """Makes the W&B report and the W&B workspace, a section for each of `LINES`; neither is saved yet.
 
     Args:
         entity: W&B user or team.
@@ -88,27 +80,12 @@ def workspace(entity: str, project: str) -> Workspace:
     Raises:
         InputError: without the package wandb-workspaces.
     """
-    ws = _packages()[0]
-    sections = [ws.Section(name=name, panels=_panels(name), is_open=True) for name in LINES]
-    return ws.Workspace(entity=entity, project=project, name=NAME, sections=sections)  # type: ignore[no-any-return]
-
-
-def report(entity: str, project: str) -> Report:
-    """The report template: the same panels with a sentence on each section, not saved yet.
-
-    Args:
-        entity: W&B user or team.
-        project: of the runs.
-
-    Raises:
-        InputError: without the package wandb-workspaces.
-    """
-    wr = _packages()[1]
+    ws, wr = _packages()
     blocks: list[Any] = []
     for name, (text, _) in LINES.items():
         runs = wr.Runset(name="Runs")  # of the report's own project, so that nothing has to be looked up
         blocks += [wr.H2(text=name), wr.P(text=text), wr.PanelGrid(runsets=[runs], panels=_panels(name))]
-    return wr.Report(  # type: ignore[no-any-return]
+    report = wr.Report(
         entity=entity,
         project=project,
         title="MiniRec: quality, selection and cost",
@@ -116,67 +93,8 @@ def report(entity: str, project: str) -> Report:
         blocks=blocks,
         width="fluid",
     )
-
-
-def specs(entity: str, project: str) -> dict[str, Any]:
-    """Workspace and report as they would be sent to W&B, as plain JSON values."""
-    parts: dict[str, Any] = {"workspace": workspace(entity, project), "report": report(entity, project)}
-    return {
-        name: json.loads(part._to_model().model_dump_json(by_alias=True, exclude_none=True))
-        for name, part in parts.items()
-    }
-
-
-def run(arguments: Sequence[str]) -> None:
-    """Runs `minirec dashboard`.
-
-    Args:
-        arguments: those after the subcommand.
-
-    Raises:
-        InputError: without an entity, a project, the package, a login or a network.
-    """
-    parser = _Parser(
-        prog="minirec dashboard",
-        description="Builds a W&B workspace and a report template that show the runs of a project, which log by "
-        "minirec_pl.callbacks.SelectionDashboard. Each call makes new ones.",
-    )
-    parser.add_argument("--entity", help="W&B user or team")
-    parser.add_argument("--project", help="W&B project of the runs")
-    parser.add_argument("--dry-run", action="store_true", help="print both as JSON; needs no network and no login")
-    options = parser.parse_args(arguments)
-    for name, what in (("entity", "user or team"), ("project", "project")):
-        if not re.fullmatch(r"[^/\s]+", getattr(options, name) or ""):
-            raise InputError(
-                f"--{name} is {getattr(options, name)!r}: give the name of a W&B {what}, as in "
-                "`minirec dashboard --entity me --project minirec`"
-            )
-    if options.dry_run:
-        print(json.dumps(specs(options.entity, options.project), indent=2))
-        return
-    _save(options.entity, options.project)
-
-
-def _save(entity: str, project: str) -> None:
-    import wandb
-
-    made: list[str] = []
-    try:
-        wandb.Api()
-        parts: dict[str, Any] = {"report": report(entity, project), "workspace": workspace(entity, project)}
-        for name, part in parts.items():  # the report makes the project where it is new
-            made.append(f"{name}: {part.save().url}")
-    except wandb.errors.UsageError as error:
-        raise InputError("you are not logged in to W&B: run `wandb login`, or use --dry-run") from error
-    except (wandb.Error, OSError, ValueError) as error:
-        kept = f" after {made[0]} was made" if made else ""
-        raise InputError(
-            f"W&B did not answer as it should{kept} ({' '.join(str(error).split())}): check the network, "
-            f"`wandb login`, and that you may write to {entity}/{project}"
-        ) from error
-    finally:
-        for line in made:
-            print(line)
+    sections = [ws.Section(name=name, panels=_panels(name), is_open=True) for name in LINES]
+    return {"report": report, "workspace": ws.Workspace(entity=entity, project=project, name=NAME, sections=sections)}
 
 
 def _panels(section: str) -> list[Any]:
@@ -213,8 +131,3 @@ def _packages() -> tuple[Any, Any]:
     except ModuleNotFoundError as error:
         raise InputError("minirec dashboard needs wandb-workspaces: pip install 'minirec-pl[dashboard]'") from error
     return ws, wr
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see `minirec dashboard --help`")

@@ -24,7 +24,7 @@ Columns = Mapping[str, Callable[[], Sequence[Any]]]
 
 
 def reward_name(fn: RewardFunction) -> str:
-    """Name under which a reward is logged: the function's own, or the class name of a callable object.
+    """Names a reward as it is logged: the function's own, or the class name of a callable object.
 
     Example:
         >>> from minirec_pl.rewards import hit
@@ -37,7 +37,7 @@ def reward_name(fn: RewardFunction) -> str:
 
 
 def call_reward(fn: RewardFunction, name: str, completions: Sequence[str], columns: Columns) -> Tensor:
-    """Call one reward with the columns its signature names, and check what it returns.
+    """Calls one reward with the columns its signature names, and check what it returns.
 
     Args:
         fn: Any callable; with `**kwargs` it gets every column.
@@ -57,13 +57,11 @@ def call_reward(fn: RewardFunction, name: str, completions: Sequence[str], colum
     if isinstance(values, (Tensor, np.ndarray)):
         values = values.tolist()
     if not isinstance(values, (list, tuple)):
-        raise InputError(
-            f"Reward {name} returned {type(values).__name__}; it must return a list with a number per completion."
-        )
+        raise InputError(f"reward {name} returned {type(values).__name__}: return a list with a number per completion")
     if len(values) != len(completions):
         raise InputError(
-            f"Reward {name} returned {len(values)} values for {len(completions)} completions "
-            f"({_samples(columns, range(len(completions)))}); it must return one per completion."
+            f"reward {name} returned {len(values)} values for {len(completions)} completions "
+            f"({_samples(columns, range(len(completions)))}): return one per completion"
         )
     rewards = torch.tensor(_floats(values, name, columns), dtype=torch.float64).float()
     finite = rewards.isfinite()
@@ -71,8 +69,8 @@ def call_reward(fn: RewardFunction, name: str, completions: Sequence[str], colum
         wrong = [row for row in (~finite).nonzero().flatten().tolist() if values[row] is not None]
         if wrong:
             raise InputError(
-                f"Reward {name} returned {values[wrong[0]]} for {_samples(columns, wrong)}; "
-                "return a finite number, or None where the reward does not apply."
+                f"reward {name} returned {values[wrong[0]]} for {_samples(columns, wrong)}: "
+                "return a finite number, or None where the reward does not apply"
             )
     return rewards
 
@@ -80,7 +78,7 @@ def call_reward(fn: RewardFunction, name: str, completions: Sequence[str], colum
 def combine_rewards(
     fns: Sequence[RewardFunction], weights: Sequence[float] | None, completions: Sequence[str], columns: Columns
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted sum of rewards, r_n = sum_f w_f r_fn over the rewards f that apply to completion n.
+    """Sums the rewards with their weights, r_n = sum_f w_f r_fn over the rewards f that apply to completion n.
 
     Args:
         fns: At least one reward.
@@ -103,14 +101,14 @@ def combine_rewards(
         tensor([1., 0.])
     """
     if not fns:
-        raise InputError("There is no reward function; name at least one in the option rewards.")
+        raise InputError("there is no reward function: name at least one in the option rewards")
     weights = [1.0] * len(fns) if weights is None else weights
     if len(weights) != len(fns):
         raise InputError(
-            f"There are {len(fns)} reward functions but {len(weights)} reward weights; give one weight each."
+            f"there are {len(fns)} reward functions but {len(weights)} reward weights: give one weight each"
         )
     if not all(math.isfinite(weight) for weight in weights):
-        raise InputError(f"reward weights are {list(weights)}; each must be a finite number.")
+        raise InputError(f"reward weights are {list(weights)}: give finite numbers")
 
     once = {column: functools.cache(make) for column, make in columns.items()}
     by_name: dict[str, Tensor] = {}
@@ -123,14 +121,12 @@ def combine_rewards(
         total += weight * rewards.nan_to_num(nan=0.0)
         applies |= ~rewards.isnan()
     if not bool(applies.all()):
-        warnings.warn(
-            f"No reward of {', '.join(by_name)} applies to some completions; they are left out.", stacklevel=2
-        )
+        warnings.warn(f"no reward of {', '.join(by_name)} applies to some completions: they are left out", stacklevel=2)
     return total.masked_fill(~applies, math.nan).float(), by_name
 
 
 def item_columns(batch: Mapping[str, Tensor], items: Tensor, logps: Tensor | None, item_ids: Any) -> Columns:
-    """The columns a reward can ask for when completions are items.
+    """Makes the columns a reward can ask for when completions are items.
 
     * `prompts`: the history's item ids, separated by spaces; `history`: the same as a list.
     * `target`: the item id wanted. `sample_id` and `user`: int.
@@ -187,7 +183,7 @@ class Rewarder:
         texts: Sequence[str] | None = None,
         more: Columns | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rewards float32 [B, G], NaN where none applies, and the single ones by name.
+        """Returns rewards float32 [B, G], NaN where none applies, and the single ones by name.
 
         Args:
             batch: the prompts, [B, ...] each.
@@ -205,7 +201,7 @@ class Rewarder:
 
 
 def ranking_columns(rank: Tensor, probability: Tensor, best: Tensor, item_ids: Any) -> Columns:
-    """The columns that rewards get beside those of `item_columns` from a policy that ranks for each rollout.
+    """Makes the columns that rewards get beside those of `item_columns` from a policy that ranks for each rollout.
 
     * `target_rank`: of the target among the unseen items, from 1; None where the user has seen it.
     * `target_probability`: its softmax probability over the unseen items.
@@ -232,7 +228,7 @@ def _wanted(fn: RewardFunction, name: str, available: Columns) -> list[str]:
         required = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL
         if required and (parameter.name not in available or parameter.kind is parameter.POSITIONAL_ONLY):
             raise InputError(
-                f"Reward {name} asks for {parameter.name!r}; a reward can ask by keyword for {', '.join(available)}."
+                f"reward {name} asks for {parameter.name!r}: ask by keyword for one of {', '.join(available)}"
             )
     return [parameter.name for parameter in parameters if parameter.name in available]
 
@@ -248,8 +244,8 @@ def _float(value: Any, row: int, name: str, columns: Columns) -> float:
     if isinstance(value, (float, int, np.number, np.bool_)) or (isinstance(value, Tensor) and value.numel() == 1):
         return float(value)
     raise InputError(
-        f"Reward {name} returned {value!r} for {_samples(columns, [row])}; return a finite number, "
-        "or None where the reward does not apply."
+        f"reward {name} returned {value!r} for {_samples(columns, [row])}: return a finite number, "
+        "or None where the reward does not apply"
     )
 
 

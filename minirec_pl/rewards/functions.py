@@ -15,7 +15,7 @@ Ranks = Sequence[int | None]
 
 
 def hit(completions: Sequence[Completion], target: Sequence[str]) -> list[float]:
-    """1 where the recommended item is the target or the recommended list holds it, else 0.
+    """Rewards 1 where the recommended item is the target or the recommended list holds it, else 0.
 
     Args:
         completions: [n] external item ids, or lists of them.
@@ -35,7 +35,7 @@ def hit(completions: Sequence[Completion], target: Sequence[str]) -> list[float]
 
 
 class NDCGReward:
-    """NDCG@k of one relevant item: 1 / log2(rank + 1) where the target's rank is at most k, else 0.
+    """Rewards NDCG@k of one relevant item: 1 / log2(rank + 1) where the target's rank is at most k, else 0.
 
     The rank is the target's place in a completion that is a list, or, with a policy that ranks the whole catalogue for
     each rollout, in that ranking (column `target_rank`).
@@ -58,12 +58,12 @@ class NDCGReward:
     def __call__(
         self, completions: Sequence[Completion], target: Sequence[str], target_rank: Ranks | None = None
     ) -> list[float]:
-        """Rewards [n] of completions [n]; `target_rank` [n] counts from 1, None for an item that is not ranked."""
+        """Returns rewards [n] of completions [n]; `target_rank` [n] is from 1, None for an item that is not ranked."""
         return [_gain(rank, self.k) for rank in _ranks(completions, target, target_rank)]
 
 
 class ReciprocalRankReward:
-    """1 / rank of the target where it is at most k, else 0; the rank is that of `NDCGReward`.
+    """Rewards 1 / rank of the target where it is at most k, else 0; the rank is that of `NDCGReward`.
 
     Args:
         k: length of the list, in items.
@@ -83,13 +83,13 @@ class ReciprocalRankReward:
     def __call__(
         self, completions: Sequence[Completion], target: Sequence[str], target_rank: Ranks | None = None
     ) -> list[float]:
-        """Rewards [n] of completions [n], see `NDCGReward`."""
+        """Returns rewards [n] of completions [n], see `NDCGReward`."""
         ranks = _ranks(completions, target, target_rank)
         return [0.0 if rank is None or rank > self.k else 1 / rank for rank in ranks]
 
 
 class SoftmaxMixReward:
-    """The reward of MiniRec's retrieval setting (arXiv 2602.04278): w NDCG@k + (1 - w) p.
+    """Rewards w NDCG@k + (1 - w) p, as MiniRec's retrieval setting (arXiv 2602.04278) does.
 
     p is the softmax probability of the target over the catalogue. Both come from a policy that scores the catalogue
     anew for each rollout; one that generates items has the same scores for all rollouts of a prompt, and is refused.
@@ -108,12 +108,12 @@ class SoftmaxMixReward:
 
     def __init__(self, k: int = 1000, weight: float = 0.95) -> None:
         if not 0 <= weight <= 1:
-            raise InputError(f"weight is {weight}: it is the share of NDCG in the reward, from 0 to 1")
+            raise InputError(f"weight is {weight}: give the share of NDCG in the reward, from 0 to 1")
         self.k, self.weight = _at_least_one(k), weight
         self.__name__ = "softmax_mix"
 
     def __call__(self, target_rank: Ranks, target_probability: Sequence[float]) -> list[float]:
-        """Rewards [n] from the target's rank, from 1, and its probability."""
+        """Returns rewards [n] from the target's rank, from 1, and its probability."""
         mix = zip(target_rank, target_probability, strict=True)
         return [self.weight * _gain(rank, self.k) + (1 - self.weight) * p for rank, p in mix]
 
@@ -121,7 +121,7 @@ class SoftmaxMixReward:
 def rank_penalty(
     completions: Sequence[str], target: Sequence[str], group: Sequence[int], logp: Sequence[float]
 ) -> list[float]:
-    """ReRe's penalty of likely mistakes (arXiv 2510.12211), to be added to `hit`.
+    """Penalises likely mistakes as ReRe (arXiv 2510.12211) does; to be added to `hit`.
 
     In a group of G rollouts in which the target was found, a wrong item gets
 
@@ -160,13 +160,13 @@ def rank_penalty(
 
 
 class FormatReward:
-    """1 where the whole text matches a regular expression (`.` matches line breaks too), else 0.
+    """Rewards 1 where the whole text matches a regular expression (`.` matches line breaks too), else 0.
 
     Args:
         pattern: regular expression, for example `<think>.*</think><answer>.*</answer>`.
 
     Raises:
-        InputError: if it is no regular expression.
+        InputError: if it is not a regular expression.
 
     Example:
         >>> FormatReward("<answer>.*</answer>")(["<answer>50</answer>", "50"])
@@ -177,17 +177,17 @@ class FormatReward:
         try:
             self.pattern = re.compile(pattern, re.DOTALL)
         except re.error as error:
-            raise InputError(f"pattern {pattern!r} is no regular expression ({error}): mend it") from error
+            raise InputError(f"pattern {pattern!r} is not a regular expression ({error}): fix it") from error
         self.__name__ = "format"
 
     def __call__(self, completions: Sequence[str]) -> list[float]:
-        """Rewards [n] of texts [n]."""
+        """Returns rewards [n] of texts [n]."""
         return [float(self.pattern.fullmatch(text) is not None) for text in completions]
 
 
 def _at_least_one(k: int) -> int:
     if k < 1:
-        raise InputError(f"k is {k}: a list has at least one item")
+        raise InputError(f"k is {k}: give at least 1, the length of the list")
     return k
 
 

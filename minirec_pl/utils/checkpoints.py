@@ -23,7 +23,11 @@ _OF_ADAPTERS = ("lora_", "trainable_tokens_", "modules_to_save.")  # in peft's n
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints, but a full disk leaves no half-written file and an older one as it was."""
+    """Lightning's checkpoints, written whole in their own folder and read safely.
+
+    Lightning writes to the system's temporary folder first and copies from there, so that a full disk leaves half a
+    file in the place of an older one.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Writes beside `path`, then renames.
@@ -37,9 +41,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads tensors and primitives only, whatever Lightning's default is."""
-        with Path(path).open("rb") as file:
-            loaded: dict[str, Any] = torch.load(file, map_location=map_location or "cpu", weights_only=True)
-        return loaded
+        place: Any = map_location or "cpu"
+        return super().load_checkpoint(path, place, weights_only=True)
 
 
 def check_checkpoint(path: Path) -> None:
@@ -52,12 +55,12 @@ def check_checkpoint(path: Path) -> None:
         raise InputError(f"there is no checkpoint '{path}': give --ckpt_path a file from a run's checkpoints/ folder")
     if not zipfile.is_zipfile(path):
         raise InputError(
-            f"'{path}' is no checkpoint, or a truncated one: give another from a run's checkpoints/ folder"
+            f"'{path}' is not a checkpoint, or a truncated one: give another from a run's checkpoints/ folder"
         )
 
 
 def weights_under_adapters(module: nn.Module) -> dict[str, Tensor]:
-    """The frozen weights of peft models inside `module`, by their names in its `state_dict`.
+    """Collects the frozen weights of peft models inside `module`, by their names in its `state_dict`.
 
     Training leaves them as they were loaded, so that no checkpoint has to hold them. Adapters, frozen ones too, are not
     among them.
@@ -149,7 +152,7 @@ def keep_frozen(callbacks: Sequence[Any], module: nn.Module) -> None:
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) of names, types, shapes and values, on any device."""
+    """Computes the SHA-256 (hex) of names, types, shapes and values, on any device."""
     sha = hashlib.sha256()
     for name, value in sorted(weights.items()):
         flat = value.detach().to("cpu").contiguous()

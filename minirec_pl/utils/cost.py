@@ -62,7 +62,7 @@ class Cost:
                 mine[phase] += value
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain dictionaries, for checkpoints."""
+        """Returns plain dictionaries, for checkpoints."""
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -77,7 +77,7 @@ class Cost:
         return {"rollouts": sum(self.rollouts.values()), "tokens": tokens, "seconds": seconds}
 
     def row(self) -> dict[str, Any]:
-        """The cost columns of `results.json`: sums of tokens over the phases, rollouts and seconds by phase."""
+        """Makes the cost columns of `results.json`: sums of tokens over the phases, rollouts and seconds by phase."""
         return {
             "rollouts": {phase: self.rollouts[phase] for phase in ("scoring", "training")},
             "tokens": {

@@ -4,6 +4,6 @@
 class InputError(ValueError):
     """Bad input from outside: a file, an option, a reward function.
 
-    The message is one sentence that names the file, line, column or option and says how to mend it. The command line
+    The message is one sentence that names the file, line, column or option and says how to fix it. The command line
     prints it without a traceback and exits with code 2.
     """

@@ -42,7 +42,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
         return path
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"cannot write {path} ({reason}); free the disk or choose another folder.") from error
+        raise InputError(f"cannot write {path} ({reason}): free the disk or choose another folder") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -80,16 +80,16 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         InputError: If the file is missing, damaged or of another format.
     """
     if not path.is_file():
-        raise InputError(f"there are no signals at {path}; give the signals.safetensors that a run left in its folder.")
+        raise InputError(f"there are no signals at {path}: give the signals.safetensors that a run left in its folder")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         settings = json.loads(metadata.get("settings", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged or truncated ({error}); copy it again or score again.") from error
+        raise InputError(f"{path} is damaged or truncated ({error}): copy it again or score again") from error
     if metadata.get("format") != _FORMAT:
-        raise InputError(f"{path} is no signal store of this version; score again.")
+        raise InputError(f"{path} is not a signal store of this version: score again")
     return tensors, settings
 
 
@@ -130,5 +130,5 @@ def replace_folder(folder: Path, write: Callable[[Path], object], *, holds: str,
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(
-            f"cannot write the {what} to '{folder}' ({reason}); free the disk or choose another"
+            f"cannot write the {what} to '{folder}' ({reason}): free the disk or choose another"
         ) from error

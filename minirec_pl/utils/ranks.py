@@ -8,44 +8,34 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from minirec_pl.utils.errors import InputError
 
 
 def world() -> tuple[int, int]:
-    """Number of replicas and the own rank: of torch.distributed when it is initialised, else (1, 0)."""
+    """Returns number of replicas and own rank: of torch.distributed when it is initialised, else (1, 0)."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size(), torch.distributed.get_rank()
     return 1, 0
 
 
 def gather_rows(rows: Tensor, device: torch.device) -> list[Tensor]:
-    """The rows that every rank has, in the order of the ranks.
+    """Gathers the rows that every rank has, in the order of the ranks.
 
     Args:
-        rows: [n, D], n may differ between ranks, D may not.
+        rows: [n, ...], n may differ between ranks.
         device: that the process group works on.
 
     Returns:
         One CPU tensor per rank.
     """
-    n_ranks, _ = world()
-    count = torch.tensor([len(rows)], device=device)
-    counts = [torch.zeros_like(count) for _ in range(n_ranks)]
-    dist.all_gather(counts, count)
-    longest = max(int(c) for c in counts)
-    padded = torch.zeros(longest, *rows.shape[1:], dtype=rows.dtype, device=device)
-    padded[: len(rows)] = rows.to(device)
-    gathered = [torch.empty_like(padded) for _ in range(n_ranks)]
-    if padded.numel():
-        dist.all_gather(gathered, padded)
-    return [part[: int(c)].cpu() for part, c in zip(gathered, counts, strict=True)]
+    return [part.cpu() for part in gather_all_tensors(rows.to(device))]
 
 
 def gather_states(state: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
-    """What each rank holds, in the order of the ranks; every rank must call this at the same time.
+    """Gathers what each rank holds, in the order of the ranks; every rank must call this at the same time.
 
     Args:
         state: tensors and primitives.
@@ -58,13 +48,13 @@ def gather_states(state: dict[str, Any], device: torch.device) -> list[dict[str,
         return [state]
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    content = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)[:, None]
+    content = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
     files = [io.BytesIO(part.numpy().tobytes()) for part in gather_rows(content, device)]
     return [torch.load(file, map_location="cpu", weights_only=True) for file in files]
 
 
 def own_state(states: list[dict[str, Any]], what: str) -> dict[str, Any]:
-    """This rank's part of what `gather_states` gave.
+    """Picks this rank's part of what `gather_states` gave.
 
     Args:
         states: of the ranks that saved them.
@@ -83,7 +73,7 @@ def own_state(states: list[dict[str, Any]], what: str) -> dict[str, Any]:
 
 
 def agree(error: Exception | None, device: torch.device, plan: Sequence[int] = ()) -> None:
-    """Every rank fails if one has failed; every rank must call this at the same time.
+    """Fails on every rank if one has failed; every rank must call this at the same time.
 
     Args:
         error: of this rank.
@@ -96,14 +86,14 @@ def agree(error: Exception | None, device: torch.device, plan: Sequence[int] = (
     """
     if world()[0] > 1:
         text = "" if error is None else f"{type(error).__name__}: {error}"
-        encoded = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)[:, None]
-        texts = [bytes(part[:, 0].tolist()).decode().strip("\0") for part in gather_rows(encoded, device)]
+        encoded = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
+        texts = [bytes(part.tolist()).decode().strip("\0") for part in gather_rows(encoded, device)]
         failed = [(rank, text) for rank, text in enumerate(texts) if text]
         if error is None and failed:
             raise InputError(f"rank {failed[0][0]} failed and stops the others: {failed[0][1]}")
         digest = torch.frombuffer(bytearray(hashlib.sha256(repr(list(plan)).encode()).digest()), dtype=torch.uint8)
         if error is None:
-            plans = gather_rows(digest[None].clone(), device)
+            plans = gather_rows(digest, device)
             if any(not torch.equal(other, plans[0]) for other in plans):
                 raise InputError("the ranks selected different samples: run all of them on the same kind of machine")
     if error is not None:

@@ -19,12 +19,12 @@ RUN_DIR_VARIABLE = "MINIREC_RUN_DIR"
 
 
 def is_first() -> bool:
-    """Whether this process is the first of its run, be the others started by Lightning or by `srun`."""
+    """Says whether this process is the first of its run, be the others started by Lightning or by `srun`."""
     return "LOCAL_RANK" not in os.environ and (slurm_step() is None or os.environ["SLURM_PROCID"] == "0")
 
 
 def slurm_step() -> str | None:
-    """Name of the step of several tasks that `srun` has started this process in, else None."""
+    """Names the step of several tasks that `srun` has started this process in, else None."""
     by_hand = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")  # Lightning starts the processes then
     if by_hand or int(os.environ.get("SLURM_NTASKS", 1)) < 2 or "SLURM_PROCID" not in os.environ:
         return None
@@ -72,7 +72,7 @@ def pin_policy(config: Any) -> None:
 
 
 def csv_logger(folder: Path) -> Any:
-    """The config of a CSVLogger that writes into a folder."""
+    """Makes the config of a CSVLogger that writes into a folder."""
     init_args = Namespace(save_dir=str(folder), name="", version="")  # type: ignore[no-untyped-call]
     return Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=init_args)  # type: ignore[no-untyped-call]
 
@@ -87,7 +87,7 @@ def send_to(logger: Any, folder: Path) -> None:
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """The folder of a run: where the first logger writes, else `default_root_dir`.
+    """Finds the folder of a run: where the first logger writes, else `default_root_dir`.
 
     All ranks must ask at the same time, since Lightning has the first tell the others.
     """

@@ -12,7 +12,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """Where all global generators stand, in tensors and primitives, as a checkpoint may hold them."""
+    """Reads where all global generators stand, in tensors and primitives, as a checkpoint may hold them."""
     name, keys, position, has_gauss, gauss = cast(tuple[Any, ...], np.random.get_state())
     version, words, spare = random.getstate()
     return {
@@ -36,7 +36,7 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
 
 @contextmanager
 def isolated_random_state() -> Iterator[None]:
-    """Whatever is drawn inside changes no global generator, also after an exception."""
+    """Puts all global generators back at the end, also after an exception (Lightning's `isolate_rng` does not)."""
     state = random_state()
     try:
         yield

@@ -218,7 +218,7 @@ def test_going_on_from_a_checkpoint_equals_one_long_run(command, fitted, tmp_pat
 
 
 def test_advertisements_are_hidden_and_warnings_are_not(command, tmp_path, capfd):
-    with pytest.warns(UserWarning, match="No reward of silent_reward applies"):
+    with pytest.warns(UserWarning, match="no reward of silent_reward applies"):
         assert main(command.grpo(tmp_path / "runs", "--model.rewards=[helpers.cli_tools.silent_reward]")) == 0
     err = capfd.readouterr().err
     for noise in ("Tip:", "Loading weights", "Writing model shards", "exists and is not empty"):

@@ -54,7 +54,7 @@ def test_figures_equal_plain_counts(files):
     assert facts["history length, items"]["longer than history_window (7)"].startswith(
         f"{sum(n > 7 for n in lengths)} "
     )
-    missing = facts["not served, dropped or mended"]
+    missing = facts["not served, dropped or fixed"]
     assert missing["interactions with an item that is not in the item table: dropped"] == "1"
     assert missing["items without a title: the id stands in"] == "1"
     assert missing["ratings that are missing: kept as unknown"] == "2"

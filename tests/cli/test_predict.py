@@ -145,7 +145,7 @@ def test_the_same_command_goes_on_after_an_interruption(checkpoint, data, tmp_pa
     counted.samples = 0
     assert predict(checkpoint, tmp_path / "top.parquet", small) == 0
     assert counted.samples == len(data.test_ids) - done
-    assert f"going on after {done} finished samples" in capsys.readouterr().out
+    assert f"resuming after {done} finished samples" in capsys.readouterr().out
     table, whole = pd.read_parquet(tmp_path / "top.parquet"), pd.read_parquet(tmp_path / "whole.parquet")
     pd.testing.assert_frame_equal(table, whole, rtol=1e-5)
     assert table["sample_id"].drop_duplicates().tolist() == data.test_ids.tolist()
@@ -173,7 +173,7 @@ def test_nothing_is_left_to_do(checkpoint, data, tmp_path, capsys, monkeypatch):
     assert predict(checkpoint, tmp_path / "top.parquet") == 0
     monkeypatch.undo()
     assert predict(checkpoint, tmp_path / "top.parquet") == 0
-    assert f"going on after {len(data.test_ids)} finished samples" in capsys.readouterr().out
+    assert f"resuming after {len(data.test_ids)} finished samples" in capsys.readouterr().out
     assert pd.read_parquet(tmp_path / "top.parquet")["sample_id"].nunique() == len(data.test_ids)
 
 
@@ -198,7 +198,7 @@ FAULTS = {
         "i4\n\nnope\n",
         ("candidates.txt, line 3", "'nope' is not in"),
     ),
-    "no candidate": ("candidates.txt", "\n\n", ("names no candidate",)),
+    "no candidate": ("candidates.txt", "\n\n", ("has no candidates",)),
     "unknown candidate in a table": ("candidates.csv", "item_id\ni4\nnope\n", ("candidates.csv, line 3", "'nope'")),
     "candidates without a column": ("candidates.csv", "item\ni4\n", ("no column 'item_id'",)),
     "no candidates file": ("candidates.txt", None, ("candidates.txt does not exist",)),
@@ -207,11 +207,11 @@ FAULTS = {
     "history of nothing known": (
         "history.csv",
         "user_id,item_id,timestamp\nu,44,1\n",
-        ("no item of it is in the catalogue", "'44'"),
+        ("none of its items is in the catalogue", "'44'"),
     ),
     "history without times": ("history.csv", "user_id,item_id\nu,i4\n", ("no column 'timestamp'",)),
     "history with a wrong time": ("history.csv", "user_id,item_id,timestamp\nu,i4,soon\n", ("line 2", "'soon'")),
-    "lists in text": ("history.csv", "user_id,history_item_id\nu,i4 i5\n", ("line 2", "is no list")),
+    "lists in text": ("history.csv", "user_id,history_item_id\nu,i4 i5\n", ("line 2", "is not a list")),
 }
 
 

@@ -1,16 +1,18 @@
-import pandas as pd
 import pytest
 import torch
 
 from minirec_pl import GRPORecModule
-from minirec_pl.cli.predict import write_predictions
+from minirec_pl.cli.predict import rows_of, table_of
 
 
-def test_predictions_carry_external_ids_and_log_probabilities(toy_data, tiny_policy, make_trainer, tmp_path):
+def predictions(trainer, module, data):
+    return table_of(rows_of(trainer.predict(module, data)), module.item_ids.tolist(), data.table.user_ids)
+
+
+def test_predictions_carry_external_ids_and_log_probabilities(toy_data, tiny_policy, make_trainer):
     data, policy = toy_data(), tiny_policy()
     module = GRPORecModule(policy, predict_k=5)
-    path = write_predictions(make_trainer().predict(module, data), module, data, tmp_path / "out" / "top.parquet")
-    table = pd.read_parquet(path)
+    table = predictions(make_trainer(), module, data)
     assert list(table.columns) == ["sample_id", "user_id", "item_id", "score", "rank"]
     assert sorted(table.sample_id.unique()) == sorted(data.test_ids.tolist())
     with torch.no_grad():
@@ -28,11 +30,10 @@ def test_predictions_carry_external_ids_and_log_probabilities(toy_data, tiny_pol
                 assert set(rows.user_id) == {data.table.user_ids[int(batch["user"][b])]}
 
 
-def test_lists_end_where_the_unseen_items_do(toy_data, tiny_policy, make_trainer, tmp_path):
+def test_lists_end_where_the_unseen_items_do(toy_data, tiny_policy, make_trainer):
     data = toy_data()
     module = GRPORecModule(tiny_policy(), predict_k=200)
-    path = write_predictions(make_trainer().predict(module, data), module, data, tmp_path / "top.parquet")
-    table = pd.read_parquet(path)
+    table = predictions(make_trainer(), module, data)
     batch = next(iter(data.test_dataloader()))
     for sample, seen in zip(batch["sample_id"].tolist(), batch["seen"], strict=True):
         rows = table[table.sample_id == sample]

@@ -263,11 +263,11 @@ def test_a_large_selection_without_a_run_stays_small(tmp_path):
     make(tmp_path)
     assert (tmp_path / "report.html").stat().st_size < 3e6
     page = Page(tmp_path / "report.html")
-    assert "No results.json is there" in page.text("headline")
+    assert "There is no results.json" in page.text("headline")
     assert "500 of 10,000 samples were picked" in page.text("rewards")
     assert len(page.of("img")) == 1 + 1 + 4 + 2
     assert "no texts of samples are stored" in page.text("samples")
-    assert "no config.yaml is there" in page.text("config")
+    assert "there is no config.yaml" in page.text("config")
 
 
 def test_bad_input_is_one_sentence(runs, tmp_path, capsys):
@@ -279,7 +279,7 @@ def test_bad_input_is_one_sentence(runs, tmp_path, capsys):
     capsys.readouterr()
     for folder, said in (
         (tmp_path / "absent", "there is no run folder"),
-        (tmp_path / "empty", "is no run folder"),
+        (tmp_path / "empty", "is not a run folder"),
         (tmp_path / "unfinished", "has not finished"),
         (tmp_path / "damaged", "is damaged"),
         (runs["picked"].parent / "version_1", "minirec test"),

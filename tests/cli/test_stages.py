@@ -1,21 +1,25 @@
 """Warm start, reset of the proxy and tests of every stage inside one `minirec fit`."""
 
+import io
 import json
 import os
 import shlex
 import signal
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
 from helpers import cli_tools
 from helpers.cli_tools import TINY, equal_weights, interrupt, results, sentence
+from rich.console import Console
 from safetensors import safe_open
 
 from minirec_pl import RecDataModule, WarmStartModule
 from minirec_pl.cli.main import main
-from minirec_pl.cli.stages import WarmStart
+from minirec_pl.cli.stages import WarmStart, stage_table
+from minirec_pl.metrics.evaluation import ranking_figures
 from minirec_pl.policy import GenerativePolicy
 from minirec_pl.selection.fingerprints import weights_fingerprint
 from minirec_pl.utils.errors import InputError
@@ -240,3 +244,14 @@ def test_a_warm_start_before_a_warm_start(command, tmp_path, capsys):
 def test_options_of_the_warm_start(options, message):
     with pytest.raises(InputError, match=message):
         WarmStart(**options)
+
+
+def test_the_table_shows_every_stage():
+    figures = ranking_figures(torch.tensor([1, 50]), np.array([0, 1]))
+    cost = {"rollouts": {"scoring": 7, "training": 1234}, "tokens": {"forward": 2_000_000, "backward": 0}}
+    row = {"stage": "warm_start", **figures, **cost, "seconds": {"warm_start": 1.5, "training": 2.0}}
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(stage_table([row]))
+    shown = console.export_text()
+    for text in ("warm start", "0.5000 ± 0.5000", "7 + 1,234", "2.00 M + 0.00 M", "3.5", "2 samples of 2 users"):
+        assert text in shown

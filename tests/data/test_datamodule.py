@@ -165,8 +165,8 @@ def test_ten_thousand_samples_are_served_once_in_order(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train_on": "all"}, "train_on='all': give 'warm', 'pool' or 'warm_samples'."),
-        ({"history_window": 0}, "history_window=0: give a whole number of at least 1."),
+        ({"train_on": "all"}, "train_on='all': give 'warm', 'pool' or 'warm_samples'"),
+        ({"history_window": 0}, "history_window=0: give a whole number of at least 1"),
         ({"batch_size": -1}, "batch_size=-1: give"),
         ({"warm_batch_size": 0}, "warm_batch_size=0: give"),
         ({"eval_batch_size": 0}, "eval_batch_size=0: give"),
@@ -182,8 +182,8 @@ def test_missing_folder_says_how_to_get_it(tmp_path):
     with pytest.raises(InputError) as raised:
         RecDataModule(str(tmp_path)).setup()
     path = tmp_path / "ml-100k" / "ml-100k.inter"
-    assert str(raised.value) == f"{path} is missing; run 'minirec fetch ml-100k --to {tmp_path}'."
-    with pytest.raises(InputError, match=r"own\.inter is missing; put own\.inter and own\.item"):
+    assert str(raised.value) == f"{path} is missing: run 'minirec fetch ml-100k --to {tmp_path}'"
+    with pytest.raises(InputError, match=r"own\.inter is missing: put own\.inter and own\.item"):
         RecDataModule(str(tmp_path), "own").setup()
 
 
@@ -197,18 +197,18 @@ def test_bad_files_are_named_with_line_and_id(tmp_path):
     rows = random_rows(n=100, n_items=9)
     items = [(f"i{number}", "t") for number in range(9)]
     folder = write_dataset(tmp_path, [*rows, ("u1", "i77", 1)], items)
-    bad_setup(tmp_path, r"toy\.inter, line 102: the item 'i77' is not in the item file; add it there or remove")
+    bad_setup(tmp_path, r"toy\.inter, line 102: the item 'i77' is not in the item file: add it there or remove")
     write_dataset(tmp_path, rows, [*items, ("i3", "again")])
     bad_setup(tmp_path, r"toy\.item, line 11: the item 'i3' comes twice")
     write_dataset(tmp_path, rows, items, users=[f"u{number}" for number in range(12)])
     ready(tmp_path)
     write_dataset(tmp_path, [*rows, ("i3", "i4", 1)], items)
-    bad_setup(tmp_path, r"toy\.inter, line 102: the user 'i3' is not in toy\.user; .* order of the columns")
+    bad_setup(tmp_path, r"toy\.inter, line 102: the user 'i3' is not in toy\.user: .* order of the columns")
     write_dataset(tmp_path, rows, items, users=["u1", "u2"])
     bad_setup(tmp_path, r"toy\.inter, line \d+: the user 'u\d+' is not in toy\.user")
     inter = folder / "toy.inter"
     inter.write_text(inter.read_text().replace("timestamp:float", "timestamp:token"))
-    bad_setup(tmp_path, r"toy\.inter, line 1, column timestamp: it must be 'timestamp:float'")
+    bad_setup(tmp_path, r"toy\.inter, line 1, column timestamp: not a float: write 'timestamp:float'")
     inter.write_text(inter.read_text().replace("timestamp:token", "time:float"))
     bad_setup(tmp_path, r"toy\.inter, line 1: no column timestamp")
 

@@ -222,7 +222,7 @@ def test_a_place_that_cannot_be_written(sources, tmp_path):
     sources.zip()
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(InputError, match=r"file/ml-100k cannot be written \(.*\); free space there or choose"):
+    with pytest.raises(InputError, match=r"file/ml-100k cannot be written \(.*\): free space there or choose"):
         fetch.fetch_ml_100k(file)
     (tmp_path / "to").mkdir()
     (tmp_path / "to" / "ml-100k").write_text("a file where the folder should be")

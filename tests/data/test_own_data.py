@@ -170,7 +170,7 @@ def test_leave_one_out_serves_each_users_last_and_trains_on_the_rest(log_path):
 
 
 def test_options_that_do_not_go_together(log_path, tmp_path):
-    with pytest.raises(InputError, match="warm_samples=5: train_on='warm' trains on whole stretches"):
+    with pytest.raises(InputError, match="warm_samples=5 does not fit train_on='warm', which trains on whole"):
         ready(log_path, train_on="warm", warm_samples=5)
     with pytest.raises(InputError, match="pool_samples=0: give a whole number of at least 1"):
         RecDataModule(pool_samples=0)

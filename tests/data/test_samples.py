@@ -5,7 +5,7 @@ from helpers.toy_data import known_before, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirec_pl.data.samples import Catalogue, SampleTable, split_by_time
+from minirec_pl.data.samples import Catalogue, SampleTable
 from minirec_pl.utils.errors import InputError
 
 ROWS = st.lists(
@@ -39,48 +39,9 @@ def test_every_answer_equals_the_plain_loop(rows, window):
         assert table.eligible[sample_id] == (bool(before) and item not in before)
 
 
-@settings(max_examples=80, deadline=None)
-@given(ROWS, st.floats(0.05, 0.9), st.floats(0, 1))
-def test_a_cut_moves_forward_to_the_next_timestamp(rows, train, warm):
-    ratios = (train, (1 - train) / 2, (1 - train) / 2)
-    table, _ = table_of(rows)
-    split = split_by_time(table, ratios, warm_fraction=warm)
-    assert 0 <= split.warm_end <= split.train_end <= split.val_end <= split.end == len(rows)
-    times = sorted(time for _, _, time in rows)
-    for cut in split[:3]:
-        assert cut in (0, len(times)) or times[cut - 1] < times[cut]
-    nominal = round(len(times) * train)
-    assert split.train_end >= nominal
-    assert len({times[row] for row in range(max(nominal - 1, 0), split.train_end)}) <= 1
-    assert (
-        abs(split.warm_end - split.train_end * warm) <= 0.5
-        or times[split.warm_end - 1] == times[max(round(split.train_end * warm) - 1, 0)]
-    )
-
-
-def test_cuts_without_ties_are_where_the_shares_say():
-    table, _ = table_of([("u", "1", time) for time in range(1000)])
-    assert split_by_time(table, (0.8, 0.1, 0.1), warm_fraction=0.875) == (700, 800, 900, 1000)
-    assert split_by_time(table, (0.7, 0.1, 0.2)) == (0, 700, 800, 1000)
-
-
 def test_ties_keep_the_order_of_the_source():
     table, catalogue = table_of([("u", "c", 5), ("v", "a", 5), ("u", "b", 5), ("u", "d", 4)])
     assert [catalogue.item_ids[item] for item in table.item] == ["d", "c", "a", "b"]
-
-
-@pytest.mark.parametrize("ratios", [(0.8, 0.2), (0.8, 0.1, 0.2), (1.0, 0.0, 0.0), (0.9, 0.2, -0.1)])
-def test_bad_ratios(ratios):
-    table, _ = table_of([("u", "1", 1)])
-    with pytest.raises(InputError, match=r"^split=.*three shares.*add up to 1\.$"):
-        split_by_time(table, ratios)
-
-
-@pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
-def test_bad_warm_fraction(fraction):
-    table, _ = table_of([("u", "1", 1)])
-    with pytest.raises(InputError, match=r"^warm_fraction=.*0 to 1"):
-        split_by_time(table, warm_fraction=fraction)
 
 
 def test_item_outside_the_catalogue_is_named_with_file_line_and_id():
@@ -90,7 +51,7 @@ def test_item_outside_the_catalogue_is_named_with_file_line_and_id():
 
 
 def test_table_without_rows():
-    with pytest.raises(InputError, match="no interaction"):
+    with pytest.raises(InputError, match="no interactions"):
         SampleTable([], [], [], 1)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from minirec_pl.data.samples import SampleTable
 from minirec_pl.data.sequence_table import SequenceTable
-from minirec_pl.data.splits import given_parts, leave_one_out, random_part, split_table
+from minirec_pl.data.splits import given_parts, leave_one_out, random_part, split_by_time, split_table
 from minirec_pl.utils.errors import InputError
 
 ROWS = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 9), st.integers(0, 8)), min_size=1, max_size=40)
@@ -105,3 +105,42 @@ def test_a_random_part_is_seeded_and_no_larger_than_what_there_is():
         part.tolist() == sorted(part.tolist()) == random_part(ids, 30, 1).tolist() != random_part(ids, 30, 2).tolist()
     )
     assert random_part(ids, None, 1).tolist() == random_part(ids, 200, 1).tolist() == ids.tolist()
+
+
+@settings(max_examples=80, deadline=None)
+@given(ROWS, st.floats(0.05, 0.9), st.floats(0, 1))
+def test_a_cut_moves_forward_to_the_next_timestamp(rows, train, warm):
+    ratios = (train, (1 - train) / 2, (1 - train) / 2)
+    table = table_of(rows)
+    split = split_by_time(table, ratios, warm_fraction=warm)
+    assert 0 <= split.warm_end <= split.train_end <= split.val_end <= split.end == len(rows)
+    times = sorted(time for _, _, time in rows)
+    for cut in split[:3]:
+        assert cut in (0, len(times)) or times[cut - 1] < times[cut]
+    nominal = round(len(times) * train)
+    assert split.train_end >= nominal
+    assert len({times[row] for row in range(max(nominal - 1, 0), split.train_end)}) <= 1
+    assert (
+        abs(split.warm_end - split.train_end * warm) <= 0.5
+        or times[split.warm_end - 1] == times[max(round(split.train_end * warm) - 1, 0)]
+    )
+
+
+def test_cuts_without_ties_are_where_the_shares_say():
+    table = table_of([("u", "1", time) for time in range(1000)])
+    assert split_by_time(table, (0.8, 0.1, 0.1), warm_fraction=0.875) == (700, 800, 900, 1000)
+    assert split_by_time(table, (0.7, 0.1, 0.2)) == (0, 700, 800, 1000)
+
+
+@pytest.mark.parametrize("ratios", [(0.8, 0.2), (0.8, 0.1, 0.2), (1.0, 0.0, 0.0), (0.9, 0.2, -0.1)])
+def test_bad_ratios(ratios):
+    table = table_of([("u", "1", 1)])
+    with pytest.raises(InputError, match=r"^split=.*three shares.*add up to 1$"):
+        split_by_time(table, ratios)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
+def test_bad_warm_fraction(fraction):
+    table = table_of([("u", "1", 1)])
+    with pytest.raises(InputError, match=r"^warm_fraction=.*0 to 1"):
+        split_by_time(table, warm_fraction=fraction)

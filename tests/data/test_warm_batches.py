@@ -114,5 +114,5 @@ def test_two_ranks_share_the_chunks():
 
 
 def test_a_part_without_any_pair():
-    with pytest.raises(InputError, match="no interaction with a history before it; raise warm_fraction"):
+    with pytest.raises(InputError, match="no interaction with a history before it: raise warm_fraction"):
         WarmChunkSampler(line(3, [1, 1, 1]), 3, 5)

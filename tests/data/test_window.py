@@ -6,8 +6,8 @@ from helpers.toy_data import random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirec_pl.data.samples import SampleTable, window_rows
-from minirec_pl.data.splits import split_table
+from minirec_pl.data.samples import SampleTable
+from minirec_pl.data.splits import split_table, window_rows
 from minirec_pl.utils.errors import InputError
 
 ROWS = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 9), st.integers(0, 30)), min_size=8, max_size=60)
@@ -76,5 +76,5 @@ def test_shares_out_of_range_are_refused(window):
 
 def test_a_window_needs_a_split_in_time():
     table = SampleTable(*zip(*[(u, int(i[1:]), t) for u, i, t in random_rows(n=50)], strict=True), 60)
-    with pytest.raises(InputError, match="needs a split in global time"):
+    with pytest.raises(InputError, match="give a split in global time"):
         split_table(table, "leave_one_out", 0.5, (0.0, 0.5))

@@ -199,7 +199,7 @@ def test_a_group_no_reward_applies_to_is_no_pair(policy, toy_data, make_trainer)
 
     module = GRPORecModule(policy, [silent], num_generations=3, optimizer=still, wasted_groups="preference_pairs")
     trainer = make_trainer(max_epochs=1, limit_train_batches=1)
-    with pytest.warns(UserWarning, match="No reward of silent applies"):
+    with pytest.warns(UserWarning, match="no reward of silent applies"):
         trainer.fit(module, toy_data(**SMALL, batch_size=16))
     part = module.generation.batches[0]
     found = (part.items == part.batch["target"][:, None]).any(dim=1)

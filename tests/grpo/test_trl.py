@@ -146,7 +146,7 @@ def test_advantages_figures_and_masks_are_those_of_trl(make_trainer, scale, mask
     trainer._generate = lambda prompts: ([[3]] * rows, completions, None, ["-"] * rows, None, {}, None, None)
     theirs = trainer._generate_and_score_completions([{"prompt": "<item:0>"}] * rows)
 
-    with pytest.warns(UserWarning, match="No reward of first, second applies to some completions"):
+    with pytest.warns(UserWarning, match="no reward of first, second applies to some completions"):
         total, by_name = combine_rewards([first, second], weights, ["-"] * rows, {})
     grouped = (GROUPS, ROLLOUTS)
     rewards, applies = total.nan_to_num(nan=0.0).view(grouped), ~total.isnan().view(grouped)

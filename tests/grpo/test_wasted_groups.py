@@ -318,7 +318,7 @@ def test_completions_no_reward_applies_to_teach_nothing(policy, toy_data, make_t
     plain = PlainPolicy(policy)
     module = GRPORecModule(policy, [some], num_generations=4, optimizer=sgd)
     data = toy_data(**SMALL, batch_size=16)
-    with pytest.warns(UserWarning, match="No reward of some applies"):
+    with pytest.warns(UserWarning, match="no reward of some applies"):
         watch = fit(make_trainer, module, data, limit_train_batches=1)
     rollouts, signals = watch.rollouts[0], watch.signals[0]
     ids = rollouts.batch["sample_id"].tolist()
@@ -345,7 +345,7 @@ def test_a_batch_that_no_reward_applies_to(tiny_policy, toy_data, make_trainer):
 
     before = copy.deepcopy((policy := tiny_policy()).state_dict())
     module = GRPORecModule(policy, [silent], num_generations=4, optimizer=sgd)
-    with pytest.warns(UserWarning, match="No reward of silent applies"):
+    with pytest.warns(UserWarning, match="no reward of silent applies"):
         watch = fit(make_trainer, module, toy_data(**SMALL), [RewardHistory()], limit_train_batches=2)
     assert watch.signals == [None, None]
     assert watch.losses == [0.0, 0.0]

@@ -1,13 +1,12 @@
 """Figures and their standard errors against plain loops."""
 
-import io
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from minirec_pl.metrics.evaluation import popularity_figures, ranking_figures, stage_table
+from minirec_pl.metrics.evaluation import popularity_figures, ranking_figures
 from minirec_pl.metrics.ranking import SampleRanks
 
 
@@ -69,16 +68,3 @@ def test_popularity_ranks_by_counts_of_the_train_part(toy_data):
         ranks.append(order.index(target) + 1)
         users.append(int(data.table.user[sample]))
     assert popularity_figures(data) == pytest.approx(plain(ranks, users))
-
-
-def test_the_table_shows_every_stage():
-    from rich.console import Console
-
-    figures = ranking_figures(torch.tensor([1, 50]), np.array([0, 1]))
-    cost = {"rollouts": {"scoring": 7, "training": 1234}, "tokens": {"forward": 2_000_000, "backward": 0}}
-    row = {"stage": "warm_start", **figures, **cost, "seconds": {"warm_start": 1.5, "training": 2.0}}
-    console = Console(width=120, record=True, file=io.StringIO())
-    console.print(stage_table([row]))
-    shown = console.export_text()
-    for text in ("warm start", "0.5000 ± 0.5000", "7 + 1,234", "2.00 M + 0.00 M", "3.5", "2 samples of 2 users"):
-        assert text in shown

@@ -89,7 +89,7 @@ def test_bad_scores_and_items_are_named() -> None:
         target_rank(scores, torch.full((40,), -1), seen)
     with pytest.raises(InputError, match="k is 0"):
         top_items(scores, 0, seen)
-    with pytest.raises(InputError, match="one each"):
+    with pytest.raises(InputError, match="one target per row"):
         target_rank(scores, target[:3], seen)
     with pytest.raises(InputError, match="one row of each"):
         target_rank(scores, target, seen[:3])
@@ -179,7 +179,7 @@ def test_bad_coverage_is_named() -> None:
         metric.compute()
     with pytest.raises(InputError, match="holds item 10"):
         metric.update(torch.tensor([[3, 10]]))
-    with pytest.raises(InputError, match="needs \\[B, 2\\]"):
+    with pytest.raises(InputError, match="give at least 2 columns, \\[B, 2\\]"):
         metric.update(torch.tensor([[3]]))
     with pytest.raises(InputError, match="n_items is 0"):
         Coverage(k=1, n_items=0)

@@ -59,7 +59,7 @@ def test_weighted_sum_leaves_out_what_does_not_apply() -> None:
 
 
 def test_a_completion_no_reward_applies_to_is_left_out_with_a_warning() -> None:
-    with pytest.warns(UserWarning, match="No reward of broken applies to some completions; they are left out"):
+    with pytest.warns(UserWarning, match="no reward of broken applies to some completions: they are left out"):
         total, _ = combine_rewards([returning([None, 1.0, 1.0, 1.0])], None, COMPLETIONS, columns())
     assert total.isnan().tolist() == [True, False, False, False]
     assert total[1:].tolist() == [1.0, 1.0, 1.0]
@@ -123,18 +123,18 @@ def test_every_kind_of_number_is_taken(values: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([0.0, 0.0, math.nan, 1.0], "Reward broken returned nan for sample_id 12;"),
-        ([0.0, math.inf, 0.0, -math.inf], "Reward broken returned inf for sample_id 40, 12;"),
-        ([None, 0.0, torch.tensor(math.nan), 0.0], "Reward broken returned .*nan.* for sample_id 12;"),
-        ([0.0, 1e300, 0.0, 0.0], "Reward broken returned 1e\\+300 for sample_id 40;"),
-        ([0.0, 0.0, 0.0, "1.5"], "Reward broken returned '1.5' for sample_id 12;"),
-        ([0.0, [1.0], 0.0, 0.0], "Reward broken returned \\[1.0\\] for sample_id 40;"),
-        ([0.0, 0.0, 0.0], "Reward broken returned 3 values for 4 completions \\(sample_id 40, 12\\)"),
-        ([], "Reward broken returned 0 values"),
-        (1.0, "Reward broken returned float;"),
-        (None, "Reward broken returned NoneType;"),
-        ("abcd", "Reward broken returned str;"),
-        (torch.zeros(4, 1), "Reward broken returned \\[0.0\\] for sample_id 40;"),
+        ([0.0, 0.0, math.nan, 1.0], "reward broken returned nan for sample_id 12:"),
+        ([0.0, math.inf, 0.0, -math.inf], "reward broken returned inf for sample_id 40, 12:"),
+        ([None, 0.0, torch.tensor(math.nan), 0.0], "reward broken returned .*nan.* for sample_id 12:"),
+        ([0.0, 1e300, 0.0, 0.0], "reward broken returned 1e\\+300 for sample_id 40:"),
+        ([0.0, 0.0, 0.0, "1.5"], "reward broken returned '1.5' for sample_id 12:"),
+        ([0.0, [1.0], 0.0, 0.0], "reward broken returned \\[1.0\\] for sample_id 40:"),
+        ([0.0, 0.0, 0.0], "reward broken returned 3 values for 4 completions \\(sample_id 40, 12\\)"),
+        ([], "reward broken returned 0 values"),
+        (1.0, "reward broken returned float:"),
+        (None, "reward broken returned NoneType:"),
+        ("abcd", "reward broken returned str:"),
+        (torch.zeros(4, 1), "reward broken returned \\[0.0\\] for sample_id 40:"),
     ],
 )
 def test_a_wrong_return_names_the_reward_and_the_sample(values: Any, message: str) -> None:
@@ -143,7 +143,7 @@ def test_a_wrong_return_names_the_reward_and_the_sample(values: Any, message: st
 
 
 def test_without_sample_ids_the_completion_is_named() -> None:
-    with pytest.raises(InputError, match="for completion 1, 2, 3, 4, 5 and others;"):
+    with pytest.raises(InputError, match="for completion 1, 2, 3, 4, 5 and others:"):
         combine_rewards([returning([0.0] + [math.nan] * 7)], None, ["a"] * 8, {})
 
 
@@ -154,7 +154,7 @@ def test_wrong_signatures_and_weights_are_named() -> None:
     def positional(completions: list[str], /) -> list[float]:
         return [0.0] * 4
 
-    with pytest.raises(InputError, match=r"asks for .titles.; .+ keyword for completions, target, sample_id"):
+    with pytest.raises(InputError, match=r"asks for .titles.: .+ keyword for one of completions, target, sample_id"):
         combine_rewards([asks], None, COMPLETIONS, columns())
     assert combine_rewards([asks], None, COMPLETIONS, columns(titles=["t"] * 4))[0].tolist() == [0.0] * 4
     with pytest.raises(InputError, match="by keyword"):

@@ -63,7 +63,7 @@ def test_the_papers_mix() -> None:
 
 
 def test_a_policy_that_does_not_rank_for_each_rollout_is_refused() -> None:
-    with pytest.raises(InputError, match=r"Reward softmax_mix asks for 'target_rank'; .* completions, target"):
+    with pytest.raises(InputError, match=r"reward softmax_mix asks for 'target_rank': .* completions, target"):
         combine_rewards([SoftmaxMixReward()], None, ["a"], {"target": lambda: ["a"]})
 
 
@@ -104,11 +104,11 @@ def test_format_is_that_of_the_whole_text() -> None:
 
 def test_options_out_of_range() -> None:
     for make in (NDCGReward, ReciprocalRankReward, SoftmaxMixReward):
-        with pytest.raises(InputError, match="k is 0: a list has at least one item"):
+        with pytest.raises(InputError, match="k is 0: give at least 1"):
             make(k=0)
     with pytest.raises(InputError, match=r"weight is 1\.5"):
         SoftmaxMixReward(weight=1.5)
-    with pytest.raises(InputError, match=re.escape("pattern '(' is no regular expression")):
+    with pytest.raises(InputError, match=re.escape("pattern '(' is not a regular expression")):
         FormatReward("(")
 
 

@@ -241,9 +241,9 @@ def test_a_checkpoint_keeps_the_random_numbers_going(tiny_policy, toy_data, make
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (lambda n: [float("nan")] * n, "Reward broken returned nan for sample_id"),
-        (lambda n: [1.0] * (n - 1), "Reward broken returned 15 values for 16 completions .*sample_id"),
-        (lambda n: 1.0, "Reward broken returned float"),
+        (lambda n: [float("nan")] * n, "reward broken returned nan for sample_id"),
+        (lambda n: [1.0] * (n - 1), "reward broken returned 15 values for 16 completions .*sample_id"),
+        (lambda n: 1.0, "reward broken returned float"),
     ],
 )
 def test_a_broken_reward_is_named_with_its_sample(tiny_policy, toy_data, make_trainer, returned, message):

@@ -31,7 +31,7 @@ from minirec_pl.selection.probes.per_sample import per_sample_gradients, project
 from minirec_pl.selection.probes.trajectory import head_alignment
 from minirec_pl.trainers.grpo import GRPORecModule
 
-pytestmark = pytest.mark.filterwarnings("ignore:No reward of")
+pytestmark = pytest.mark.filterwarnings("ignore:no reward of")
 
 ITEM_IDS = np.array([f"i{i}" for i in range(N_ITEMS)], dtype=object)
 

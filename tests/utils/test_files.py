@@ -87,7 +87,7 @@ def test_bad_tensor_files(tmp_path):
     with pytest.raises(InputError, match="no signals at"):
         load_tensors(tmp_path / "none.safetensors")
     save_file({"a": torch.rand(1)}, path)
-    with pytest.raises(InputError, match="no signal store"):
+    with pytest.raises(InputError, match="not a signal store"):
         load_tensors(path)
 
 

@@ -31,7 +31,7 @@ class Interval(NamedTuple):
 
 
 def t_interval(values: Sequence[float] | Array, level: float = LEVEL) -> Interval:
-    """Mean of independent values with Student's interval, m ± t_{n-1} s / sqrt(n).
+    """Computes the mean of independent values with Student's interval, m ± t_{n-1} s / sqrt(n).
 
     Args:
         values: [n], for example of n seeds; NaN are left out.
@@ -53,15 +53,15 @@ def t_interval(values: Sequence[float] | Array, level: float = LEVEL) -> Interva
     if len(x) == 1:
         return Interval(mean, nan, nan, 1)
     try:
-        from scipy.stats import t as student
+        from scipy import stats
     except ModuleNotFoundError as error:
         raise InputError("intervals over seeds need SciPy: pip install 'minirec-pl[compare]'") from error
-    half = float(student.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
+    half = float(stats.t.ppf((1 + level) / 2, len(x) - 1) * stats.sem(x))
     return Interval(mean, mean - half, mean + half, len(x))
 
 
 def paired_interval(values: Sequence[float] | Array, reference: Sequence[float] | Array) -> Interval:
-    """`t_interval` of the differences of values and reference, [n] each, paired by position (seed)."""
+    """Computes the `t_interval` of the differences of values and reference, [n] each, paired by position (seed)."""
     return t_interval(np.asarray(values, dtype=np.float64) - np.asarray(reference, dtype=np.float64))
 
 
@@ -74,7 +74,7 @@ def user_bootstrap(
     seed: int = 0,
     level: float = LEVEL,
 ) -> Interval:
-    """Difference of two means over samples, with the percentile interval of drawing users anew.
+    """Computes the difference of two means over samples, with the percentile interval of drawing users anew.
 
     A user's samples are not independent, so users are drawn with replacement, each with all samples, and the mean over
     samples is taken again. Values of several seeds are averaged first: their samples and users are the same.
@@ -103,7 +103,7 @@ def user_bootstrap(
 
 
 def quality_at(cost: Array, quality: Array, budgets: Sequence[float] | Array) -> Array:
-    """Quality of a run when it had spent a budget, linear between its evaluation points; NaN outside their range.
+    """Interpolates the quality of a run when it had spent a budget, linearly between its evaluation points; else NaN.
 
     Args:
         cost: tokens or seconds at each evaluation point, [p], never decreasing.

@@ -54,7 +54,7 @@ def write_cell(path: Path, points: Sequence[Point], settings: Mapping[str, Any],
 
 
 def read_cell(path: Path) -> tuple[dict[str, Tensor | Any], dict[str, Any]]:
-    """The tensors and the settings of a file of `write_cell`.
+    """Reads the tensors and the settings of a file of `write_cell`.
 
     Raises:
         InputError: if it is missing or damaged.
@@ -67,7 +67,7 @@ def read_cell(path: Path) -> tuple[dict[str, Tensor | Any], dict[str, Any]]:
 
 
 def points_of(content: Mapping[str, Any]) -> list[Point]:
-    """The evaluation points of what `read_cell` gave."""
+    """Lists the evaluation points of what `read_cell` gave."""
     ranks = {split: content[f"{split}_ranks"].long() for split in SPLITS if f"{split}_ranks" in content}
     return [
         Point(
@@ -80,7 +80,7 @@ def points_of(content: Mapping[str, Any]) -> list[Point]:
 
 
 def chosen_gains(path: Path) -> tuple[np.ndarray[Any, np.dtype[np.float64]], np.ndarray[Any, np.dtype[np.int64]]]:
-    """NDCG@10 of each test sample at the evaluation point with the best validation NDCG@10, and the sample's user.
+    """Computes NDCG@10 of each test sample where validation NDCG@10 is best, and looks up the sample's user.
 
     Args:
         path: of a cell that was evaluated on test.
@@ -94,7 +94,7 @@ def chosen_gains(path: Path) -> tuple[np.ndarray[Any, np.dtype[np.float64]], np.
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The rows of the tidy table that a cell gives: one per evaluation point and split."""
+    """Makes the rows of the tidy table that a cell gives: one per evaluation point and split."""
     content, settings = read_cell(path)
     made = []
     for point in points_of(content):
@@ -122,7 +122,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def tidy(paths: Iterable[Path]) -> pd.DataFrame:
-    """The tidy table of cells: a row per cell, evaluation point and split.
+    """Makes the tidy table of cells: a row per cell, evaluation point and split.
 
     Columns: dataset, window, method, setting, budget (share of the pool), seed, epoch (0 is the warm policy), split,
     ndcg@10, hit_rate@10; tokens, forward and backward, of everything until then, the warm start included, and those

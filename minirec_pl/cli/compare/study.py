@@ -101,11 +101,11 @@ class Cell:
         return f"{self.data.label}/{method}/{self.budget:g}/{self.seed}"
 
     def words(self, pool: int, batch_size: int) -> list[str]:
-        """The command line of the cell, without the config.
+        """Makes the command line of the cell, without the config.
 
         Args:
             pool: samples in the pool.
-            batch_size: samples an optimizer step.
+            batch_size: samples per optimizer step.
         """
         count = max(1, int(self.budget * pool)) if self.method.takes_budget else pool
         steps = self.method.epochs * -(-count // batch_size)
@@ -154,7 +154,7 @@ class Study:
         return _Reader(path, paths or {}).study()
 
     def cells(self) -> list[Cell]:
-        """All cells; those of one seed together, so that an unfinished study has whole seeds."""
+        """Lists all cells; those of one seed together, so that an unfinished study has whole seeds."""
         settings = self.grid or {"": {}}
         return [
             Cell(data, method, budget, seed, setting, overrides)
@@ -166,23 +166,23 @@ class Study:
         ]
 
     def warm_fingerprint(self, data: Data, seed: int) -> str:
-        """SHA-256 (hex) of what a warm start is made of."""
+        """Computes the SHA-256 (hex) of what a warm start is made of."""
         return _digest([FORMAT, _parsed(self.config.read_text(encoding="utf-8")), data.overrides, seed])
 
     def fingerprint(self, cell: Cell) -> str:
-        """SHA-256 (hex) of what a cell is made of: config, overrides, budget, epochs and seed."""
+        """Computes the SHA-256 (hex) of what a cell is made of: config, overrides, budget, epochs and seed."""
         method = cell.method
         own = [method.overrides, method.epochs, method.takes_budget, cell.budget, cell.overrides]
         return _digest([self.warm_fingerprint(cell.data, cell.seed), *own])
 
 
 def seeded(seed: int) -> Overrides:
-    """The overrides that put a seed everywhere."""
+    """Makes the overrides that put a seed everywhere."""
     return {"seed_everything": seed, "data.seed": seed}
 
 
 def as_words(overrides: Overrides, places: Mapping[str, Any] | None = None) -> list[str]:
-    """Overrides as words of a command line.
+    """Spells overrides as words of a command line.
 
     Args:
         overrides: values by dotted key.
@@ -245,7 +245,7 @@ class _Reader:
         references = tuple(self.content.get("references") or ())
         for name in references:
             if name not in {method.name for method in methods}:
-                raise InputError(f"{self.path}, references: there is no method {name!r}; name one of this study")
+                raise InputError(f"{self.path}, references: there is no method {name!r}: name one of this study")
         return Study(self.path, config, self._datasets(), methods, self._seeds(), references, self._grid())
 
     def _datasets(self) -> tuple[Data, ...]:
@@ -260,11 +260,11 @@ class _Reader:
             self._is_name(data.name, where)
             self._is_name(data.window or "-", where)
             if data.label in {other.label for other in made}:
-                raise InputError(f"{self.path}, {where}: {data.label} is there twice; give each its own name or window")
+                raise InputError(f"{self.path}, {where}: {data.label} is there twice: give each its own name or window")
             made.append(data)
         for name in self.paths:
             if name not in {data.name for data in made}:
-                raise InputError(f"--path names the data set {name!r}; those of {self.path} are {_names(made)}")
+                raise InputError(f"--path names the data set {name!r}: give one of {_names(made)}, as in {self.path}")
         return tuple(made)
 
     def _methods(self) -> tuple[Method, ...]:
@@ -284,7 +284,7 @@ class _Reader:
         self._known(options, ("budgets", "epochs", "like", "overrides"), where)
         like = options.get("like")
         if like is not None and like not in others:
-            raise InputError(f"{self.path}, {where}.like: there is no method {like!r} above it")
+            raise InputError(f"{self.path}, {where}.like: there is no method {like!r} above it: name one that is")
         inherited = others[like].overrides if like else self._overrides(self.content, "study")
         overrides = {**inherited, **self._overrides(options, where)}
         takes_budget = overrides.get("selection", ...) is not None
@@ -298,7 +298,9 @@ class _Reader:
             raise InputError(f"{self.path}, {where}: give budgets, a list of shares of the pool such as [0.05, 0.1]")
         for budget in budgets:
             if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= 1:
-                raise InputError(f"{self.path}, {where}: budget {budget!r} is no share of the pool, above 0, at most 1")
+                raise InputError(
+                    f"{self.path}, {where}: {budget!r} is not a share of the pool: give one above 0 and at most 1"
+                )
         return tuple(float(budget) for budget in budgets)
 
     def _seeds(self) -> tuple[int, ...]:
@@ -327,7 +329,7 @@ class _Reader:
         for key in given:
             if key not in allowed:
                 place = f", {where}" if where else ""
-                raise InputError(f"{self.path}{place}: unknown key {key!r}; the keys are {', '.join(allowed)}")
+                raise InputError(f"{self.path}{place}: unknown key {key!r}: use one of {', '.join(allowed)}")
 
     def _is_name(self, name: str, where: str) -> None:
         if not name or set(name) & set("/@ \\*?[]") or name.startswith("."):

@@ -83,7 +83,7 @@ class Parts(MiniRecCLI):
         return LightningCLI.instantiate_trainer(self, **kwargs)
 
     def read(self) -> tuple[GRPORecModule, RecDataModule]:
-        """Model and data, read and bound; a source that this process has read before is not read again.
+        """Reads the data and binds the model to them; a source that this process has read before is not read again.
 
         Raises:
             InputError: if they are not those that can be compared, or the data cannot be read.
@@ -129,7 +129,7 @@ class _Observer(Callback):
 
 
 def evaluate(module: RecModule, data: RecDataModule, splits: Sequence[str], epoch: int) -> Point:
-    """Ranks of the targets of each split, and what was spent until now."""
+    """Ranks the targets of each split, and notes what was spent until now."""
     ids = {"validation": data.val_ids, "test": data.test_ids}
     return Point(
         epoch, module.cost.state_dict(), {name: sample_ranks(module.policy, data, ids[name]) for name in splits}
@@ -137,12 +137,12 @@ def evaluate(module: RecModule, data: RecDataModule, splits: Sequence[str], epoc
 
 
 def warm_folder(to: Path, study: Study, data: Data, seed: int) -> Path:
-    """Where the warm start of a data set and seed is kept."""
+    """Names the folder of the warm start of a data set and seed."""
     return to / WARM / data.label.replace("/", "-") / f"{seed}-{study.warm_fingerprint(data, seed)[:12]}"
 
 
 def cell_path(to: Path, cell: Cell) -> Path:
-    """The file of a cell."""
+    """Names the file of a cell."""
     return to / CELLS / f"{cell.id}.safetensors"
 
 
@@ -181,7 +181,7 @@ def warm_start(study: Study, data: Data, seed: int, to: Path) -> float:
         parts = Parts([*_config(study), *words])
         options = parts._get(parts.config_init, "warm_start")
         if not isinstance(options, WarmStart):
-            raise InputError(f"{study.config}: warm_start is missing, and all cells of a seed start from one")
+            raise InputError(f"{study.config}: warm_start is missing: add it, all cells of a seed start from one")
         module, table = parts.read()
         seed_everything(seed, verbose=False)
         stages = Stages(parts._side_trainer, new, module, table, tested=False)

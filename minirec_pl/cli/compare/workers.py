@@ -101,12 +101,12 @@ def _done(task: tuple[Any, ...], future: Future[Any]) -> Done:
         return Done(task, future.result(), None)
     except BrokenProcessPool as error:
         raise InputError(
-            "a worker process died, probably for want of memory: the finished cells are kept, so run the same command "
-            "again, with fewer --jobs"
+            "a worker process died, probably for lack of memory: run the same command again with fewer --jobs, the "
+            "finished cells are kept"
         ) from error
     except InputError as error:
         return Done(task, None, str(error))
-    except Exception as error:  # a cell that fails is reported by name, and the others go on
+    except Exception as error:  # a cell that fails is reported by name, and the others continue
         return Done(task, None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 
 from minirec_pl.data.columns import Columns
 from minirec_pl.data.samples import BoolArray, IntArray, SampleTable
-from minirec_pl.data.sources.assemble import Report, Samples, make_catalogue
+from minirec_pl.data.sources.assemble import Faults, Samples, make_catalogue
 from minirec_pl.data.sources.tables import Table, clean_text, read_table
 from minirec_pl.utils.errors import InputError
 
@@ -41,7 +41,7 @@ class AmazonReviews2023:
        ``start`` moves back by three months, as long as its year is later than that of the first review.
 
     Where this differs from theirs: text keeps its non-ASCII letters; a history holds strictly earlier reviews only; the
-    shares of a time split are of reviews, theirs are of samples (a user's first review is none); repeated items are
+    shares of a time split are of reviews, theirs are of samples (a user's first review is not one); repeated items are
     never targets. An earlier version of their script allows titles of 50 words and leaves ``end`` itself out; which one
     the published figures come from could not be verified, nor could the numbers of samples, as that takes the dump.
 
@@ -51,8 +51,8 @@ class AmazonReviews2023:
             ``<category>.jsonl``, and ``meta_<category>.jsonl``, each perhaps ``.gz``, at any depth; None takes the hub.
         start: First day of the reviews that are kept, ``YYYY-MM-DD``.
         end: End of the reviews that are kept: the beginning of this day, ``YYYY-MM-DD``.
-        k_core: Fewest reviews of a user and of an item between start and end; 0 for no such filter.
-        category_core: Fewest reviews of a user and of an item in the whole category.
+        k_core: Fewest reviews per user and per item between start and end; 0 for no such filter.
+        category_core: Fewest reviews per user and per item in the whole category.
         min_items: Fewest items; start moves back by three months until there are as many, and 0 keeps start.
         max_title_words: Longest title, in words.
         priced_only: Drop items without a price.
@@ -74,29 +74,29 @@ class AmazonReviews2023:
     item_text: Sequence[str] = (Columns.TITLE,)
 
     def read(self) -> Samples:
-        """Read and filter the category.
+        """Reads and filters the category.
 
         Raises:
             InputError: A file is missing (says where to get it) or damaged (names the line), or no review is left.
         """
-        report = Report()
+        faults = Faults()
         path = self._find(f"{self.category}.csv", f"{self.category}.jsonl")
-        reviews = self._core(self._reviews(path, report), report)
-        items = self._items(self._find(f"meta_{self.category}.jsonl"), set(reviews[_ASIN]), report)
+        reviews = self._core(self._reviews(path, faults), faults)
+        items = self._items(self._find(f"meta_{self.category}.jsonl"), set(reviews[_ASIN]), faults)
         known = reviews[_ASIN].isin({item[_ASIN] for item in items})
-        report["reviews of items without metadata, or whose metadata was dropped: dropped"] += int((~known).sum())
-        reviews = self._window(reviews[known], path, report)
+        faults["reviews of items without metadata, or whose metadata was dropped: dropped"] += int((~known).sum())
+        reviews = self._window(reviews[known], path, faults)
         used = set(reviews[_ASIN])
         frame = pd.DataFrame([item for item in items if item[_ASIN] in used]).rename(columns={_ASIN: Columns.ITEM_ID})
-        catalogue = make_catalogue(Table(f"the metadata of {self.category}", frame), (), self.item_text, report)
+        catalogue = make_catalogue(Table(f"the metadata of {self.category}", frame), (), self.item_text, faults)
         table = SampleTable(
             reviews[Columns.USER_ID].tolist(),
-            pd.Index(catalogue.item_ids, dtype=object).get_indexer(pd.Index(reviews[_ASIN])).astype(np.int64),
+            catalogue.indices_of(reviews[_ASIN].tolist()),
             reviews[Columns.TIMESTAMP].to_numpy(),
             len(catalogue),
             reviews[Columns.RATING].to_numpy(),
         )
-        return Samples(table, catalogue, str(path), report)
+        return Samples(table, catalogue, str(path), faults)
 
     def _find(self, *names: str) -> Path:
         if self.folder is not None:
@@ -105,7 +105,7 @@ class AmazonReviews2023:
                 if found is not None:
                     return found
             raise InputError(
-                f"{self.folder} holds no {' or '.join(names)} (perhaps .gz); download the category from {HOME} into it."
+                f"{self.folder} does not hold {' or '.join(names)} (or .gz): download the category from {HOME} into it"
             )
         name = names[0]
         folder = "raw/meta_categories" if name.startswith("meta_") else "benchmark/5core/rating_only"
@@ -116,38 +116,38 @@ class AmazonReviews2023:
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"{folder}/{name} of the hub's {REPOSITORY} cannot be had ({reason}); download {self.category}.csv.gz "
-                f"(5-core, rating only) and meta_{self.category}.jsonl.gz from {HOME}, put them into a folder and give "
-                "that as folder."
+                f"{folder}/{name} of the hub's {REPOSITORY} cannot be downloaded ({reason}): get "
+                f"{self.category}.csv.gz (5-core, rating only) and meta_{self.category}.jsonl.gz from {HOME}, put them "
+                "into a folder and give that as folder"
             ) from error
 
-    def _reviews(self, path: Path, report: Report) -> pd.DataFrame:
+    def _reviews(self, path: Path, faults: Faults) -> pd.DataFrame:
         if ".csv" in path.suffixes:
             table = read_table(path).select({}, (Columns.USER_ID, Columns.RATING, Columns.TIMESTAMP))
             frame = table.frame
             if _ASIN not in frame:
-                raise InputError(f"{path}, line 1: no column {_ASIN}; give the dump's rating_only file.")
+                raise InputError(f"{path}, line 1: there is no column {_ASIN}: give the dump's rating_only file")
         else:
             frame = pd.DataFrame(read_json_lines(path, _REVIEW_FIELDS), columns=list(_REVIEW_FIELDS))
         if frame.empty:
-            raise InputError(f"{path} holds no review; the category {self.category} is empty.")
+            raise InputError(f"{path} holds no reviews: give the file of another category than {self.category}")
         for name in (Columns.RATING, Columns.TIMESTAMP):
             frame[name] = pd.to_numeric(frame[name], errors="coerce")
-        report["ratings that are missing: kept as unknown"] += int(frame[Columns.RATING].isna().sum())
+        faults["ratings that are missing: kept as unknown"] += int(frame[Columns.RATING].isna().sum())
         whole = frame[[Columns.USER_ID, _ASIN, Columns.TIMESTAMP]].notna().all(axis=1)
-        report["reviews without user, item or time: dropped"] += int((~whole).sum())
+        faults["reviews without user, item or time: dropped"] += int((~whole).sum())
         frame = frame[whole].assign(timestamp=lambda rows: rows[Columns.TIMESTAMP] / 1000)
         earliest = frame.sort_values(Columns.TIMESTAMP, kind="stable")
         repeated = earliest.duplicated([Columns.USER_ID, _ASIN])
-        report["reviews of an item that the user reviewed before: dropped"] += int(repeated.sum())
+        faults["reviews of an item that the user reviewed before: dropped"] += int(repeated.sum())
         return earliest[~repeated].sort_index()
 
-    def _core(self, reviews: pd.DataFrame, report: Report) -> pd.DataFrame:
+    def _core(self, reviews: pd.DataFrame, faults: Faults) -> pd.DataFrame:
         kept = _in_core(reviews, self.category_core)
-        report[f"reviews outside of the {self.category_core}-core of the category: dropped"] += int((~kept).sum())
+        faults[f"reviews outside of the {self.category_core}-core of the category: dropped"] += int((~kept).sum())
         return reviews[kept]
 
-    def _items(self, path: Path, used: set[str], report: Report) -> list[dict[str, Any]]:
+    def _items(self, path: Path, used: set[str], faults: Faults) -> list[dict[str, Any]]:
         kept: list[dict[str, Any]] = []
         names = (_ASIN, Columns.TITLE, "price", *self.item_text)
         for item in read_json_lines(path, tuple(dict.fromkeys(names))):
@@ -157,7 +157,7 @@ class AmazonReviews2023:
             if fault is None:
                 kept.append({**item, Columns.TITLE: clean_text(item[Columns.TITLE]).strip('"')})
             else:
-                report[f"items {fault}: dropped"] += 1
+                faults[f"items {fault}: dropped"] += 1
         return kept
 
     def _fault(self, item: dict[str, Any]) -> str | None:
@@ -174,11 +174,11 @@ class AmazonReviews2023:
             return "without a price" if self.priced_only else None
         return None
 
-    def _window(self, reviews: pd.DataFrame, path: Path, report: Report) -> pd.DataFrame:
+    def _window(self, reviews: pd.DataFrame, path: Path, faults: Faults) -> pd.DataFrame:
         moments = {"start": self.start, "end": self.end}
         for name, value in moments.items():
             if pd.isna(pd.to_datetime(value, errors="coerce", format="ISO8601")):
-                raise InputError(f"{name}={value!r} is no day; write YYYY-MM-DD.")
+                raise InputError(f"{name}={value!r} is not a date: write YYYY-MM-DD")
         start, end = pd.Timestamp(self.start), pd.Timestamp(self.end)
         times = pd.to_datetime(reviews[Columns.TIMESTAMP], unit="s")
         while True:
@@ -187,28 +187,28 @@ class AmazonReviews2023:
             if kept[_ASIN].nunique() >= self.min_items or times.empty or start.year <= times.min().year:
                 break
             start -= _STEP_BACK
-        report["reviews outside of start and end: dropped"] += len(reviews) - len(inside)
-        report[f"reviews outside of the {self.k_core}-core between start and end: dropped"] += len(inside) - len(kept)
+        faults["reviews outside of start and end: dropped"] += len(reviews) - len(inside)
+        faults[f"reviews outside of the {self.k_core}-core between start and end: dropped"] += len(inside) - len(kept)
         if start != pd.Timestamp(self.start):
             months = (pd.Timestamp(self.start).to_period("M") - start.to_period("M")).n
-            report["months that start was moved back to reach min_items"] += months
+            faults["months that start was moved back to reach min_items"] += months
         if kept.empty:
             raise InputError(
                 f"{path}: no review of {self.category} is left of {len(reviews)} between {start:%Y-%m-%d} and "
-                f"{end:%Y-%m-%d} with k_core={self.k_core}; widen the time or lower k_core and category_core."
+                f"{end:%Y-%m-%d} with k_core={self.k_core}: widen the time or lower k_core and category_core"
             )
         return kept
 
 
 def read_json_lines(path: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Some fields of each line of a JSON-lines file, None where a line lacks one.
+    """Reads some fields of each line of a JSON-lines file, None where a line lacks one.
 
     Args:
         path: The file, perhaps ``.gz``; it is read line by line.
         names: The fields.
 
     Raises:
-        InputError: A line is no JSON object, or the file is truncated; names the line.
+        InputError: A line is not a JSON object, or the file is truncated; names the line.
     """
     number = 0
     try:
@@ -219,9 +219,9 @@ def read_json_lines(path: Path, names: Sequence[str]) -> Iterator[dict[str, Any]
                     found = json.loads(line)
                     yield {name: found.get(name) for name in names}
     except (ValueError, AttributeError) as error:
-        raise InputError(f"{path}, line {number}: no JSON object in UTF-8 ({error}); download it again.") from None
+        raise InputError(f"{path}, line {number}: not a JSON object in UTF-8 ({error}): download it again") from None
     except (EOFError, OSError, zlib.error) as error:
-        raise InputError(f"{path}, after line {number}: damaged or truncated ({error}); download it again.") from None
+        raise InputError(f"{path}, after line {number}: damaged or truncated ({error}): download it again") from None
 
 
 def _in_core(reviews: pd.DataFrame, k: int) -> BoolArray:

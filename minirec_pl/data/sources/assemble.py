@@ -1,4 +1,4 @@
-"""From tables as users have them to samples and a catalogue, counting what is dropped or mended on the way."""
+"""From tables as users have them to samples and a catalogue, counting what is dropped or fixed on the way."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from minirec_pl.data.sources.tables import (
     clean_text,
     ids_of,
     in_seconds,
+    lengths_of,
     numbers_of,
     read_table,
     times_of,
@@ -26,7 +27,7 @@ from minirec_pl.data.sources.tables import (
 )
 from minirec_pl.utils.errors import InputError
 
-Report = Counter[str]
+Faults = Counter[str]
 T = TypeVar("T", bound=np.generic)
 PARTS: Final = {
     "train": "train",
@@ -47,28 +48,28 @@ class Samples(NamedTuple):
         table: All samples.
         catalogue: All items.
         name: Where the samples come from, for messages.
-        report: What was dropped or mended, in words, and how often.
+        report: What was dropped or fixed, in words, and how often.
     """
 
     table: SampleTable
     catalogue: Catalogue
     name: str
-    report: Report
+    report: Faults
 
 
 class Source(Protocol):
     """Where samples come from."""
 
     def read(self) -> Samples:
-        """Read everything.
+        """Reads everything.
 
         Raises:
-            InputError: Something is missing or wrong; names the file, the line and the remedy.
+            InputError: Something is missing or wrong; names the file, the line and the fix.
         """
 
 
 def from_interactions(log: Table, items: Table | None, item_text: Sequence[str]) -> Samples:
-    """Samples of a log of interactions.
+    """Makes samples of a log of interactions.
 
     Args:
         log: Columns user_id, item_id and timestamp, perhaps rating and split; rows in any order.
@@ -78,21 +79,21 @@ def from_interactions(log: Table, items: Table | None, item_text: Sequence[str])
     Raises:
         InputError: An empty log, a value that cannot be read, or no item of the log is in the catalogue.
     """
-    report = Report()
+    faults = Faults()
     _check_rows(log)
     item_ids = ids_of(log, Columns.ITEM_ID)
-    catalogue = make_catalogue(items, item_ids, item_text, report)
-    frame = pd.DataFrame({"user": ids_of(log, Columns.USER_ID), "item": _indices(catalogue, item_ids)})
+    catalogue = make_catalogue(items, item_ids, item_text, faults)
+    frame = pd.DataFrame({"user": ids_of(log, Columns.USER_ID), "item": catalogue.indices_of(item_ids)})
     frame["time"] = times_of(log, Columns.TIMESTAMP)
-    frame["rating"], frame["part"] = _ratings(log, report), _parts(log)
+    frame["rating"], frame["part"] = _ratings(log, faults), _parts(log)
     known = frame["item"].to_numpy() >= 0
     _check_known(known, log, item_ids, items, catalogue)
-    report["interactions with an item that is not in the item table: dropped"] += int((~known).sum())
+    faults["interactions with an item that is not in the item table: dropped"] += int((~known).sum())
     frame = frame[known]
     twice = frame.duplicated(["user", "item", "time"])
-    report["interactions that repeat user, item and time of one before: dropped"] += int(twice.sum())
+    faults["interactions that repeat user, item and time of one before: dropped"] += int(twice.sum())
     frame = frame[~twice]
-    report["interactions earlier than the row before: sorted by time"] += int((frame["time"].diff() < 0).sum())
+    faults["interactions earlier than the row before: sorted by time"] += int((frame["time"].diff() < 0).sum())
     table = SampleTable(
         frame["user"].tolist(),
         frame["item"].to_numpy(),
@@ -101,11 +102,11 @@ def from_interactions(log: Table, items: Table | None, item_text: Sequence[str])
         frame["rating"].to_numpy() if Columns.RATING in log.frame else None,
         frame["part"].tolist() if Columns.SPLIT in log.frame else None,
     )
-    return Samples(table, catalogue, log.name, report)
+    return Samples(table, catalogue, log.name, faults)
 
 
 def from_sequences(rows: Table, items: Table | None, item_text: Sequence[str]) -> Samples:
-    """Samples of ready-made sequences.
+    """Makes samples of ready-made sequences.
 
     Args:
         rows: Columns user_id, history_item_id (lists, oldest first) and item_id, perhaps timestamp, rating, split,
@@ -115,15 +116,15 @@ def from_sequences(rows: Table, items: Table | None, item_text: Sequence[str]) -
         item_text: As of :func:`from_interactions`.
 
     Raises:
-        InputError: No row, a history that is no list, a value that cannot be read, or no target in the catalogue.
+        InputError: No row, a history that is not a list, a value that cannot be read, or no target in the catalogue.
     """
-    report = Report()
+    faults = Faults()
     _check_rows(rows)
-    lengths = _lengths(rows, Columns.HISTORY_ITEM_ID)
+    lengths = lengths_of(rows, Columns.HISTORY_ITEM_ID)
     flat_ids = unique_ids(_flat(rows, Columns.HISTORY_ITEM_ID))
     item_ids = ids_of(rows, Columns.ITEM_ID)
-    catalogue = make_catalogue(items, flat_ids + item_ids, item_text, report)
-    flat, target = _indices(catalogue, flat_ids), _indices(catalogue, item_ids)
+    catalogue = make_catalogue(items, flat_ids + item_ids, item_text, faults)
+    flat, target = catalogue.indices_of(flat_ids), catalogue.indices_of(item_ids)
     beside = {
         name: _numbers_beside(rows, name, lengths)
         for name in (Columns.HISTORY_TIMESTAMP, Columns.HISTORY_RATING)
@@ -136,16 +137,16 @@ def from_sequences(rows: Table, items: Table | None, item_text: Sequence[str]) -
     times = times_of(rows, Columns.TIMESTAMP) if Columns.TIMESTAMP in rows.frame else None
     twice = _repeated_rows(users, target, np.split(flat, np.cumsum(lengths)[:-1]), times) & known
     kept, inside = known & ~twice, flat >= 0
-    report["sequences whose target is not in the item table: dropped"] += int((~known).sum())
-    report["sequences that repeat one before: dropped"] += int(twice.sum())
-    report["history items that are not in the item table: dropped"] += int((~inside & kept[owner]).sum())
+    faults["sequences whose target is not in the item table: dropped"] += int((~known).sum())
+    faults["sequences that repeat one before: dropped"] += int(twice.sum())
+    faults["history items that are not in the item table: dropped"] += int((~inside & kept[owner]).sum())
     borders = np.cumsum(np.bincount(owner[inside], minlength=len(lengths)))[:-1]
 
     def per_row(values: npt.NDArray[T]) -> list[npt.NDArray[T]]:
         return [part for part, keep in zip(np.split(values[inside], borders), kept, strict=True) if keep]
 
     parts = _parts(rows)
-    ratings = _ratings(rows, report)
+    ratings = _ratings(rows, faults)
     history_times = beside.get(Columns.HISTORY_TIMESTAMP) if times is not None else None
     table = SequenceTable(
         [user for user, keep in zip(users, kept, strict=True) if keep],
@@ -158,16 +159,16 @@ def from_sequences(rows: Table, items: Table | None, item_text: Sequence[str]) -
         history_times=None if history_times is None else per_row(in_seconds(history_times)),
         history_ratings=per_row(beside[Columns.HISTORY_RATING]) if Columns.HISTORY_RATING in beside else None,
     )
-    return Samples(table, catalogue, rows.name, report)
+    return Samples(table, catalogue, rows.name, faults)
 
 
 def read_items(path: str | None, columns: Mapping[str, str]) -> Table | None:
-    """The table of items in a file, or None where there is none."""
+    """Reads the table of items in a file; None without one."""
     return None if path is None else read_table(Path(path)).select(columns, (Columns.ITEM_ID,))
 
 
-def make_catalogue(items: Table | None, used_ids: Sequence[str], item_text: Sequence[str], report: Report) -> Catalogue:
-    """The catalogue of an item table; without one, the used ids by first appearance.
+def make_catalogue(items: Table | None, used_ids: Sequence[str], item_text: Sequence[str], faults: Faults) -> Catalogue:
+    """Makes the catalogue of an item table; without one, of the used ids by first appearance.
 
     Titles and texts are cleaned by :func:`clean_text`. An item without a title gets its id for one, an item without
     text its title. Texts are left whole, however long: what a model reads of them is its own matter.
@@ -180,16 +181,18 @@ def make_catalogue(items: Table | None, used_ids: Sequence[str], item_text: Sequ
     _check_rows(items)
     ids = ids_of(items, Columns.ITEM_ID)
     twice = pd.Series(ids).duplicated().to_numpy()
-    report["rows of the item table whose item_id came before: dropped"] += int(twice.sum())
+    faults["rows of the item table whose item_id came before: dropped"] += int(twice.sum())
     frame = items.frame[~twice]
     ids = [item_id for item_id, again in zip(ids, twice, strict=True) if not again]
     absent = [name for name in item_text if name not in frame and name != Columns.TITLE]
     if absent:
         columns = ", ".join(map(str, frame.columns))
-        raise InputError(f"{items.name}: item_text names {absent[0]!r}, but the columns are {columns}.")
+        raise InputError(
+            f"{items.name}: item_text names {absent[0]!r}, but the columns are {columns}: name one of these"
+        )
     texts = {name: [clean_text(value) for value in frame[name]] for name in {*item_text, Columns.TITLE} & {*frame}}
     if Columns.TITLE in texts:
-        report["items without a title: the id stands in"] += texts[Columns.TITLE].count("")
+        faults["items without a title: the id stands in"] += texts[Columns.TITLE].count("")
     joined = [
         ", ".join(filter(None, parts)) for parts in zip(*(texts[n] for n in item_text if n in texts), strict=True)
     ]
@@ -198,7 +201,7 @@ def make_catalogue(items: Table | None, used_ids: Sequence[str], item_text: Sequ
 
 def _check_rows(table: Table) -> None:
     if len(table.frame) == 0:
-        raise InputError(f"{table.name} has no rows; give a table with at least one.")
+        raise InputError(f"{table.name} has no rows: give a table with at least one")
 
 
 def _check_known(
@@ -206,21 +209,16 @@ def _check_known(
 ) -> None:
     if not known.any() and items is not None:
         raise InputError(
-            f"{log.name}: no item of it is in {items.name}; ids are like {item_ids[0]!r} there and like "
-            f"{catalogue.item_ids[0]!r} here, so name the right column of each as item_id."
+            f"{log.name}: none of its items is in {items.name}, ids are like {item_ids[0]!r} in the one and like "
+            f"{catalogue.item_ids[0]!r} in the other: name the right column of each as item_id"
         )
 
 
-def _indices(catalogue: Catalogue, item_ids: Sequence[str]) -> IntArray:
-    index = pd.Index(catalogue.item_ids, dtype=object)
-    return index.get_indexer(pd.Index(item_ids, dtype=object)).astype(np.int64)
-
-
-def _ratings(table: Table, report: Report) -> FloatArray:
+def _ratings(table: Table, faults: Faults) -> FloatArray:
     if Columns.RATING not in table.frame:
         return np.full(len(table.frame), np.nan)
     ratings = numbers_of(table, Columns.RATING, required=False)
-    report["ratings that are missing: kept as unknown"] += int(np.isnan(ratings).sum())
+    faults["ratings that are missing: kept as unknown"] += int(np.isnan(ratings).sum())
     return ratings
 
 
@@ -231,19 +229,9 @@ def _parts(table: Table) -> list[str]:
     row = next((row for row, name in enumerate(given) if name not in PARTS), None)
     if row is not None:
         raise InputError(
-            f"{table.where(row)}, column {Columns.SPLIT}: {given[row]!r} is none of {', '.join(PARTS)}; mend it."
+            f"{table.where(row)}, column {Columns.SPLIT}: {given[row]!r} is not one of {', '.join(PARTS)}: fix it"
         )
     return [PARTS[name] for name in given]
-
-
-def _lengths(table: Table, column: str) -> IntArray:
-    values = table.frame[column]
-    for row, value in enumerate(values):
-        if not isinstance(value, list | tuple | np.ndarray):
-            raise InputError(
-                f"{table.where(row)}, column {column}: {str(value)[:40]!r} is no list; store lists, as parquet can."
-            )
-    return np.array([len(value) for value in values], dtype=np.int64)
 
 
 def _flat(table: Table, column: str) -> list[object]:
@@ -251,12 +239,12 @@ def _flat(table: Table, column: str) -> list[object]:
 
 
 def _numbers_beside(table: Table, column: str, lengths: IntArray) -> FloatArray:
-    own = _lengths(table, column)
+    own = lengths_of(table, column)
     if (own != lengths).any():
         row = int(np.argmax(own != lengths))
         raise InputError(
-            f"{table.where(row)}: {column} has {own[row]} values and {Columns.HISTORY_ITEM_ID} {lengths[row]}; give "
-            "one for each item."
+            f"{table.where(row)}: {column} has {own[row]} values and {Columns.HISTORY_ITEM_ID} {lengths[row]}: give "
+            "one for each item"
         )
     return np.asarray(pd.to_numeric(pd.Series(_flat(table, column), dtype=object), errors="coerce"), dtype=np.float64)
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from minirec_pl.data.columns import Columns
 from minirec_pl.data.samples import Catalogue, SampleTable
-from minirec_pl.data.sources.assemble import INTERACTION_COLUMNS, Report, Samples
+from minirec_pl.data.sources.assemble import INTERACTION_COLUMNS, Faults, Samples
 from minirec_pl.utils.errors import InputError
 
 ColumnType = Literal["token", "token_seq", "float", "float_seq"]
@@ -44,7 +44,7 @@ class AtomicFiles:
     dataset: str = "ml-100k"
 
     def read(self) -> Samples:
-        """Read the files.
+        """Reads the files.
 
         Raises:
             InputError: A file is missing or wrong; names the line.
@@ -54,18 +54,18 @@ class AtomicFiles:
         if not interactions.is_file():
             fetch = f"run 'minirec fetch {self.dataset} --to {self.path}'"
             other = f"put {self.dataset}.inter and {self.dataset}.item (RecBole atomic files) there"
-            raise InputError(f"{interactions} is missing; {fetch if self.dataset == 'ml-100k' else other}.")
+            raise InputError(f"{interactions} is missing: {fetch if self.dataset == 'ml-100k' else other}")
         frame = read_atomic(interactions, required=INTERACTION_COLUMNS)
         if frame[Columns.TIMESTAMP].dtype != np.float64:
             raise InputError(
-                f"{interactions}, line 1, column timestamp: it must be 'timestamp:float', in unix seconds."
+                f"{interactions}, line 1, column timestamp: not a float: write 'timestamp:float', in unix seconds"
             )
         if Columns.RATING in frame and frame[Columns.RATING].dtype != np.float64:
             frame = frame.drop(columns=Columns.RATING)
         catalogue = _atomic_catalogue(folder / f"{self.dataset}.item", frame[Columns.ITEM_ID].tolist())
         _check_users(folder / f"{self.dataset}.user", interactions, frame[Columns.USER_ID].tolist())
         table = SampleTable.from_interactions(frame, catalogue, source=str(interactions))
-        return Samples(table, catalogue, str(interactions), Report())
+        return Samples(table, catalogue, str(interactions), Faults())
 
 
 def read_atomic(path: Path, columns: Mapping[str, str] | None = None, *, required: Sequence[str] = ()) -> pd.DataFrame:
@@ -84,8 +84,8 @@ def read_atomic(path: Path, columns: Mapping[str, str] | None = None, *, require
         stay separated by spaces).
 
     Raises:
-        InputError: No file, no typed header, a line with another number of fields, a float that is no finite number, an
-            empty user or item id, a required column that is absent.
+        InputError: No file, no typed header, a line with another number of fields, a float that is not a finite number,
+            an empty user or item id, a required column that is absent.
 
     Example:
         >>> import tempfile
@@ -110,7 +110,7 @@ def read_atomic(path: Path, columns: Mapping[str, str] | None = None, *, require
         else:
             if name in _NEVER_EMPTY and "" in values:
                 raise InputError(
-                    f"{path}, line {values.index('') + 2}, column {name}: the id is empty; give it a value."
+                    f"{path}, line {values.index('') + 2}, column {name}: the id is empty: give it a value"
                 )
             data[name] = pd.Series(values, dtype="str")
     return pd.DataFrame(data, columns=list(types))
@@ -120,16 +120,16 @@ def _read_lines(path: Path) -> tuple[list[str], bool]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist; check the path or put the file there.") from None
+        raise InputError(f"{path} does not exist: check the path or put the file there") from None
     except IsADirectoryError:
-        raise InputError(f"{path} is a folder; give the path of an atomic file.") from None
+        raise InputError(f"{path} is a folder: give the path of an atomic file") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8.") from None
+        raise InputError(f"{path}, line {line}: not UTF-8 text: save the file as UTF-8") from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions.") from None
+        raise InputError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
     if not text:
-        raise InputError(f"{path} is empty; it needs a header line such as 'user_id:token\\titem_id:token'.")
+        raise InputError(f"{path} is empty: give it a header line such as 'user_id:token\\titem_id:token'")
     terminated = text.endswith("\n")
     lines = text.removesuffix("\n").split("\n")
     if "\r" in text:
@@ -143,20 +143,20 @@ def _parse_header(path: Path, line: str, renames: Mapping[str, str], required: S
         name, colon, kind = field.rpartition(":")
         if not colon or not name:
             raise InputError(
-                f"{path}, line 1: {field[:40]!r} is no 'name:type' field; the first line must be a RecBole header such "
-                "as 'user_id:token\\titem_id:token\\trating:float\\ttimestamp:float'."
+                f"{path}, line 1: {field[:40]!r} is not a 'name:type' field: begin the file with a RecBole header such "
+                "as 'user_id:token\\titem_id:token\\trating:float\\ttimestamp:float'"
             )
         if kind not in COLUMN_TYPES:
             raise InputError(
-                f"{path}, line 1, column {name}: unknown type {kind!r}; use one of {', '.join(COLUMN_TYPES)}."
+                f"{path}, line 1, column {name}: unknown type {kind!r}: use one of {', '.join(COLUMN_TYPES)}"
             )
         name = renames.get(name, name)
         if name in types:
-            raise InputError(f"{path}, line 1: the column {name} comes twice; keep one of them.")
+            raise InputError(f"{path}, line 1: the column {name} comes twice: keep one of them")
         types[name] = kind
     missing = [name for name in required if name not in types]
     if missing:
-        raise InputError(f"{path}, line 1: no column {missing[0]} among {', '.join(types)}; add it to the file.")
+        raise InputError(f"{path}, line 1: no column {missing[0]} among {', '.join(types)}: add it to the file")
     return types
 
 
@@ -167,10 +167,11 @@ def _check_field_counts(path: Path, body: list[str], names: list[str]) -> None:
         return
     row = next(i for i, count in enumerate(counts) if count != expected)
     found = counts[row] + 1 if body[row] else 0
-    where = "the file seems truncated" if row == len(body) - 1 and found <= expected else "mend or remove the line"
+    truncated = row == len(body) - 1 and found <= expected
+    remedy = "copy the file again, it seems truncated" if truncated else "fix or remove the line"
     raise InputError(
-        f"{path}, line {row + 2}: {found} fields instead of the {len(names)} of the header ({', '.join(names)}); "
-        f"{where}."
+        f"{path}, line {row + 2}: {found} fields instead of the {len(names)} of the header ({', '.join(names)}): "
+        f"{remedy}"
     )
 
 
@@ -180,8 +181,8 @@ def _parse_floats(path: Path, name: str, values: list[str]) -> pd.Series:
     if not finite.all():
         row = int(np.argmin(finite))
         raise InputError(
-            f"{path}, line {row + 2}, column {name}: {values[row]!r} is no finite number, but the header says "
-            f"'{name}:float'; mend the value or the order of the columns."
+            f"{path}, line {row + 2}, column {name}: {values[row]!r} is not a finite number, but the header says "
+            f"'{name}:float': fix the value or the order of the columns"
         )
     return pd.Series(numbers)
 
@@ -192,7 +193,7 @@ def _check_last_value(path: Path, name: str, values: list[str]) -> None:
     if len(values) > 1 and len(values[-1]) < shortest:
         raise InputError(
             f"{path}, line {len(values) + 1}, column {name}: the file seems truncated, it ends inside the number "
-            f"{values[-1]!r}; copy the file again, or end it with a newline if it is whole."
+            f"{values[-1]!r}: copy the file again, or end it with a newline if it is whole"
         )
 
 
@@ -204,7 +205,7 @@ def _atomic_catalogue(path: Path, interacted: list[str]) -> Catalogue:
     if twice.any():
         row = int(np.argmax(twice))
         raise InputError(
-            f"{path}, line {row + 2}: the item {items[Columns.ITEM_ID].iloc[row]!r} comes twice; keep one row."
+            f"{path}, line {row + 2}: the item {items[Columns.ITEM_ID].iloc[row]!r} comes twice: keep one row"
         )
     titles = items[Columns.TITLE].tolist() if Columns.TITLE in items else None
     return Catalogue(items[Columns.ITEM_ID].tolist(), titles, _atomic_texts(items) if titles else None)
@@ -227,6 +228,6 @@ def _check_users(path: Path, interactions: Path, user_ids: list[str]) -> None:
     row = next((row for row, user_id in enumerate(user_ids) if user_id not in known), None)
     if row is not None:
         raise InputError(
-            f"{interactions}, line {row + 2}: the user {user_ids[row]!r} is not in {path.name}; add it there or "
-            "mend the order of the columns."
+            f"{interactions}, line {row + 2}: the user {user_ids[row]!r} is not in {path.name}: add it there or "
+            "fix the order of the columns"
         )

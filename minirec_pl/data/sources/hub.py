@@ -45,16 +45,16 @@ class HubDataset:
     item_text: Sequence[str] = (Columns.TITLE,)
 
     def read(self) -> Samples:
-        """Read the dataset, from the hub's cache where it is there already.
+        """Reads the dataset, from the hub's cache where it is there already.
 
         Raises:
-            InputError: It cannot be had, has no such split, or something in it cannot be mended; names split and row.
+            InputError: It cannot be loaded, has no such split, or something in it cannot be fixed; names split and row.
         """
         splits = self._load()
         wanted = [name for name in splits if name != self.items] if self.split is None else [self.split]
         for name in wanted:
             if name not in splits:
-                raise InputError(f"{self.name_or_folder} has no split {name!r}; it has {', '.join(splits)}.")
+                raise InputError(f"{self.name_or_folder} has no split {name!r}: give one of {', '.join(splits)}")
         frames = [splits[name].to_pandas() for name in wanted]
         if len(wanted) > 1 and PARTS.keys() >= {*wanted} and not {Columns.SPLIT} & {*frames[0], *self.columns}:
             frames = [frame.assign(split=name) for frame, name in zip(frames, wanted, strict=True)]
@@ -74,7 +74,8 @@ class HubDataset:
             table = read_table(Path(self.items))
         else:
             raise InputError(
-                f"items={self.items!r} is neither a split of {self.name_or_folder} ({', '.join(splits)}) nor a file."
+                f"items={self.items!r} is neither a split of {self.name_or_folder} ({', '.join(splits)}) nor a file: "
+                "name one of them"
             )
         return table.select(self.item_columns, (Columns.ITEM_ID,))
 
@@ -82,9 +83,7 @@ class HubDataset:
         try:
             import datasets
         except ImportError:
-            raise InputError(
-                "HubDataset needs the library datasets; install it with pip install 'minirec-pl[hub]'."
-            ) from None
+            raise InputError("HubDataset needs the library datasets: pip install 'minirec-pl[hub]'") from None
         try:
             if Path(self.name_or_folder).is_dir():
                 loaded = datasets.load_from_disk(self.name_or_folder)
@@ -93,7 +92,7 @@ class HubDataset:
         except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"the dataset {self.name_or_folder!r} cannot be had ({reason}); on a machine that reaches the hub run "
-                "datasets.load_dataset(...).save_to_disk(FOLDER), copy the folder here and give it as name_or_folder."
+                f"the dataset {self.name_or_folder!r} cannot be loaded ({reason}): on a machine that reaches the hub "
+                "run datasets.load_dataset(...).save_to_disk(FOLDER), copy the folder here and set name_or_folder to it"
             ) from error
         return dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "data"): loaded}

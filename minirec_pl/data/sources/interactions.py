@@ -16,10 +16,10 @@ class InteractionTable:
     """A log of interactions, a row each, and a table of items: CSV or parquet.
 
     Rows come in any order. Ids are text: 12, 12.0 and "12.0" are "12", but "007" stays itself. Times are dates or unix
-    times (their unit follows from their size). What a real export has wrong is mended and counted, see
+    times (their unit follows from their size). What a real export has wrong is fixed and counted, see
     :attr:`RecDataModule.report`: rows that repeat user, item and time (the first stays), items that are not in the item
-    table (the interaction goes), missing ratings (unknown) and titles (the id stands in). What cannot be mended is one
-    sentence with file and line: an empty id, a rating or time that is none, text that is not UTF-8.
+    table (the interaction goes), missing ratings (unknown) and titles (the id stands in). What cannot be fixed is one
+    sentence with file and line: an empty id, a rating that is not a number, text that is not UTF-8.
 
     Args:
         interactions: File with user_id, item_id and timestamp, perhaps rating and split; ``.csv``, ``.tsv`` (either
@@ -42,10 +42,10 @@ class InteractionTable:
     item_text: Sequence[str] = (Columns.TITLE,)
 
     def read(self) -> Samples:
-        """Read the files.
+        """Reads the files.
 
         Raises:
-            InputError: A file is missing or something in it cannot be mended; names the line.
+            InputError: A file is missing or something in it cannot be fixed; names the line.
         """
         log = read_table(Path(self.interactions)).select(self.columns, INTERACTION_COLUMNS)
         return from_interactions(log, read_items(self.items, self.item_columns), self.item_text)

@@ -42,10 +42,10 @@ class Sequences:
     item_text: Sequence[str] = (Columns.TITLE,)
 
     def read(self) -> Samples:
-        """Read the files.
+        """Reads the files.
 
         Raises:
-            InputError: A file is missing or something in it cannot be mended; names the row.
+            InputError: A file is missing or something in it cannot be fixed; names the row.
         """
         rows = read_table(Path(self.sequences)).select(self.columns, SEQUENCE_COLUMNS)
         return from_sequences(rows, read_items(self.items, self.item_columns), self.item_text)

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from minirec_pl.data.columns import Columns
-from minirec_pl.data.samples import FloatArray
+from minirec_pl.data.samples import FloatArray, IntArray
 from minirec_pl.utils.errors import InputError
 
 _WHOLE: Final = re.compile(r"(-?(?:0|[1-9]\d*))\.0+")
@@ -41,14 +41,14 @@ class Table(NamedTuple):
     has_header: bool = False
 
     def where(self, row: int) -> str:
-        """File and line (or row) of the row at this position."""
+        """Names the file and line (or row) of the row at this position."""
         if not self.has_header:
             return f"{self.name}, row {row + 1}"
         breaks = sum(int(self.frame[column].iloc[:row].str.count("\n").sum()) for column in self.frame)
         return f"{self.name}, line {row + 2 + breaks}"
 
     def select(self, columns: Mapping[str, str], required: Sequence[str]) -> Table:
-        """The same table with the library's column names.
+        """Renames the columns to the library's names.
 
         Args:
             columns: From the library's name to the file's, for columns that are called differently.
@@ -59,16 +59,18 @@ class Table(NamedTuple):
         """
         for ours, theirs in columns.items():
             if ours not in _OURS:
-                raise InputError(f"columns names {ours!r}, which is none of {', '.join(_OURS)}; mend the key.")
+                raise InputError(f"columns names {ours!r}, which is not one of {', '.join(_OURS)}: fix the key")
             if theirs not in self.frame:
-                raise InputError(f"{self.name}: no column {theirs!r} (for {ours}) among {self._names()}.")
+                raise InputError(
+                    f"{self.name}: no column {theirs!r} (for {ours}) among {self._names()}: fix the name in columns"
+                )
         renamed = self.frame.drop(columns=[ours for ours in columns if ours in self.frame and columns[ours] != ours])
         renamed = renamed.rename(columns={theirs: ours for ours, theirs in columns.items()})
         missing = next((name for name in required if name not in renamed), None)
         if missing is not None:
             raise InputError(
-                f"{self.name}: no column {missing!r} among {self._names()}; say which one it is with "
-                f"columns: {{{missing}: NAME}}."
+                f"{self.name}: no column {missing!r} among {self._names()}: say which one it is with "
+                f"columns: {{{missing}: NAME}}"
             )
         return self._replace(frame=renamed)
 
@@ -77,7 +79,7 @@ class Table(NamedTuple):
 
 
 def read_table(path: Path) -> Table:
-    """Read a table with a header.
+    """Reads a table with a header.
 
     Args:
         path: ``.csv`` (commas) or ``.tsv`` (tabs), UTF-8, perhaps ``.gz``, of which every value stays text; or
@@ -88,7 +90,7 @@ def read_table(path: Path) -> Table:
     """
     name = path.name.removesuffix(".gz").lower()
     if path.is_dir() or not path.exists():
-        raise InputError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; give the path of a table.")
+        raise InputError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}: give the path of a table")
     try:
         if name.endswith(".parquet"):
             return Table(str(path), pd.read_parquet(path))
@@ -103,12 +105,12 @@ def read_table(path: Path) -> Table:
         raise
     except (OSError, ValueError, pd.errors.ParserWarning) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path} cannot be read ({reason}); mend the file or export it again.") from error
-    raise InputError(f"{path}: unknown kind of table; give a .csv, .tsv (either also .gz) or .parquet file.")
+        raise InputError(f"{path} cannot be read ({reason}): fix the file or export it again") from error
+    raise InputError(f"{path} is not a table of a known kind: give a .csv, .tsv (either also .gz) or .parquet file")
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, unpacked where it ends in ``.gz``.
+    """Reads the text of a UTF-8 file, unpacked where it ends in ``.gz``.
 
     Raises:
         InputError: Not UTF-8 (with the line), or damaged.
@@ -117,16 +119,16 @@ def read_text(path: Path) -> str:
     try:
         return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise InputError(f"{path} is damaged or truncated; copy it again.") from None
+        raise InputError(f"{path} is damaged or truncated: copy it again") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise InputError(
-            f"{path}, line {line}: not UTF-8 text (perhaps Windows cp1252); save the file as UTF-8."
+            f"{path}, line {line}: not UTF-8 text (perhaps Windows cp1252): save the file as UTF-8"
         ) from None
 
 
 def as_id(value: Any) -> str:
-    """One spelling of an id that is a number in one file and text in another.
+    """Spells an id in one way, whether it is a number in one file or text in another.
 
     Text is stripped of surrounding space; a whole number loses its decimal point, so that 12, 12.0 and "12.0" are all
     "12". Nothing else changes: "007" stays "007". A missing value gives "".
@@ -141,26 +143,26 @@ def as_id(value: Any) -> str:
 
 
 def ids_of(table: Table, column: str) -> list[str]:
-    """The ids of a column, each by :func:`as_id`.
+    """Reads the ids of a column, each by :func:`as_id`.
 
     Raises:
         InputError: An empty id, with its line.
     """
     ids = unique_ids(table.frame[column])
     if "" in ids:
-        raise InputError(f"{table.where(ids.index(''))}, column {column}: the id is empty; give it or remove the row.")
+        raise InputError(f"{table.where(ids.index(''))}, column {column}: the id is empty: give it or remove the row")
     return ids
 
 
 def unique_ids(values: Any) -> list[str]:
-    """:func:`as_id` of many values, computed once for each different one."""
+    """Spells many values by :func:`as_id`, computed once for each different one."""
     codes, uniques = pd.factorize(np.asarray(values, dtype=object), use_na_sentinel=False)
     spelled = np.array([as_id(value) for value in uniques], dtype=object)
     return [str(text) for text in spelled[codes]]
 
 
 def numbers_of(table: Table, column: str, *, required: bool) -> FloatArray:
-    """The numbers of a column, [n] float64.
+    """Reads the numbers of a column, [n] float64.
 
     Args:
         table: The table.
@@ -168,7 +170,7 @@ def numbers_of(table: Table, column: str, *, required: bool) -> FloatArray:
         required: Refuse a missing one; else it is NaN.
 
     Raises:
-        InputError: What is there is no finite number, with its line.
+        InputError: A value is not a finite number, with its line.
     """
     given = table.frame[column]
     missing = given.isna() | given.astype(str).str.strip().str.lower().isin(_MISSING)
@@ -177,16 +179,31 @@ def numbers_of(table: Table, column: str, *, required: bool) -> FloatArray:
     if wrong.any():
         row = int(np.argmax(wrong))
         raise InputError(
-            f"{table.where(row)}, column {column}: {given.iloc[row]!r} is no finite number; mend the value or the "
-            "column's name."
+            f"{table.where(row)}, column {column}: {given.iloc[row]!r} is not a finite number: fix the value or the "
+            "column's name"
         )
     return numbers
 
 
-def times_of(table: Table, column: str) -> FloatArray:
-    """Unix seconds of a column, [n] float64.
+def lengths_of(table: Table, column: str) -> IntArray:
+    """Counts the values of each list of a column, [n] int64.
 
-    Reads dates (ISO 8601, UTC unless they say otherwise) and unix times, whose unit follows from their size: seconds
+    Raises:
+        InputError: What is there is not a list, with its line.
+    """
+    values = table.frame[column]
+    for row, value in enumerate(values):
+        if not isinstance(value, list | tuple | np.ndarray):
+            raise InputError(
+                f"{table.where(row)}, column {column}: {str(value)[:40]!r} is not a list: store lists, as parquet can"
+            )
+    return np.array([len(value) for value in values], dtype=np.int64)
+
+
+def times_of(table: Table, column: str) -> FloatArray:
+    """Reads the times of a column, unix seconds, [n] float64.
+
+    Takes dates (ISO 8601, UTC unless they say otherwise) and unix times, whose unit follows from their size: seconds
     up to 1e11 (the year 5138), then milli-, micro- and nanoseconds.
 
     Raises:
@@ -202,19 +219,21 @@ def times_of(table: Table, column: str) -> FloatArray:
     dates = pd.to_datetime(given, utc=True, errors="coerce", format="ISO8601")
     if dates.isna().any():
         row = int(np.argmax(dates.isna()))
-        raise InputError(f"{table.where(row)}, column {column}: {given.iloc[row]!r} is no date; write 2023-09-30.")
+        raise InputError(
+            f"{table.where(row)}, column {column}: {given.iloc[row]!r} is not a date: write it like 2023-09-30"
+        )
     return np.asarray((dates - _EPOCH) / pd.Timedelta(seconds=1), dtype=np.float64)
 
 
 def in_seconds(times: FloatArray) -> FloatArray:
-    """Unix times of any unit in seconds; the unit follows from the median size."""
+    """Converts unix times of any unit to seconds; the unit follows from the median size."""
     known = np.abs(times[np.isfinite(times)])
     size = float(np.median(known)) if len(known) else 0.0
     return times / next(unit for limit, unit in _UNITS if size < limit)
 
 
 def clean_text(value: Any) -> str:
-    r"""A text for people and models: entities unescaped, NFC, white space collapsed; a list joined by commas.
+    r"""Cleans a text for people and models: entities unescaped, NFC, white space collapsed; a list joined by commas.
 
     Example:
         >>> clean_text("  Rock &amp;\n Roll "), clean_text(["a", None, "b"]), clean_text(1999.0)

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from minirec_pl.cli.compare.report import at_equal_cost, chosen_points, comparison
+from minirec_pl.cli.compare.comparison import at_equal_cost, chosen_points, comparison
 
 VALIDATION = {"full": (0.1, 0.3, 0.2), "random": (0.1, 0.2, 0.2), "minirec": (0.1, 0.1, 0.4)}
 TEST = {"full": (0.1, 0.5, 0.9), "random": (0.1, 0.2, 0.3), "minirec": (0.1, 0.3, 0.6)}

@@ -135,17 +135,17 @@ def test_the_rating_only_file_is_taken_where_it_is(tmp_path):
 def test_an_empty_category_and_an_empty_window(tmp_path):
     reviews, metadata = random_dump()
     write_amazon(tmp_path, [], metadata)
-    with pytest.raises(InputError, match=r"Toys\.jsonl\.gz holds no review; the category Toys is empty"):
+    with pytest.raises(InputError, match=r"Toys\.jsonl\.gz holds no reviews: give the file of another category"):
         AmazonReviews2023("Toys", str(tmp_path)).read()
     write_amazon(tmp_path, reviews, metadata)
     with pytest.raises(InputError, match=r"no review of Toys is left of \d+ between 2024-01-01 and 2024-02-01 with"):
         AmazonReviews2023("Toys", str(tmp_path), "2024-01-01", "2024-02-01", min_items=0).read()
-    with pytest.raises(InputError, match="start='soon' is no day; write YYYY-MM-DD"):
+    with pytest.raises(InputError, match="start='soon' is not a date: write YYYY-MM-DD"):
         AmazonReviews2023("Toys", str(tmp_path), "soon").read()
 
 
 def test_missing_and_damaged_files_are_named(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match=r"holds no Music\.csv or Music\.jsonl \(perhaps \.gz\); download .* into it"):
+    with pytest.raises(InputError, match=r"does not hold Music\.csv or Music\.jsonl \(or \.gz\): download .* into it"):
         AmazonReviews2023("Music", str(tmp_path)).read()
     write_amazon(tmp_path, *random_dump())
     path = tmp_path / "Toys.jsonl.gz"
@@ -157,7 +157,7 @@ def test_missing_and_damaged_files_are_named(tmp_path, monkeypatch):
         json.dumps({"user_id": "é"}, ensure_ascii=False).encode("cp1252") + b"\n",
     ):
         path.write_bytes(gzip.compress(b"".join([*lines[:2], broken, *lines[3:]])))
-        with pytest.raises(InputError, match=r"Toys\.jsonl\.gz, line 3: no JSON object in UTF-8") as raised:
+        with pytest.raises(InputError, match=r"Toys\.jsonl\.gz, line 3: not a JSON object in UTF-8") as raised:
             AmazonReviews2023("Toys", str(tmp_path)).read()
         assert "\n" not in str(raised.value)
     path.write_bytes(gzip.compress(whole)[:-20])
@@ -165,12 +165,12 @@ def test_missing_and_damaged_files_are_named(tmp_path, monkeypatch):
         AmazonReviews2023("Toys", str(tmp_path)).read()
     (tmp_path / "meta_Toys.jsonl.gz").unlink()
     path.write_bytes(gzip.compress(whole))
-    with pytest.raises(InputError, match=r"holds no meta_Toys\.jsonl"):
+    with pytest.raises(InputError, match=r"does not hold meta_Toys\.jsonl"):
         AmazonReviews2023("Toys", str(tmp_path)).read()
 
 
 def test_a_hub_out_of_reach_says_which_folder_to_fill():
-    with pytest.raises(InputError, match=r"cannot be had \(.*put them into a folder and give that as folder") as raised:
+    with pytest.raises(InputError, match=r"cannot be downloaded \(.*put them into a folder and give that") as raised:
         AmazonReviews2023("CDs_and_Vinyl").read()
     assert "meta_CDs_and_Vinyl.jsonl.gz" in str(raised.value)
     assert "\n" not in str(raised.value)

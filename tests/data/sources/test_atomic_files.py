@@ -59,7 +59,7 @@ def test_header_alone_gives_no_rows(write):
         ("user_id:int\n1\n", ["line 1", "user_id", "'int'", "token_seq"]),
         ("a:token\ta:float\n1\t2\n", ["line 1", "column a", "twice"]),
         (HEADER + "u\ti\tt\t1\t5\nu\ti\tt\n", ["line 3", "3 fields instead of the 5", "truncated"]),
-        (HEADER + "u\ti\tt\n" + "u\ti\tt\t1\t5\n", ["line 2", "3 fields", "mend"]),
+        (HEADER + "u\ti\tt\n" + "u\ti\tt\t1\t5\n", ["line 2", "3 fields", "fix"]),
         (HEADER + "u\ti\tt\t1\t5\t6\n", ["line 2", "6 fields", "timestamp"]),
         (HEADER + "u\ti\tt\t1\t5\n\nu\ti\tt\t1\t5\n", ["line 3", "0 fields"]),
         (HEADER + "u\ti\tt\t1\t5\nu\ti\tt\t1\tfive\n", ["line 3", "timestamp", "'five'", "finite"]),

@@ -72,7 +72,7 @@ def read_log(tmp_path, log, items=None, **options):
     return InteractionTable(str(tmp_path / "log.csv"), path, **options).read()
 
 
-def test_every_fault_of_a_log_is_mended_and_counted(tmp_path):
+def test_every_fault_of_a_log_is_fixed_and_counted(tmp_path):
     long = " ".join(["word"] * 300)
     log = {
         "user_id": ["a", "a", "a", "b", "a", "c", "a"],
@@ -103,20 +103,24 @@ def test_every_fault_of_a_log_is_mended_and_counted(tmp_path):
 ONE = {"user_id": ["a"], "item_id": ["1"], "timestamp": [1]}
 REFUSED = {
     "empty user": ({**ONE, "user_id": [" "]}, None, r"log\.csv, line 2, column user_id: the id is empty"),
-    "wrong rating": ({**ONE, "rating": ["good"]}, None, r"log\.csv, line 2, column rating: 'good' is no finite"),
-    "wrong time": ({**ONE, "timestamp": ["late"]}, None, r"log\.csv, line 2, column timestamp: 'late' is no finite"),
-    "no time": ({"user_id": ["a"], "item_id": ["1"]}, None, r"log\.csv: no column 'timestamp' among user_id, item_id;"),
-    "wrong part": ({**ONE, "split": ["dev"]}, None, r"log\.csv, line 2, column split: 'dev' is none of train, val,"),
+    "wrong rating": ({**ONE, "rating": ["good"]}, None, r"log\.csv, line 2, column rating: 'good' is not a finite"),
+    "wrong time": ({**ONE, "timestamp": ["late"]}, None, r"log\.csv, line 2, column timestamp: 'late' is not a finite"),
+    "no time": ({"user_id": ["a"], "item_id": ["1"]}, None, r"log\.csv: no column 'timestamp' among user_id, item_id:"),
+    "wrong part": ({**ONE, "split": ["dev"]}, None, r"log\.csv, line 2, column split: 'dev' is not one of train, val,"),
     "no row": ({"user_id": [], "item_id": [], "timestamp": []}, None, r"log\.csv has no rows"),
-    "no item known": (ONE, {"item_id": ["B1"]}, r"log\.csv: no item of it is in .*items\.parquet; .*'1' there .*'B1'"),
+    "no item known": (
+        ONE,
+        {"item_id": ["B1"]},
+        r"log\.csv: none of its items is in .*items\.parquet, .*'1' .*'B1'",
+    ),
     "empty item": (ONE, {"item_id": ["1", None]}, r"items\.parquet, row 2, column item_id: the id is empty"),
-    "no item id": (ONE, {"asin": ["1"]}, r"items\.parquet: no column 'item_id' among asin; .*item_id: NAME"),
+    "no item id": (ONE, {"asin": ["1"]}, r"items\.parquet: no column 'item_id' among asin: .*item_id: NAME"),
     "no item row": (ONE, {"item_id": []}, r"items\.parquet has no rows"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_mended_is_one_sentence(name, tmp_path):
+def test_what_cannot_be_fixed_is_one_sentence(name, tmp_path):
     log, items, message = REFUSED[name]
     with pytest.raises(InputError, match=message) as raised:
         read_log(tmp_path, log, items)
@@ -124,7 +128,7 @@ def test_what_cannot_be_mended_is_one_sentence(name, tmp_path):
 
 
 def test_a_text_column_that_is_not_there(tmp_path):
-    with pytest.raises(InputError, match=r"items\.parquet: item_text names 'brand', but the columns are item_id\."):
+    with pytest.raises(InputError, match=r"items\.parquet: item_text names 'brand', but the columns are item_id: name"):
         read_log(tmp_path, ONE, {"item_id": ["1"]}, item_text=["title", "brand"])
 
 
@@ -209,11 +213,11 @@ def test_faults_of_sequences(tmp_path):
         "sequences that repeat one before: dropped": 1,
         "history items that are not in the item table: dropped": 2,
     }
-    with pytest.raises(InputError, match=r"s\.parquet, row 1, column history_item_id: '1 2' is no list; store lists"):
+    with pytest.raises(InputError, match=r"s\.parquet, row 1, column history_item_id: '1 2' is not a list: store"):
         read(frame.assign(history_item_id="1 2"))
-    with pytest.raises(InputError, match=r"s\.parquet, row 1: history_rating has 1 values and history_item_id 3; give"):
+    with pytest.raises(InputError, match=r"s\.parquet, row 1: history_rating has 1 values and history_item_id 3: give"):
         read(frame.assign(history_rating=[[1.0]] * 5))
-    with pytest.raises(InputError, match=r"s\.parquet: no column 'history_item_id' among user_id, item_id;"):
+    with pytest.raises(InputError, match=r"s\.parquet: no column 'history_item_id' among user_id, item_id:"):
         read(frame.drop(columns="history_item_id"))
 
 
@@ -248,7 +252,7 @@ def test_a_folder_of_save_to_disk_holds_interactions_or_sequences(tmp_path):
         else:
             assert len(table) == (frame["split"] == "train").sum()
             assert table.part is None
-    with pytest.raises(InputError, match=r"sequences has no split 'dev'; it has train, test, item_info\."):
+    with pytest.raises(InputError, match=r"sequences has no split 'dev': give one of train, test, item_info$"):
         HubDataset(str(tmp_path / "sequences"), split="dev").read()
     with pytest.raises(InputError, match=r"items='things' is neither a split of .* nor a file"):
         HubDataset(str(tmp_path / "sequences"), items="things").read()
@@ -258,7 +262,7 @@ def test_a_dataset_that_cannot_be_had_says_what_to_do(tmp_path):
     (tmp_path / "nothing").mkdir()
     for name in (str(tmp_path / "nothing"), "nobody/nothing-of-this-name"):
         with pytest.raises(
-            InputError, match=r"cannot be had \(.*save_to_disk\(FOLDER\), copy the folder here"
+            InputError, match=r"cannot be loaded \(.*save_to_disk\(FOLDER\), copy the folder here"
         ) as raised:
             HubDataset(name).read()
         assert "\n" not in str(raised.value)

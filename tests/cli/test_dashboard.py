@@ -107,7 +107,7 @@ def test_both_name_entity_and_project_and_have_the_same_panels(printed):
         (["--project", "minirec"], f"--entity is None: give the name of a W&B user or team, {EXAMPLE}"),
         (["--entity", "me"], f"--project is None: give the name of a W&B project, {EXAMPLE}"),
         (["--entity", "me", "--project", "me/x"], f"--project is 'me/x': give the name of a W&B project, {EXAMPLE}"),
-        (["--entity", "me", "--to", "x"], "unrecognized arguments: --to x; see `minirec dashboard --help`"),
+        (["--entity", "me", "--to", "x"], "unknown option to: see `minirec dashboard --help`"),
     ],
 )
 def test_bad_arguments_in_one_sentence(capsys, words, message):

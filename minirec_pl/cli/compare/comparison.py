@@ -1,4 +1,4 @@
-"""What a study says: the tidy table read as means, intervals and differences, and printed."""
+"""The tidy table of a study as means, intervals and differences, and printed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COSTS = ("tokens", "tokens_warm_start", "tokens_scoring", "tokens_training", "ro
 
 
 def chosen_points(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per run: the evaluation point with the best validation NDCG@10, the earliest of equals.
+    """Picks one row per run: the evaluation point with the best validation NDCG@10, the earliest of equals.
 
     Args:
         frame: tidy table, see `minirec_pl.cli.compare.results.tidy`.
@@ -51,7 +51,7 @@ def with_all_windows(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def comparison(frame: pd.DataFrame, references: Sequence[str]) -> pd.DataFrame:
-    """Means with intervals over seeds, and differences to the references, paired by seed.
+    """Computes means with intervals over seeds, and differences to the references, paired by seed.
 
     Args:
         frame: tidy table.
@@ -76,7 +76,7 @@ def comparison(frame: pd.DataFrame, references: Sequence[str]) -> pd.DataFrame:
 
 
 def at_equal_cost(frame: pd.DataFrame, cost: str, budgets: Sequence[float]) -> pd.DataFrame:
-    """Test NDCG@10 of every arm when its runs had spent the same, linear between evaluation points.
+    """Computes the test NDCG@10 of every arm when its runs had spent the same, linear between evaluation points.
 
     Args:
         frame: tidy table.
@@ -102,7 +102,7 @@ def at_equal_cost(frame: pd.DataFrame, cost: str, budgets: Sequence[float]) -> p
 
 
 def tables_of(frame: pd.DataFrame, references: Sequence[str]) -> list[Table]:
-    """A table for the terminal per data set and window."""
+    """Makes a table for the terminal per data set and window."""
     compared = comparison(frame, references)
     tables = []
     for (dataset, window), part in compared.groupby(["dataset", "window"], sort=False):
@@ -139,7 +139,7 @@ def tables_of(frame: pd.DataFrame, references: Sequence[str]) -> list[Table]:
 
 
 def cell(interval: Interval, signed: bool = False) -> str:
-    """`mean [low, high]` for a table; a dash where there is nothing."""
+    """Formats `mean [low, high]` for a table; a dash where there is nothing."""
     if interval.n == 0:
         return "–"
     sign = "+" if signed else ""
