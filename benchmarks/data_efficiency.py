@@ -13,11 +13,12 @@ import numpy as np
 import pandas as pd
 from measuring import machine
 
-from minirec_pl.cli.compare.comparison import at_equal_cost, cell, comparison
-from minirec_pl.cli.compare.intervals import Interval, user_bootstrap
-from minirec_pl.cli.compare.results import chosen_gains
+from minirec_pl.cli.compare.comparison import ARM, FIGURE, cell, comparison, interval_columns
+from minirec_pl.cli.compare.intervals import LEVEL, Interval, t_interval
+from minirec_pl.cli.compare.results import read_cell
 from minirec_pl.cli.compare.study import Study
 from minirec_pl.cli.compare.tasks import cell_path
+from minirec_pl.metrics.evaluation import gains
 
 STUDIES = Path(__file__).resolve().parent / "studies"
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -264,6 +265,101 @@ def draw(frame, path):
 
 def _several(compared):
     return [name for name, part in compared.groupby("dataset") if part["window"].nunique() > 1]
+
+
+def quality_at(cost: np.ndarray, quality: np.ndarray, budgets: np.ndarray) -> np.ndarray:
+    """Interpolates the quality of a run when it had spent a budget, linearly between its evaluation points; else NaN.
+
+    Args:
+        cost: tokens or seconds at each evaluation point, [p], never decreasing.
+        quality: at each, [p].
+        budgets: [b].
+
+    Returns:
+        [b].
+
+    Example:
+        >>> quality_at(np.array([0.0, 10.0]), np.array([0.0, 1.0]), [5.0, 11.0]).tolist()
+        [0.5, nan]
+    """
+    return np.interp(budgets, cost, quality, left=np.nan, right=np.nan)
+
+
+def user_bootstrap(
+    values: np.ndarray,
+    reference: np.ndarray,
+    users: np.ndarray,
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+    level: float = LEVEL,
+) -> Interval:
+    """Computes the difference of two means over samples, with the percentile interval of drawing users anew.
+
+    A user's samples are not independent, so users are drawn with replacement, each with all samples, and the mean over
+    samples is taken again. Values of several seeds are averaged first: their samples and users are the same.
+
+    Args:
+        values: gains, [n] or [seeds, n].
+        reference: gains of the same samples, of the same shape.
+        users: [n], the user of each sample.
+        draws: of the bootstrap.
+        seed: of the draws.
+        level: of the interval.
+
+    Returns:
+        The difference, its interval, and the number of users.
+    """
+    difference = np.asarray(values, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
+    if difference.ndim == 2:
+        difference = difference.mean(axis=0)
+    user, n_users = np.unique(users, return_inverse=True)[1], len(np.unique(users))
+    sums = np.bincount(user, weights=difference, minlength=n_users)
+    counts = np.bincount(user, minlength=n_users)
+    weights = np.random.default_rng(seed).multinomial(n_users, np.full(n_users, 1 / n_users), size=draws)
+    drawn = (weights @ sums) / (weights @ counts)
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(difference.mean()), float(low), float(high), n_users)
+
+
+def at_equal_cost(frame: pd.DataFrame, cost: str, budgets: list[float]) -> pd.DataFrame:
+    """Computes the test NDCG@10 of every arm when its runs had spent the same, linear between evaluation points.
+
+    Args:
+        frame: tidy table.
+        cost: `tokens` or `seconds`.
+        budgets: what was spent, the warm start included.
+
+    Returns:
+        A row per data set, window, method, setting, budget and `spent`: `figure`, `figure_low`, `figure_high`, over the
+        seeds whose runs cover it. Outside a run's evaluation points nothing is said.
+    """
+    test = frame[frame["split"] == ("test" if (frame["split"] == "test").any() else "validation")]
+    rows = []
+    for arm, part in test.groupby(ARM, sort=False, observed=True):
+        runs = [run.sort_values("epoch") for _, run in part.groupby("seed")]
+        quality = np.array(
+            [quality_at(run[cost].to_numpy(float), run[FIGURE].to_numpy(float), budgets) for run in runs]
+        )
+        for place, spent in enumerate(budgets):
+            if not np.isnan(quality[:, place]).all():
+                row = dict(zip(ARM, arm, strict=True)) | {"spent": spent}
+                rows.append(row | interval_columns("figure", t_interval(quality[:, place])))
+    return pd.DataFrame(rows)
+
+
+def chosen_gains(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Computes NDCG@10 of each test sample where validation NDCG@10 is best, and looks up the sample's user.
+
+    Args:
+        path: of a cell that was evaluated on test.
+
+    Returns:
+        float64 [n] and int64 [n].
+    """
+    content, _ = read_cell(path)
+    best = int(gains(content["validation_ranks"]).mean(axis=1).argmax())
+    return gains(content["test_ranks"][best]), content["test_users"].long().numpy()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from data_efficiency import at_equal_cost, quality_at, user_bootstrap
+from helpers.compare_tools import raw
 from helpers.paths import BENCHMARKS
 from scipy import stats
 
@@ -90,3 +92,41 @@ def test_the_page_of_a_study_holds_its_figures(tmp_path):
     assert "one all" in page
     assert (tmp_path / "made" / "data_efficiency.png").read_bytes().startswith(b"\x89PNG")
     assert pd.read_parquet(tmp_path / "made" / "data_efficiency.parquet").equals(frame)
+
+
+def test_bootstrap_draws_whole_users():
+    rng = np.random.default_rng(2)
+    users = rng.integers(0, 9, 80)
+    values, reference = rng.random((3, 80)), rng.random((3, 80))
+    found = user_bootstrap(values, reference, users, draws=500, seed=5)
+    draws = np.random.default_rng(5).multinomial(9, np.full(9, 1 / 9), size=500)
+    plain = []
+    for times in draws:
+        rows = [row for user in range(9) for _ in range(times[user]) for row in np.flatnonzero(users == user)]
+        plain.append(np.mean([values[seed][row] - reference[seed][row] for row in rows for seed in range(3)]))
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(plain, [0.025, 0.975])), rel=1e-9)
+    assert found.mean == pytest.approx((values - reference).mean())
+    assert found.n == 9
+
+
+def test_bootstrap_of_users_with_one_sample_each_is_near_students_interval():
+    rng = np.random.default_rng(3)
+    values = rng.normal(0.2, 1, 400)
+    found = user_bootstrap(values, np.zeros(400), np.arange(400), draws=4000)
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.02)
+
+
+def test_quality_at_a_cost_is_linear_between_points_and_nothing_outside():
+    cost, quality = np.array([100.0, 200.0, 400.0]), np.array([0.1, 0.3, 0.2])
+    found = quality_at(cost, quality, [100, 150, 300, 400, 99, 401])
+    assert found[:4] == pytest.approx([0.1, 0.2, 0.25, 0.2])
+    assert np.isnan(found[4:]).all()
+
+
+def test_at_equal_cost_lines_between_points_are_read():
+    table = at_equal_cost(raw({"full": [1.0], "minirec": [0.1]}), "tokens", [125, 150, 500])
+    table = table.set_index(["method", "spent"])["figure"]
+    assert table.to_dict() == pytest.approx(
+        {("full", 125): 0.302, ("full", 150): 0.502, ("minirec", 125): 0.202, ("minirec", 150): 0.302}
+    )

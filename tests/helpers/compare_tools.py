@@ -1,5 +1,6 @@
 """A study on a toy dataset whose cells take a moment."""
 
+import pandas as pd
 import yaml
 
 from .cli_tools import TINY, write_toy
@@ -71,3 +72,24 @@ def write_study(folder, **changes):
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(study, sort_keys=False).replace("PATH", str(folder / "data")))
     return path
+
+
+VALIDATION = {"full": (0.1, 0.3, 0.2), "random": (0.1, 0.2, 0.2), "minirec": (0.1, 0.1, 0.4)}
+TEST = {"full": (0.1, 0.5, 0.9), "random": (0.1, 0.2, 0.3), "minirec": (0.1, 0.3, 0.6)}
+
+
+def raw(budgets, seeds=(1, 2, 3)):
+    """A raw table in which seed s adds s thousandths to every figure."""
+    rows = []
+    for method, given in budgets.items():
+        for budget in given:
+            for seed in seeds:
+                for epoch in range(3):
+                    run = {"dataset": "one", "window": "", "method": method, "setting": "", "budget": budget}
+                    spent = {"tokens": 100 + 50 * epoch, "tokens_warm_start": 100, "tokens_scoring": 0}
+                    spent |= {"tokens_training": 50 * epoch, "rollouts": epoch, "seconds": float(epoch)}
+                    for split, figures in (("validation", VALIDATION), ("test", TEST)):
+                        ndcg = figures[method][epoch] + seed / 1000
+                        figure = {"split": split, "epoch": epoch, "seed": seed, "ndcg@10": ndcg, "hit_rate@10": 0.5}
+                        rows.append({**run, **spent, **figure})
+    return pd.DataFrame(rows)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from rich.table import Table
 
-from minirec_pl.cli.compare.intervals import Interval, paired_interval, quality_at, t_interval
+from minirec_pl.cli.compare.intervals import Interval, paired_interval, t_interval
 
 FIGURE = "ndcg@10"
 RUN = ["dataset", "window", "method", "setting", "budget", "seed"]
@@ -68,36 +68,10 @@ def comparison(frame: pd.DataFrame, references: Sequence[str]) -> pd.DataFrame:
     for arm, part in runs.groupby(ARM, sort=False):
         row = dict(zip(ARM, arm, strict=True)) | {"seeds": len(part), "epoch": part["epoch"].mean()}
         row |= {name: part[name].mean() for name in (*COSTS, "tokens_total", "hit_rate")}
-        row |= _columns("figure", t_interval(part["figure"].to_numpy()))
+        row |= interval_columns("figure", t_interval(part["figure"].to_numpy()))
         for name in references:
-            row |= _columns(f"minus_{name}", _difference(runs, part, name))
+            row |= interval_columns(f"minus_{name}", _difference(runs, part, name))
         rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def at_equal_cost(frame: pd.DataFrame, cost: str, budgets: Sequence[float]) -> pd.DataFrame:
-    """Computes the test NDCG@10 of every arm when its runs had spent the same, linear between evaluation points.
-
-    Args:
-        frame: tidy table.
-        cost: `tokens` or `seconds`.
-        budgets: what was spent, the warm start included.
-
-    Returns:
-        A row per data set, window, method, setting, budget and `spent`: `figure`, `figure_low`, `figure_high`, over the
-        seeds whose runs cover it. Outside a run's evaluation points nothing is said.
-    """
-    test = frame[frame["split"] == ("test" if (frame["split"] == "test").any() else "validation")]
-    rows = []
-    for arm, part in test.groupby(ARM, sort=False, observed=True):
-        runs = [run.sort_values("epoch") for _, run in part.groupby("seed")]
-        quality = np.array(
-            [quality_at(run[cost].to_numpy(float), run[FIGURE].to_numpy(float), budgets) for run in runs]
-        )
-        for place, spent in enumerate(budgets):
-            if not np.isnan(quality[:, place]).all():
-                row = dict(zip(ARM, arm, strict=True)) | {"spent": spent}
-                rows.append(row | _columns("figure", t_interval(quality[:, place])))
     return pd.DataFrame(rows)
 
 
@@ -160,7 +134,8 @@ def _difference(runs: pd.DataFrame, part: pd.DataFrame, reference: str) -> Inter
     return paired_interval(paired["figure"].to_numpy(), paired["figure_rival"].to_numpy())
 
 
-def _columns(name: str, interval: Interval) -> dict[str, float | int]:
+def interval_columns(name: str, interval: Interval) -> dict[str, float | int]:
+    """Makes columns of an interval: its mean, bounds and number of values."""
     return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high, f"{name}_n": interval.n}
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -77,20 +76,6 @@ def points_of(content: Mapping[str, Any]) -> list[Point]:
         )
         for i, cost in enumerate(content["points"])
     ]
-
-
-def chosen_gains(path: Path) -> tuple[np.ndarray[Any, np.dtype[np.float64]], np.ndarray[Any, np.dtype[np.int64]]]:
-    """Computes NDCG@10 of each test sample where validation NDCG@10 is best, and looks up the sample's user.
-
-    Args:
-        path: of a cell that was evaluated on test.
-
-    Returns:
-        float64 [n] and int64 [n].
-    """
-    content, _ = read_cell(path)
-    best = int(gains(content["validation_ranks"]).mean(axis=1).argmax())
-    return gains(content["test_ranks"][best]), content["test_users"].long().numpy()
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

@@ -97,20 +97,7 @@ def head_hvp(
     u = d(g . g)/dh = 2 H g with g = dl/dh, l = -p / stop_gradient(p), p the softmax probability of the target. With
     a = d log p / dh it is 2 (|a|^2 a - C a), four products with the item vectors (see the module's head).
 
-    Args:
-        hidden: float [B, D].
-        item_vectors: float [V, D] shared by all samples (a catalogue), or [B, M, D] (target and negatives of each).
-        target: int64 [B], the target's position among the vectors.
-        temperature: divides the dot products.
-        allowed: bool [B, V] or [B, M], the vectors in the softmax; None for all. A target outside has the signal 0.
-        cosine: whether the head compares h / |h| with the vectors, which must be unit vectors then. The signal is at h
-            all the same; a state of zeros has the signal 0.
-
-    Returns:
-        [B, D], float64 for float64 states and float32 otherwise, detached.
-
-    Raises:
-        InputError: if shapes do not fit or a target is not a position among the vectors.
+    Arguments, result and errors are those of `head_gradient`.
 
     Example:
         >>> head_hvp(torch.tensor([[1.0, 0.0]]), torch.eye(2), torch.tensor([0])).shape
