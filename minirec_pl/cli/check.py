@@ -70,7 +70,7 @@ class Preflight:
         data = self._try("data", self._data)
         policy = self._policy_options()
         if not issubclass(_kind_of(policy), GenerativePolicy | RetrievalPolicy):
-            self._add("ok", "policy", f"{policy['class_path']} is your own: of it, only the options were checked")
+            self._add("ok", "policy", f"{policy['class_path']} is your own class: only its options were checked")
             return
         prompt = self._try("policy", lambda: _prompt_of(policy))
         if self.fails and self.findings[-1].what == "policy":

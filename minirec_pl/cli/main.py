@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -45,12 +46,16 @@ def main(args: Sequence[str] | None = None) -> int:
         input and for Ctrl-C.
     """
     argv = list(sys.argv[1:] if args is None else args)
+    path = sys.path
     try:
+        sys.path = [*path, os.getcwd()]  # a config may name classes of files there
         return _dispatch(argv)
     except InputError as error:
         print(f"minirec: error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("minirec: interrupted; nothing half-written was kept", file=sys.stderr)
+    finally:
+        sys.path = path
     return 2
 
 

@@ -224,9 +224,9 @@ class PolicySignals(NamedTuple):
 class Policy(ExactBuffers, ABC):
     """A recommender that GRPO can train: a torch module over the items of a catalogue.
 
-    Batches have a row for each of B samples: `sample_id` and `target` int64 [B], `history` int64 [B, W] and `seen`
-    int64 [B, S], item index padded with -1, and what else the DataModule knows. A row of any result depends on its own
-    sample alone.
+    Batches have a row for each of B samples: `sample_id` and `target` int64 [B], `history` int64 [B, W], item index
+    padded with -1 on the left, most recent last, `seen` int64 [B, S], padded with -1 anywhere, and what else the
+    DataModule knows. A row of any result depends on its own sample alone.
 
     Attributes:
         catalogue: of the items; None until `bind`.
@@ -285,8 +285,9 @@ class Policy(ExactBuffers, ABC):
         """The loss of supervised training on a batch of `RecDataModule`, single samples or sequences.
 
         Args:
-            batch: with `history` and `target` of single samples, or `sequence`, `row`, `position` and `target` of
-                `RecDataModule(train_on="warm")`.
+            batch: with `history` and `target` of single samples; or, of `RecDataModule(train_on="warm")`, `sequence`
+                int64 [B, T], item index padded with -1 on the right, and pairs `row`, `position`, `target` int64 [P]:
+                what follows `sequence[row, position]` is `target`.
             dropout: probability of dropping a value, see `WarmStartModule`.
             step: optimizer steps so far.
         """

@@ -259,3 +259,15 @@ def test_ctrl_c_of_the_real_command_keeps_a_checkpoint_that_resumes(command, tmp
     epoch = torch.load(checkpoint, weights_only=True)["epoch"]
     assert main([*resume[1:], f"--trainer.max_epochs={epoch + 1}", "--data.num_workers=0"]) == 0
     assert json.loads((tmp_path / "runs" / "latest" / "results.json").read_text())["epochs"] == epoch + 1
+
+
+def test_a_config_may_name_what_lies_in_the_folder_it_is_run_in(tmp_path, monkeypatch, capsys):
+    (tmp_path / "rewards_of_a_shop.py").write_text("def bought(completions, target):\n    return [0.0] * len(target)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", str(tmp_path))])
+    options = ["--model.rewards=[rewards_of_a_shop.bought]", "--print_config"]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(CONFIGS / "quickstart.yaml"), *options])
+    assert stop.value.code in (0, None)
+    assert "- rewards_of_a_shop.bought" in capsys.readouterr().out
+    assert str(tmp_path) not in sys.path
