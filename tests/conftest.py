@@ -36,7 +36,7 @@ def toy_data(toy_path):
     from minirec_pl import RecDataModule
 
     def make(**options):
-        return RecDataModule(str(toy_path), "toy", **{"warm_fraction": 0.5, "batch_size": 8, "seed": 1, **options})
+        return RecDataModule(str(toy_path), "toy", **{"warm_fraction": 0.8, "batch_size": 8, "seed": 1, **options})
 
     return make
 
