@@ -23,7 +23,7 @@ def ctrl_c():
 
 @pytest.fixture
 def toy_path(tmp_path):
-    """A folder with the dataset `toy`, whose pool has some 200 samples."""
+    """A folder with the dataset `toy` of 1,500 interactions."""
     from helpers.toy_data import random_rows, write_dataset
 
     write_dataset(tmp_path / "data", random_rows(n=1500, n_users=25, n_moments=600, n_items=80))
@@ -36,7 +36,7 @@ def toy_data(toy_path):
     from minirec_pl import RecDataModule
 
     def make(**options):
-        return RecDataModule(str(toy_path), "toy", **{"warm_fraction": 0.5, "batch_size": 8, "seed": 1, **options})
+        return RecDataModule(str(toy_path), "toy", **{"warm_fraction": 0.8, "batch_size": 8, "seed": 1, **options})
 
     return make
 

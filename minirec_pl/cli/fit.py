@@ -301,6 +301,8 @@ def _start(cli: MiniRecCLI, args: Sequence[str]) -> None:
     argv = configs_first([*args, *config_of_checkpoint(args)])
     for config in values_of(argv, "--config", "-c"):
         check_yaml(Path(config))
+    made = {name: skipped for name, skipped in cli.subcommands().items() if name == args[0]}  # a parser takes 0.1 s
+    cli.subcommands = lambda: made  # type: ignore[method-assign]
     cli.__init__(  # type: ignore[misc]
         RecModule, LightningDataModule, **CLI_OPTIONS, parser_kwargs={"prog": "minirec"}, args=argv
     )

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from helpers.cli_tools import CONFIGS
+from helpers.slow import slow
 from lightning.pytorch import Callback
 
 from minirec_pl import GRPORecModule, InputError
@@ -23,7 +24,8 @@ from minirec_pl.cli.main import main
 from minirec_pl.selection import RandomSelector, gaussian_curriculum, session_of
 
 CURRICULA = [EasyToHardCurriculum, HardToEasyCurriculum, MovingTargetCurriculum, GaussianCurriculum]
-SELECTORS = ["Full", "Random", "KMeans", "KCenter", "GraNd", "EL2N", "RewardVariance", "LearnAlign", "DEALRec"]
+SELECTORS = [slow("Full"), "Random", "KMeans", slow("KCenter"), "GraNd", slow("EL2N")]
+SELECTORS += [slow("RewardVariance"), "LearnAlign", "DEALRec"]
 
 
 class Watch(Callback):
@@ -123,9 +125,11 @@ def test_the_whole_pool_is_ordered_before_the_first_selection(fit, toy_data):
     assert len(watch.ids[1]) == 40
 
 
-@pytest.mark.parametrize("make", [lambda: MovingTargetCurriculum(target=0.9, step_size=0.2), GaussianCurriculum])
+@pytest.mark.parametrize("make", [lambda: MovingTargetCurriculum(target=0.9, step_size=0.2), slow(GaussianCurriculum)])
 @pytest.mark.parametrize(
-    "place", [{"epoch": 1}, {"step": 8}, {"step": 10}], ids=["after an epoch", "inside an epoch", "on its last batch"]
+    "place",
+    [slow({"epoch": 1}), {"step": 8}, {"step": 10}],
+    ids=["after an epoch", "inside an epoch", "on its last batch"],
 )
 def test_resume_goes_on_as_if_never_stopped(fit, make, place, tmp_path):
     path = tmp_path / "stopped.ckpt"
@@ -195,7 +199,12 @@ def test_every_selector_trains_on_its_picks(fit, name):
 
 @pytest.mark.parametrize(
     ("curriculum", "selector"),
-    zip([cls.__name__ for cls in CURRICULA], ["KMeans", "EL2N", "LearnAlign", "DEALRec"], strict=True),
+    [
+        slow("EasyToHardCurriculum", "KMeans"),
+        slow("HardToEasyCurriculum", "EL2N"),
+        slow("MovingTargetCurriculum", "LearnAlign"),
+        ("GaussianCurriculum", "DEALRec"),
+    ],
 )
 def test_both_are_reached_from_the_command_line(curriculum, selector, command, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(MiniRecCLI, "_run_subcommand", lambda self, subcommand: None)

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 from helpers.foreign import Classifier, loader_of
+from helpers.slow import slow
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -65,7 +66,8 @@ def three_runs(fit, at, folder):
 
 
 @pytest.mark.parametrize(  # an epoch of 30 samples has four batches
-    ("at", "accumulate", "workers"), [((0, 2), 1, 0), ((1, 0), 3, 0), ((1, 1), 3, 2), ((1, 3), 1, 0), ((2, 3), 3, 0)]
+    ("at", "accumulate", "workers"),
+    [slow((0, 2), 1, 0), ((1, 0), 3, 0), slow((1, 1), 3, 2), ((1, 3), 1, 0), slow((2, 3), 3, 0)],
 )
 def test_it_goes_on_with_the_very_batch(make_trainer, tmp_path, at, accumulate, workers):
     def fit(at=None, extra=(), ckpt_path=None):
@@ -89,7 +91,9 @@ def test_it_goes_on_with_the_very_batch(make_trainer, tmp_path, at, accumulate, 
 
 
 @pytest.mark.parametrize("own_generator", [False, True])
-@pytest.mark.parametrize(("at", "accumulate"), [((0, 1), 1), ((0, 3), 2), ((1, 0), 3), ((1, 1), 3), ((2, 2), 1)])
+@pytest.mark.parametrize(
+    ("at", "accumulate"), [slow((0, 1), 1), ((0, 3), 2), slow((1, 0), 3), ((1, 1), 3), slow((2, 2), 1)]
+)
 def test_numbers_and_gradients_of_the_batch_come_back(make_trainer, tmp_path, at, accumulate, own_generator):
     def fit(at=None, extra=(), ckpt_path=None):
         torch.manual_seed(3 if ckpt_path is None else 4)
@@ -113,7 +117,9 @@ def test_numbers_and_gradients_of_the_batch_come_back(make_trainer, tmp_path, at
     assert torch.equal(resumed.path[-1], whole.path[-1])
 
 
-@pytest.mark.parametrize(("iterations", "at"), [(1, (0, 1)), (1, (1, 4)), (2, (0, 1)), (2, (1, 3)), (2, (1, 9))])
+@pytest.mark.parametrize(
+    ("iterations", "at"), [slow(1, (0, 1)), (1, (1, 4)), slow(2, (0, 1)), slow(2, (1, 3)), (2, (1, 9))]
+)
 def test_rollouts_in_hand_are_used(make_trainer, tmp_path, toy_data, tiny_policy, iterations, at):
     def fit(at=None, extra=(), ckpt_path=None):
         module = FailingPolicy(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.foreign import Classifier, loader_of
+from helpers.slow import slow
 from lightning.pytorch import Callback
 
 from minirec_pl import InputError
@@ -77,9 +78,9 @@ def fit(make_trainer, folder, salt, save_at=None, devices=2, accumulate=1, **loa
     ("save_at", "options"),
     [
         (6, {"shuffle": True}),
-        (6, {"accumulate": 3, "num_workers": 2, "shuffle": True}),
+        slow(6, {"accumulate": 3, "num_workers": 2, "shuffle": True}),
         (4, {"accumulate": 2}),
-        (3, {"num_workers": 2, "persistent_workers": True}),
+        slow(3, {"num_workers": 2, "persistent_workers": True}),
     ],
 )
 def test_each_rank_goes_on_with_its_own_random_numbers_and_gradients(make_trainer, tmp_path, save_at, options):

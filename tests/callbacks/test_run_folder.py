@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import cli_tools
 from helpers.cli_tools import equal_weights, interrupt, results, sentence
+from helpers.slow import slow
 
 from minirec_pl.callbacks.run_folder import RunFolder
 from minirec_pl.cli.main import main
@@ -30,13 +31,13 @@ def whole(command):
 @pytest.mark.parametrize(
     ("kind", "hook", "call", "times", "kept"),
     [
-        ("warm", "on_train_batch_start", 2, 1, "interrupted.ckpt"),
-        pytest.param("warm", "on_validation_start", 1, 1, "interrupted.ckpt", marks=pytest.mark.slow),
-        pytest.param("warm", "on_train_epoch_end", 2, 1, "interrupted.ckpt", marks=pytest.mark.slow),
+        slow("warm", "on_train_batch_start", 2, 1, "interrupted.ckpt"),
+        slow("warm", "on_validation_start", 1, 1, "interrupted.ckpt"),
+        slow("warm", "on_train_epoch_end", 2, 1, "interrupted.ckpt"),
         ("warm", "on_validation_start", 2, 2, "last.ckpt"),
         ("grpo", "on_train_batch_start", 3, 1, "interrupted.ckpt"),
-        ("grpo", "on_train_epoch_end", 1, 1, "interrupted.ckpt"),
-        pytest.param("grpo", "on_train_epoch_start", 2, 1, "interrupted.ckpt", marks=pytest.mark.slow),
+        slow("grpo", "on_train_epoch_end", 1, 1, "interrupted.ckpt"),
+        slow("grpo", "on_train_epoch_start", 2, 1, "interrupted.ckpt"),
     ],
 )
 def test_ctrl_c_and_the_command_it_prints_end_like_one_run(

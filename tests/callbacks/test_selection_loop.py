@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.slow import slow
 from lightning.pytorch import Callback, LightningModule
 from torch.utils.data import DataLoader, Dataset
 
@@ -58,7 +59,7 @@ def all_pass(**options):
     return MiniRecSelector(difficulty="pass_at_group", gate=(-1.0, 2.0), **options)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, slow(2)])
 @pytest.mark.parametrize("cls", [GRPORecModule, ReadsSteppingBatches])
 def test_training_step_gets_the_ledgers_plan(toy_data, tiny_policy, make_trainer, cls, num_workers):
     watch = Watch()
@@ -412,7 +413,7 @@ def test_resume_at_an_epochs_end_goes_on_as_if_never_stopped(toy_data, tiny_poli
     assert resumed.cost.tokens_forward == whole.cost.tokens_forward
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, slow(2)])
 def test_resume_inside_an_epoch_goes_on_as_if_never_stopped(toy_data, tiny_policy, make_trainer, tmp_path, num_workers):
     path = tmp_path / "inside.ckpt"
 

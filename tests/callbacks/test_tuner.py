@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.foreign import Classifier, loader_of
+from helpers.slow import slow
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 
@@ -64,7 +65,7 @@ def test_scale_batch_size_is_kept_by_the_fit_that_selects(make_trainer):
     assert [[len(batch) for batch in module.seen[epoch]] for epoch in range(2)] == [[8, 8, 8, 6]] * 2
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", [slow(True), False])
 def test_search_callbacks_come_first_wherever_they_stand(make_trainer, first):
     module = Sized()
     finders = [BatchSizeFinder(init_val=2, max_trials=3, steps_per_trial=1), Short()]

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from helpers.cli_tools import CONFIGS, Command, interrupt, sentence, write_toy
+from helpers.slow import slow
 
 from minirec_pl.cli.main import main
 
@@ -107,9 +108,23 @@ OPTIONS = {
     "missing policy": ("--model.policy.pretrained=runs/none", "runs/none", "warm-start.yaml"),
     "unknown figure": ("--trainer.callbacks.monitor=val/none", "val/none", "val/ndcg@10"),
 }
+LIKE_OTHERS = {
+    "budget 0.0",
+    "negative budget",
+    "budget above the pool",
+    "rollouts no number",
+    "learning rate",
+    "empty split",
+    "unknown model option",
+    "unknown data option",
+    "unknown trainer option",
+    "model is a function",
+    "wrong selector",
+    "wrong module of a reward",
+}
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [slow(name) if name in LIKE_OTHERS else name for name in OPTIONS])
 def test_options(name, command, tmp_path, capsys):
     override, *fragments = OPTIONS[name]
     root = tmp_path / "runs"

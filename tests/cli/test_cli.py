@@ -226,7 +226,8 @@ def test_advertisements_are_hidden_and_warnings_are_not(command, tmp_path, capfd
 
 
 def test_the_shipped_loggers_work_offline(command, tmp_path, capfd):
-    arguments = [word for word in command.grpo(tmp_path / "runs") if not word.startswith("--trainer.logger")]
+    arguments = command.grpo(tmp_path / "runs", "--trainer.log_every_n_steps=2")
+    arguments = [word for word in arguments if not word.startswith("--trainer.logger")]
     assert main(arguments) == 0
     run = tmp_path / "runs" / "version_0"
     logged = pd.read_csv(run / "metrics.csv")
@@ -238,6 +239,7 @@ def test_the_shipped_loggers_work_offline(command, tmp_path, capfd):
     assert "Tip:" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_of_the_real_command_keeps_a_checkpoint_that_resumes(command, tmp_path):
     workers = ["--trainer.max_epochs=100000", "--data.num_workers=2"]
     arguments = MINIREC + command.grpo(tmp_path / "runs", *workers)

@@ -12,6 +12,7 @@ from itertools import pairwise
 import pytest
 import yaml
 from helpers.cli_tools import REPOSITORY
+from helpers.slow import slow
 from helpers.text_policy import write_model
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
@@ -22,6 +23,7 @@ from minirec_pl.cli.stages import WarmStart
 from minirec_pl.policy import LanguageModel, Lora, PromptTemplate
 
 FILES = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+LIKE_OTHERS = ("qwen2.5-3b", "smollm2-135m")
 SECTIONS = {
     "trainer": Trainer,
     "warm_start": WarmStart,
@@ -38,7 +40,7 @@ def name_of(path):
     return str(path.relative_to(REPOSITORY))
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
+@pytest.mark.parametrize("path", [slow(path) if path.stem in LIKE_OTHERS else path for path in FILES], ids=name_of)
 def test_it_parses_and_its_classes_can_be_made(path, command, printed, tmp_path, monkeypatch):
     monkeypatch.setattr(MiniRecCLI, "_run_subcommand", lambda self, subcommand: None)
     policy = [f"--model.policy.pretrained={command.policy}"] if "pretrained: runs/" in path.read_text() else []

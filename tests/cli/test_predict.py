@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers.cli_tools import sentence
+from helpers.slow import slow
 
 from minirec_pl import GRPORecModule
 from minirec_pl.cli.main import main
@@ -23,7 +24,7 @@ def checkpoint(command):
 
 @pytest.fixture(scope="module")
 def data(command):
-    made = RecDataModule(str(command.data), "toy", warm_fraction=0.5, history_window=10)
+    made = RecDataModule(str(command.data), "toy", warm_fraction=0.8, history_window=10)
     made.setup("fit")
     return made
 
@@ -213,9 +214,10 @@ FAULTS = {
     "history with a wrong time": ("history.csv", "user_id,item_id,timestamp\nu,i4,soon\n", ("line 2", "'soon'")),
     "lists in text": ("history.csv", "user_id,history_item_id\nu,i4 i5\n", ("line 2", "is not a list")),
 }
+QUICK = ("unknown candidate", "no history file", "history of nothing known", "lists in text")
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in FAULTS])
 def test_bad_files(name, checkpoint, tmp_path, capsys):
     file, content, fragments = FAULTS[name]
     path = tmp_path / file

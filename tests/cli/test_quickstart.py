@@ -35,28 +35,43 @@ def without_clock(rows):
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
+def arguments(folder, name):
+    places = {"data": "data", "configs": "configs", "to": name}
+    return ["quickstart", *(word for option, place in places.items() for word in (f"--{option}", str(folder / place)))]
+
+
+def rows_of(folder, name):
+    return json.loads((folder / name / "results.json").read_text())["rows"]
+
+
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
-    """What two quickstarts on a toy MovieLens print: (folder, [(rows, text), (rows, text)]); the second is piped."""
+    """A quickstart "one" on a toy MovieLens: its folder, rows and text."""
     from contextlib import redirect_stdout
     from io import StringIO
 
     folder = tmp_path_factory.mktemp("quickstart")
     write_toy(folder / "data", name="ml-100k")
-    arguments = ["quickstart", "--data", str(folder / "data"), "--configs", str(short_configs(folder / "configs"))]
+    short_configs(folder / "configs")
     text = StringIO()
     with redirect_stdout(text):
-        assert main([*arguments, "--to", str(folder / "one")]) == 0
-    piped = subprocess.run(
-        [sys.executable, "-m", "minirec_pl", *arguments, "--to", str(folder / "two")],
+        assert main(arguments(folder, "one")) == 0
+    return folder, rows_of(folder, "one"), text.getvalue()
+
+
+@pytest.fixture(scope="module")
+def piped(shown):
+    """Another, "two", whose output is piped: its folder, rows and text."""
+    folder = shown[0]
+    done = subprocess.run(
+        [sys.executable, "-m", "minirec_pl", *arguments(folder, "two")],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    texts = {"one": text.getvalue(), "two": piped.stdout}
-    return folder, [(json.loads((folder / name / "results.json").read_text())["rows"], texts[name]) for name in texts]
+    return folder, rows_of(folder, "two"), done.stdout
 
 
 def check_rows(rows):
@@ -74,7 +89,7 @@ def check_rows(rows):
 
 
 def test_rows_and_their_costs(shown):
-    _, ((rows, _), _) = shown
+    _, rows, _ = shown
     check_rows(rows)
     popularity, warm, full, random, minirec = rows
     assert popularity["tokens"] == {"forward": 0, "backward": 0}
@@ -92,7 +107,7 @@ def test_rows_and_their_costs(shown):
 
 
 def test_the_table_is_results_json(shown):
-    _, ((rows, text), _) = shown
+    _, rows, text = shown
     for row in rows:
         (line,) = [line for line in text.splitlines() if f" {row['method']} " in line and "│" in line]
         cells = [cell.strip() for cell in line.strip("│ ").split("│")]
@@ -103,8 +118,9 @@ def test_the_table_is_results_json(shown):
         assert cells[-1] == f"{sum(row['seconds'].values()):.1f}"
 
 
-def test_a_pipe_gets_a_line_per_stage_the_table_and_the_paths(shown):
-    folder, (_, (_, text)) = shown
+@pytest.mark.slow
+def test_a_pipe_gets_a_line_per_stage_the_table_and_the_paths(piped):
+    folder, _, text = piped
     lines = text.splitlines()
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 100 + len(str(folder))  # paths are not broken
@@ -120,7 +136,7 @@ def test_a_pipe_gets_a_line_per_stage_the_table_and_the_paths(shown):
 
 
 def test_a_stage_that_fails_shows_the_end_of_its_log(shown, tmp_path, capfd):
-    folder, _ = shown
+    folder, _, _ = shown
     for path in (folder / "configs").glob("*.yaml"):
         config = yaml.safe_load(path.read_text())
         config["trainer"]["callbacks"] = [
@@ -128,23 +144,24 @@ def test_a_stage_that_fails_shows_the_end_of_its_log(shown, tmp_path, capfd):
         ]
         (tmp_path / path.name).write_text(yaml.safe_dump(config))
     to = tmp_path / "runs"
-    arguments = ["--data", str(folder / "data"), "--to", str(to), "--configs", str(tmp_path)]
-    assert main(["quickstart", *arguments]) == 2
+    assert main(["quickstart", "--data", str(folder / "data"), "--to", str(to), "--configs", str(tmp_path)]) == 2
     shown = capfd.readouterr()
     assert f"last lines of {to / 'warm_start' / 'log.txt'}" in shown.out
     assert "$ minirec fit" in shown.out
     assert "minirec: error: interrupted" in shown.err
 
 
-def test_two_quickstarts_with_one_seed_are_equal(shown):
-    folder, ((one, _), (two, _)) = shown
+@pytest.mark.slow
+def test_two_quickstarts_with_one_seed_are_equal(shown, piped):
+    (folder, one, _), (_, two, _) = shown, piped
     assert without_clock(one) == without_clock(two)
     for method in METHODS[1:]:
         assert equal_weights(folder / "one" / method / "latest", folder / "two" / method / "latest")
 
 
+@pytest.mark.slow
 def test_each_logged_fit_and_test_gives_the_row(shown, tmp_path, capsys):
-    folder, ((rows, _), _) = shown
+    folder, rows, _ = shown
     logs = [line for name in METHODS[1:] for line in (folder / "one" / name / "log.txt").read_text().splitlines()]
     commands = [shlex.split(line[2:]) for line in logs if line.startswith("$ minirec ")]
     assert [command[1] for command in commands] == ["fit", "test"] * 4
@@ -167,7 +184,7 @@ def test_the_test_figures_are_those_of_the_best_checkpoint(shown):
     from minirec_pl import RecDataModule
     from minirec_pl.policy import GenerativePolicy
 
-    folder, ((rows, _), _) = shown
+    folder, rows, _ = shown
     data = RecDataModule(str(folder / "data"))
     data.setup("test")
     for row in rows[1:]:
@@ -188,11 +205,11 @@ def test_on_movielens_the_thresholds_hold(tmp_path):
     data = REPOSITORY / "data"
     if not (data / "ml-100k" / "ml-100k.inter").is_file():
         pytest.skip("MovieLens-100K is not there; run 'minirec fetch ml-100k --to data'")
-    arguments = ["--data", str(data), "--to", str(tmp_path / "runs"), "--configs", str(CONFIGS)]
+    words = ["--data", str(data), "--to", str(tmp_path / "runs"), "--configs", str(CONFIGS)]
     threads = torch.get_num_threads()
     torch.set_num_threads(2)  # as `make quickstart` on two cores; sums differ in the last bits with their number
     try:
-        assert main(["quickstart", *arguments]) == 0
+        assert main(["quickstart", *words]) == 0
     finally:
         torch.set_num_threads(threads)
     rows = json.loads((tmp_path / "runs" / "results.json").read_text())["rows"]

@@ -23,7 +23,7 @@ def score(command, root, *more):
 
 @pytest.fixture
 def data(command):
-    made = RecDataModule(str(command.data), "toy", warm_fraction=0.5, history_window=10)
+    made = RecDataModule(str(command.data), "toy", warm_fraction=0.8, history_window=10)
     made.setup("fit")
     return made
 

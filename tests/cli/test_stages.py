@@ -84,7 +84,7 @@ def test_the_warm_start_is_the_one_of_the_module_by_hand(command, whole, make_tr
 
     seed_everything(42, verbose=False)
     data = RecDataModule(
-        str(command.data), "toy", train_on="warm", warm_fraction=0.5, history_window=10, warm_batch_size=8
+        str(command.data), "toy", train_on="warm", warm_fraction=0.8, history_window=10, warm_batch_size=8
     )
     data.setup("fit")
     policy = GenerativePolicy(config=yaml.safe_load(TINY))

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers.slow import slow
 
 from minirec_pl.data import fetch
 from minirec_pl.utils.errors import InputError
@@ -161,7 +162,9 @@ def test_a_damaged_folder_is_repaired_and_foreign_files_stay(sources, tmp_path):
     assert_fetched(tmp_path / "to", fetch.GROUPLENS_URL)
 
 
-@pytest.mark.parametrize("fault", ["absent", "no zip", "cut", "member missing", "other data", "other columns"])
+@pytest.mark.parametrize(
+    "fault", ["absent", "no zip", slow("cut"), slow("member missing"), "other data", slow("other columns")]
+)
 def test_the_wheel_takes_over_when_grouplens_fails(sources, tmp_path, capfd, fault):
     sources.wheel()
     if fault != "absent":

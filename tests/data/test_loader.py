@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.slow import slow
 from helpers.toy_data import random_rows, write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -281,7 +282,7 @@ def data_of(path, **options):
 
 @pytest.mark.parametrize("train_on", ["pool", "warm"])
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize(("step", "limit"), [(3, 1.0), ("end", 1.0), (5, 4), (4, 4)])
+@pytest.mark.parametrize(("step", "limit"), [(3, 1.0), slow("end", 1.0), slow(5, 4), (4, 4)])
 def test_a_crashed_run_goes_on_with_the_batches_it_had_not_seen(toy_path, tmp_path, train_on, workers, step, limit):
     def run(checkpoint=None, callbacks=()):
         module = Recorder()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.plain_policy import PlainPolicy, many_token_policy
+from helpers.slow import slow
 from lightning.pytorch import Callback
 
 from minirec_pl import GRPORecModule
@@ -87,8 +88,15 @@ def assert_same(ours, truth):
     assert max(float(gradient.abs().max()) for gradient in ours) > 1e-3
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
-@pytest.mark.parametrize("treatment", ["dynamic_sampling", "preference_pairs"])
+@pytest.mark.parametrize(
+    ("treatment", "loss_type"),
+    [
+        ("dynamic_sampling", "dapo"),
+        slow("dynamic_sampling", "grpo"),
+        slow("preference_pairs", "dapo"),
+        ("preference_pairs", "grpo"),
+    ],
+)
 def test_accumulated_steps_average_over_what_their_micro_batches_kept(
     policy, toy_data, make_trainer, treatment, loss_type
 ):
@@ -109,7 +117,7 @@ def test_accumulated_steps_average_over_what_their_micro_batches_kept(
         assert_same(gradient, plain_gradient(policy, rows, loss_type, treatment == "preference_pairs"))
 
 
-@pytest.mark.parametrize(("loss_type", "batch_size"), [("dapo", 13), ("grpo", 38)])
+@pytest.mark.parametrize(("loss_type", "batch_size"), [slow("dapo", 13), ("grpo", 38)])
 def test_a_sample_repeated_to_make_ranks_equal_has_no_weight(
     policy, toy_data, make_trainer, tmp_path, loss_type, batch_size
 ):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from helpers.plain_policy import PlainPolicy
+from helpers.slow import slow
 from lightning.pytorch import Callback
 
 from minirec_pl import GRPORecModule, InputError
@@ -164,7 +165,7 @@ def test_the_reference_moves_after_the_policy(tiny_policy, toy_data, make_traine
     assert moved == {1: 13, 2: 6}[accumulate]
 
 
-@pytest.mark.parametrize("step", [3, 4])
+@pytest.mark.parametrize("step", [slow(3), 4])
 @pytest.mark.parametrize("kind", ["copy", "synced", "lora"])
 def test_a_resumed_run_has_the_same_reference(tiny_policy, toy_data, make_trainer, tmp_path, kind, step):
     options = {"sync_ref_model": True, "ref_model_sync_steps": 3} if kind == "synced" else {}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.plain_policy import PlainPolicy, many_token_policy
+from helpers.slow import slow
 from lightning.pytorch import Callback
 
 from minirec_pl import GRPORecModule, InputError
@@ -248,7 +249,7 @@ def test_preference_pairs_have_the_gradient_of_a_plain_loop(policy, toy_data, ma
     assert module.cost.tokens_backward["training"] > 0
 
 
-@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("iterations", [1, slow(3)])
 def test_an_all_zero_group_still_teaches(tiny_policy, toy_data, make_trainer, iterations):
     def nothing(completions, **columns):
         return [0.0] * len(completions)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from minirec_pl.utils.errors import InputError
 
-EXAMPLES = int(os.environ.get("MINIREC_PROPERTY_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("MINIREC_PROPERTY_EXAMPLES", "25"))
 MOST_ROWS = 9
 SHAPES = ("equal", "nearly", "wild", "shortest", "longest", "extremes", "mixed")
 LIMITS = {
@@ -54,7 +54,7 @@ def drawn(test):
         database=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.differing_executors],
     )
-    return kept(given(data=st.data())(test))
+    return pytest.mark.property(kept(given(data=st.data())(test)))
 
 
 class Case:

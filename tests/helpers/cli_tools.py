@@ -20,7 +20,7 @@ QUIET = ["--trainer.logger=null", "--trainer.enable_progress_bar=false", "--trai
 
 
 def write_toy(root, name="toy", n_items=80, seed=0):
-    """A dataset whose pool has some 200 samples at `warm_fraction` 0.5."""
+    """A dataset of 1,500 interactions."""
     return write_dataset(root, random_rows(seed, n=1500, n_users=25, n_moments=600, n_items=n_items), name=name)
 
 
@@ -33,7 +33,7 @@ class Command:
         self.policy = folder / "warm" / "latest" / "policy"
 
     def fit(self, config, root, *more):
-        data = [f"--data.path={self.data}", "--data.dataset=toy", "--data.warm_fraction=0.5", "--data.batch_size=16"]
+        data = [f"--data.path={self.data}", "--data.dataset=toy", "--data.warm_fraction=0.8", "--data.batch_size=16"]
         trainer = [f"--trainer.default_root_dir={root}", "--trainer.max_epochs=2", "--trainer.accelerator=cpu", *QUIET]
         trainer += ["--trainer.check_val_every_n_epoch=1"]
         window = ["--data.history_window=10"]

@@ -82,11 +82,12 @@ class PlainPolicy:
     def steps(self, history, seen, item, temperature=1.0):
         """(log-probability, entropy) of each token of an item's id."""
         known, out = self.prompt(history), []
+        logits = self.model(input_ids=torch.tensor([[*known, *self.ids[item][:-1]]])).logits[0, len(known) - 1 :]
         open_ids = [tokens for i, tokens in enumerate(self.ids) if i not in set(seen)]
         for depth, token in enumerate(self.ids[item]):
             prefix = self.ids[item][:depth]
             allowed = sorted({tokens[depth] for tokens in open_ids if tokens[:depth] == prefix})
-            logps = (self.next_logits([*known, *prefix])[allowed] / temperature).log_softmax(dim=0)
+            logps = (logits[depth, allowed] / temperature).log_softmax(dim=0)
             out.append((logps[allowed.index(token)], -(logps.exp() * logps).sum()))
         return out
 

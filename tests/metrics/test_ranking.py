@@ -218,7 +218,7 @@ def two_processes(process: int, folder: str) -> None:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(two_processes, args=(str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(two_processes, args=(str(tmp_path),), nprocs=2, start_method="fork")
     expected = metric_values(rank_batches(0, "empty"))
     for process in range(2):
         values = torch.load(tmp_path / f"{process}.pt")

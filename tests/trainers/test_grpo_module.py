@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.plain_policy import PlainPolicy, many_token_policy
+from helpers.slow import slow
 from lightning.pytorch import Callback
 
 from minirec_pl import GRPORecModule, InputError, WarmStartModule
@@ -65,7 +66,7 @@ def fit(make_trainer, module, data, steps, **options):
     return watch
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("loss_type", ["dapo", slow("grpo"), slow("dr_grpo")])
 def test_the_gradient_is_that_of_a_plain_policy_gradient_loop(policy, toy_data, make_trainer, loss_type):
     plain, reward, group = PlainPolicy(policy), Recorder(), 4
     module = GRPORecModule(policy, [reward], num_generations=group, optimizer=sgd, loss_type=loss_type, temperature=1.3)

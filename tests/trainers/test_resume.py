@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from helpers.slow import slow
 from helpers.text_policy import write_model
 from helpers.tiny_config import TINY
 from lightning.pytorch import Callback
@@ -184,11 +185,11 @@ def test_places_without_a_selection(compare, place):
     ("hook", "visit"),
     [
         ("on_train_batch_start", 2),
-        ("on_before_backward", 4),
-        ("on_after_backward", 1),
+        slow("on_before_backward", 4),
+        slow("on_after_backward", 1),
         ("on_after_backward", 2),
-        ("on_after_backward", 9),
-        ("on_before_optimizer_step", 2),
+        slow("on_after_backward", 9),
+        slow("on_before_optimizer_step", 2),
         ("on_validation_batch_end", 2),
     ],
 )
@@ -198,7 +199,9 @@ def test_a_batch_that_is_broken_off_is_trained_on_once(compare, kind, hook, visi
     compare(lambda: generative(kind), (hook, visit), True, data=data)
 
 
-@pytest.mark.parametrize("place", [("on_train_batch_end", 3), ("on_train_batch_end", 9), ("on_train_epoch_end", 1)])
+@pytest.mark.parametrize(
+    "place", [("on_train_batch_end", 3), slow(("on_train_batch_end", 9)), ("on_train_epoch_end", 1)]
+)
 @pytest.mark.parametrize("kind", ["warm", "iterations", "generations"])
 def test_other_modules(compare, kind, place):
     data = {"train_on": "warm", "warm_batch_size": 1} if kind == "warm" else {}

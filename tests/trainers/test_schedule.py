@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.plain_policy import PlainPolicy, many_token_policy
+from helpers.slow import slow
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader
@@ -73,7 +74,9 @@ def close(gradients, others, **tolerance):
     )
 
 
-@pytest.mark.parametrize(("loss_type", "workers"), [("grpo", 0), ("dr_grpo", 0), ("dapo", 0), ("dapo", 2), ("bnpo", 0)])
+@pytest.mark.parametrize(
+    ("loss_type", "workers"), [slow("grpo", 0), slow("dr_grpo", 0), ("dapo", 0), slow("dapo", 2), ("bnpo", 0)]
+)
 def test_accumulation_gives_the_gradient_of_the_whole_batch(many_tokens, toy_data, make_trainer, loss_type, workers):
     """Also of the last, ragged one, whose last micro-batch is smaller; bnpo is local and does not."""
 
@@ -179,7 +182,7 @@ def test_inner_updates_under_accumulation_see_the_tokens_of_their_optimizer_step
             torch.testing.assert_close(ours.double(), theirs, rtol=2e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, slow(2)])
 def test_each_batch_is_trained_on_as_often_as_asked_and_drawn_for_once(tiny_policy, toy_data, make_trainer, workers):
     module = GRPORecModule(tiny_policy(), [popular], num_generations=3, num_iterations=2, steps_per_generation=4)
     data = toy_data(**SMALL, batch_size=8, num_workers=workers)
@@ -215,14 +218,14 @@ class SaveAt(Callback):
             trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, slow(2)])
 @pytest.mark.parametrize(
     ("options", "accumulate", "limit"),
     [
-        pytest.param({"num_iterations": 3, "steps_per_generation": 2}, 1, 1.0, marks=pytest.mark.slow),
+        slow({"num_iterations": 3, "steps_per_generation": 2}, 1, 1.0),
         ({"num_iterations": 2, "steps_per_generation": 4, "beta": 0.1}, 2, 7),
         ({"wasted_groups": "dynamic_sampling", "num_iterations": 2}, 1, 1.0),
-        pytest.param({"wasted_groups": "preference_pairs", "num_iterations": 2}, 1, 1.0, marks=pytest.mark.slow),
+        slow({"wasted_groups": "preference_pairs", "num_iterations": 2}, 1, 1.0),
     ],
 )
 def test_a_run_resumed_inside_a_generation_ends_like_one_never_stopped(
@@ -276,7 +279,7 @@ class Ranks(Callback):
         torch.save((self.made, self.gradients), self.folder / f"rank-{trainer.global_rank}.pt")
 
 
-@pytest.mark.parametrize(("loss_type", "scale"), [("dapo", "batch"), ("grpo", "group"), ("dr_grpo", "none")])
+@pytest.mark.parametrize(("loss_type", "scale"), [("dapo", "batch"), slow("grpo", "group"), slow("dr_grpo", "none")])
 def test_two_ranks_give_the_gradient_of_the_whole_batch(
     many_tokens, toy_data, make_trainer, tmp_path, loss_type, scale
 ):

@@ -22,7 +22,7 @@ from helpers.family_matrix import (
 )
 from helpers.paths import DOCS
 
-FAST = ("llama", "gemma2", "granite", "cohere2", "phi3_longrope", "gpt2", "opt", "mamba", "jamba", "gemma3")
+FAST = ("llama", "gemma2", "gpt2", "phi3_longrope", "mamba", "jamba")
 MODELS_PAGE = DOCS / "models.md"
 
 

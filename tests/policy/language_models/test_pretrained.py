@@ -6,6 +6,7 @@ import torch
 from helpers.chat_models import LORA, PROMPT, chat_folder, chat_tokenizer
 from helpers.family_models import family_folder, family_model
 from helpers.plain_policy import shaken
+from helpers.slow import slow
 from helpers.tiny_llm import prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -367,7 +368,7 @@ def test_an_added_token_without_a_row_leaves_the_model_as_it_is(tmp_path, kind):
     assert tokenizer.convert_tokens_to_ids("<image_soft_token>") == 330
 
 
-@pytest.mark.parametrize("rows", [330, 340])
+@pytest.mark.parametrize("rows", [330, slow(340)])
 @pytest.mark.parametrize("more", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_new_tokens_get_rows_above_the_tokenizers_highest(tmp_path, kind, more, rows):
