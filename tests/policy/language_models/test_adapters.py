@@ -99,7 +99,7 @@ def test_a_regular_expression_is_matched_against_whole_names(tmp_path):
     assert "qkv_proj (1)" in said[0].split("none on")[1]
     for pattern, message in (
         ("qkv_proj", r"names no linear layer of Phi3ForCausalLM \(.* the whole of model\.layers\.0\."),
-        ("(qkv", "no regular expression"),
+        ("(qkv", "not a regular expression"),
     ):
         with pytest.raises(InputError, match=message):
             loaded(folder, Lora(target_modules=pattern))
