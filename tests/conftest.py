@@ -106,3 +106,15 @@ def dashboard_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dashboard")
     seen = logged_run(folder)
     return folder, history(read_run(folder)), seen
+
+
+@pytest.fixture(params=["one token", "many tokens"])
+def policy(request, tiny_policy, toy_data, tmp_path):
+    """An untrained policy bound to the toy catalogue, with ids of one token or of many."""
+    from helpers.plain_policy import many_token_policy
+
+    if request.param == "one token":
+        return tiny_policy()
+    data = toy_data()
+    data.setup("fit")
+    return many_token_policy(tmp_path / "policy", data.catalogue)

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers.plain_policy import PlainPolicy, many_token_policy
+from helpers.plain_policy import PlainPolicy
 from helpers.slow import slow
 from lightning.pytorch import Callback
 
@@ -61,15 +61,6 @@ class Watch(Callback):
 
 def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.1)
-
-
-@pytest.fixture(params=["one token", "many tokens"])
-def policy(request, tiny_policy, toy_data, tmp_path):
-    if request.param == "one token":
-        return tiny_policy()
-    data = toy_data()
-    data.setup("fit")
-    return many_token_policy(tmp_path / "policy", data.catalogue)
 
 
 def fit(make_trainer, module, data, callbacks=(), **options):

@@ -70,12 +70,17 @@ def chat_policy(folder, kind="llama", item_ids="title", dtype="float32", lora=LO
     policy = GenerativePolicy(language_model=language_model, item_ids=item_ids, **{"prompt": PROMPT, **options})
     torch.manual_seed(1)
     policy.bind(CATALOGUE)
-    generator = torch.Generator().manual_seed(2)
+    return shaken_adapters(policy, 0.02, seed=2)
+
+
+def shaken_adapters(model, size=0.05, seed=3):
+    """The model with adapters that are not as they begin."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in policy.named_parameters():
+        for name, parameter in model.named_parameters():
             if "lora_B" in name or "trainable_tokens" in name:
-                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    return policy
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 class PlainChat(PlainPolicy):

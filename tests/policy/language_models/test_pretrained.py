@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from helpers.chat_models import LORA, PROMPT, chat_folder, chat_tokenizer
+from helpers.chat_models import LORA, PROMPT, chat_folder, chat_tokenizer, shaken_adapters
 from helpers.family_models import family_folder, family_model
 from helpers.plain_policy import shaken
 from helpers.slow import slow
@@ -24,15 +24,6 @@ from minirec_pl.utils.checkpoints import weights_digest, weights_under_adapters
 
 KINDS = ["llama", "qwen2", "gemma2"]
 IDS, MASK = prompts(5, 9, vocabulary=300)
-
-
-def shaken_adapters(model):
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name or "trainable_tokens" in name:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def logits_of(model):
