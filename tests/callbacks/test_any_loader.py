@@ -232,7 +232,7 @@ class Odd(DataLoader):
         ([[1, 2], [3, 4]], "several training loaders"),
         (loader_of(sampler=WeightedRandomSampler([1.0] * N, N)), "a WeightedRandomSampler of its own: use shuffle="),
         (loader_of(sampler=RandomSampler(Points(), replacement=True)), "a RandomSampler of its own"),
-        (loader_of(sampler=RandomSampler(Points(), num_samples=9)), "draws 9 samples an epoch"),
+        (loader_of(sampler=RandomSampler(Points(), num_samples=9)), "draws 9 samples per epoch"),
         (Odd(Points(), batch_size=8), "Odd makes batches in its own way"),
     ],
 )

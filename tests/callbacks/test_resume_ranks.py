@@ -98,7 +98,7 @@ def test_each_rank_goes_on_with_its_own_random_numbers_and_gradients(make_traine
 
 def test_inside_an_epoch_another_number_of_ranks_is_refused(make_trainer, tmp_path):
     fit(make_trainer, tmp_path, 1, 6)
-    with pytest.raises(InputError, match="ranks=1: the checkpoint was taken inside an epoch with ranks 2"):
+    with pytest.raises(InputError, match="ranks=1, but the checkpoint was taken inside an epoch with ranks=2"):
         fit(make_trainer, tmp_path, 2, devices=1)
 
 
