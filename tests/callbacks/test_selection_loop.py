@@ -277,7 +277,7 @@ def test_official_mode_measures_hessian_vector_products(toy_data, tiny_policy, m
 def test_trajectory_is_known_of_the_samples_scored_again(toy_data, tiny_policy, make_trainer, tmp_path, space):
     selector = all_pass(gradient="trajectory", gradient_space=space)
     trainer = make_trainer(callbacks=[MiniRec(0.3, rescore_fraction=0.5, selector=selector)], max_epochs=3)
-    data = toy_data()
+    data = toy_data(warm_fraction=0.5)
     trainer.fit(module_of(tiny_policy(), scoring_generations=0), data)
     store = session_of(trainer).store
     n, ages = len(data.pool_ids), store.clock("alignment_epoch")
