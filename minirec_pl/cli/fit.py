@@ -106,7 +106,7 @@ class MiniRecCLI(LightningCLI):
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         """Makes the parsers, whose usage lines name the command as it is typed."""
         super().setup_parser(*args, **kwargs)
-        for name, parser in self._subcommand_parsers.items():
+        for name, parser in getattr(self, "_subcommand_parsers", {}).items():
             parser.prog = self.usage.format(name)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
