@@ -15,7 +15,7 @@ from helpers.compare_tools import write_study
 
 from minirec_pl.cli.compare.results import read_cell
 from minirec_pl.cli.compare.study import Study
-from minirec_pl.cli.compare.tasks import cell_path, warm_folder
+from minirec_pl.cli.compare.tasks import Parts, cell_path, warm_folder
 from minirec_pl.cli.main import main
 
 
@@ -37,6 +37,15 @@ def same(one, other):
     assert tensors.keys() == others[0].keys()
     assert all(torch.equal(value, others[0][name]) for name, value in tensors.items())
     assert (costs, fingerprint) == others[1:]
+
+
+def test_model_and_data_of_a_cell_are_made_without_a_run(tmp_path):
+    write_study(tmp_path)
+    words = [f"--config={tmp_path / 'base.yaml'}", f"--data.path={tmp_path / 'data'}"]
+    module, data = Parts([*words, "--model.num_generations=3"]).read()
+    assert module.num_generations == 3
+    assert module.policy.item_logps(next(iter(data.val_dataloader()))).shape[1] == len(data.catalogue)
+    assert {path.name for path in tmp_path.iterdir()} == {"base.yaml", "study.yaml", "data"}
 
 
 @pytest.fixture(scope="module")
