@@ -19,6 +19,7 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m slow
+	MINIREC_PROPERTY_EXAMPLES=200 $(BIN)/python -m pytest -n 2 --dist worksteal -m property
 
 test-lowest: $(INSTALLED)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target build/lowest \
