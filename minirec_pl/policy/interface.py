@@ -324,8 +324,12 @@ class Policy(ExactBuffers, ABC):
         """
 
     def words(self, texts: Tensor) -> list[str]:
-        """`DrawnGroups.texts` in words, flat."""
-        raise NotImplementedError
+        """`DrawnGroups.texts` in words, flat.
+
+        Raises:
+            InputError: if the policy writes no text.
+        """
+        raise InputError(f"{type(self).__name__} draws texts but has no `words(texts)`: define it")
 
     @abstractmethod
     def completion_pass(
