@@ -3,8 +3,8 @@
 import copy
 import gc
 import json
-import pickle
 import weakref
+from multiprocessing.reduction import ForkingPickler
 
 import pandas as pd
 import pytest
@@ -132,7 +132,12 @@ def test_a_session_is_there_before_the_fit_and_goes_with_its_trainer(make_traine
     assert gone() is None
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda trainer: pickle.loads(pickle.dumps(trainer))])
+def spawned(trainer):
+    """What a process that multiprocessing spawns gets of a Trainer."""
+    return ForkingPickler.loads(ForkingPickler.dumps(trainer))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, spawned])
 def test_a_copied_trainer_has_a_session_of_its_own(make_trainer, toy_data, tiny_policy, copied):
     """A script copies a Trainer; the processes that a strategy spawns unpickle one."""
 
