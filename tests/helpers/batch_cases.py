@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from minirec_pl.utils.errors import InputError
 
-EXAMPLES = int(os.environ.get("MINIREC_PROPERTY_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("MINIREC_PROPERTY_EXAMPLES", "100"))
 MOST_ROWS = 9
 SHAPES = ("equal", "nearly", "wild", "shortest", "longest", "extremes", "mixed")
 LIMITS = {
