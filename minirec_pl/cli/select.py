@@ -20,6 +20,7 @@ from minirec_pl.selection.budget import budget_count, check_budget
 from minirec_pl.selection.curriculum import default_folds, fold_curriculum, fold_starts
 from minirec_pl.selection.diagnostics import Diagnostics, diagnose
 from minirec_pl.selection.ledger import SelectionLedger
+from minirec_pl.selection.selectors.checked import check_selector, pick
 from minirec_pl.selection.selectors.protocol import Selector
 from minirec_pl.selection.signal_sources import read_signals
 from minirec_pl.selection.signals import Signals
@@ -66,7 +67,7 @@ def run(arguments: Sequence[str]) -> None:
     words = [_short(word, before) for word, before in zip(arguments, ["", *arguments], strict=False)]
     made = parser()
     config = made.parse_args(words)
-    selector = made.instantiate_classes(config).selector
+    selector = check_selector(made.instantiate_classes(config).selector)
     check_budget(config.budget)
     paths = [Path(path) for path in config.signals]
     vectors = {name: _path(config[name]) for name in ("embeddings", "gradients", "ids")}
@@ -161,7 +162,7 @@ def _select(selector: Selector, signals: Signals, k: int) -> tuple[SelectionLedg
     """The ledger, and what the selector warned of."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        ledger = selector.select(signals, k)
+        ledger = pick(selector, signals, k)
     return ledger, [str(warning.message) for warning in caught if warning.category is UserWarning]
 
 

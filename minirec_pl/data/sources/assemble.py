@@ -26,6 +26,7 @@ from minirec_pl.data.sources.tables import (
     unique_ids,
 )
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.protocols import untyped
 
 Faults = Counter[str]
 T = TypeVar("T", bound=np.generic)
@@ -57,6 +58,7 @@ class Samples(NamedTuple):
     report: Faults
 
 
+@untyped
 class Source(Protocol):
     """Where samples come from."""
 

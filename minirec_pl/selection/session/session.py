@@ -19,7 +19,8 @@ from minirec_pl.selection.diagnostics import Diagnostics, diagnose, notable
 from minirec_pl.selection.fingerprints import fingerprints_of
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.session.resume import Running, epoch_is_done
-from minirec_pl.selection.session.scoring import Probe, measure
+from minirec_pl.selection.session.scorers import Probe
+from minirec_pl.selection.session.scoring import measure
 from minirec_pl.selection.session.signal_files import SignalFiles, read_vectors
 from minirec_pl.selection.signals import SampleSignals, gather_signals
 from minirec_pl.selection.store import SignalStore
