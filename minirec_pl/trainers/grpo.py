@@ -21,7 +21,7 @@ from minirec_pl.grpo.objective import WASTED_GROUPS, Objective, WastedGroups
 from minirec_pl.grpo.reference import adapters_off, check_sync, frozen_copy, is_fresh_lora, mix_into
 from minirec_pl.grpo.sampler import RolloutSampler
 from minirec_pl.policy.interface import Policy, RolloutKind, RolloutOptions
-from minirec_pl.rewards.calls import Rewarder, RewardFunction
+from minirec_pl.rewards.calls import Rewarder, RewardFunction, checked_rewards
 from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace
 from minirec_pl.selection.probes.trajectory import Trajectory
 from minirec_pl.selection.session.resume import position as batch_position
@@ -147,7 +147,7 @@ class GRPORecModule(RecModule):
             raise InputError(f"wasted_groups is {wasted_groups!r}: choose one of {', '.join(WASTED_GROUPS)}")
         if not 1 <= oversample < math.inf:
             raise InputError(f"oversample is {oversample}: it is a multiple of data.batch_size, at least 1")
-        self.rewards = policy.default_rewards() if rewards is None else list(rewards)
+        self.rewards = policy.default_rewards() if rewards is None else checked_rewards(rewards)
         if reward_weights is not None and len(reward_weights) != len(self.rewards):
             raise InputError(
                 f"reward_weights has {len(reward_weights)} numbers for {len(self.rewards)} rewards: give one each"
