@@ -15,7 +15,7 @@ from minirec_pl.data.loader import GenerationSchedule, ResumableLoader, limited
 from minirec_pl.data.sampler import CurriculumSampler, OrderedSampler
 from minirec_pl.data.samples import Catalogue, IntArray, SampleTable, digest
 from minirec_pl.data.sequence_table import SequenceTable
-from minirec_pl.data.sources.assemble import Faults, Source
+from minirec_pl.data.sources.assemble import Faults, Source, check_source, samples_of
 from minirec_pl.data.sources.atomic_files import AtomicFiles
 from minirec_pl.data.splits import Parts, TimeSplit, random_part, split_table
 from minirec_pl.data.warm_batches import WarmChunkSampler, WarmDataset, WarmSequenceDataset
@@ -126,7 +126,9 @@ class RecDataModule(LightningDataModule):
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise InputError(f"{name}={value}: give a whole number of at least 1")
-        self.source = source or AtomicFiles(path, dataset)
+        if source is not None:
+            check_source(source)
+        self.source = AtomicFiles(path, dataset) if source is None else source
         self.train_on = train_on
         self.split_by, self.warm_fraction, self.history_window = split, warm_fraction, history_window
         self.window = window
@@ -162,7 +164,7 @@ class RecDataModule(LightningDataModule):
         return WarmChunkSampler(self.table, self.parts.warm, self.history_window, seed=self.seed)
 
     def _read(self) -> None:
-        self.table, self.catalogue, name, self.report = self.source.read()
+        self.table, self.catalogue, name, self.report = samples_of(self.source)
         self.parts, self.split = split_table(self.table, self.split_by, self.warm_fraction, self.window)
         seeds = (self.seed, self.seed, _EVALUATION_SEED, _EVALUATION_SEED)
         self.warm_ids, self.pool_ids, self.val_ids, self.test_ids = (

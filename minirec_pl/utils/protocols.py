@@ -42,16 +42,14 @@ def what_it_lacks(found: object, name: str, wanted: type) -> str | None:
     if not inspect.isclass(found):
         kind = "function" if inspect.isroutine(found) else type(found).__name__
         return f"{name} is a {kind} and no class: give a class with {shown}"
-    if missing := [method for method in forms if not callable(getattr(found, method, None))]:
+    is_protocol = getattr(wanted, "_is_protocol", False)
+    if not is_protocol and not issubclass(found, wanted):
+        return f"{name} is no {wanted.__name__}: derive it from {public_name(wanted)} and define {shown}"
+    abstract = getattr(found, "__abstractmethods__", ())
+    if missing := [method for method in forms if method in abstract or not callable(getattr(found, method, None))]:
         return f"{name} has no method {', '.join(missing)}: define {shown}"
-    if missing := sorted(getattr(found, "__abstractmethods__", ())):
-        return f"{name} has no method {', '.join(missing)}: define {shown}"
-    if not getattr(wanted, "_is_protocol", False):
-        return (
-            None
-            if issubclass(found, wanted)
-            else f"{name} is no {wanted.__name__}: derive it from {public_name(wanted)}"
-        )
+    if not is_protocol:
+        return None
     for method, form in forms.items():
         own = getattr(found, method)
         if not takes(own, getattr(wanted, method)):
