@@ -13,6 +13,7 @@ from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.selection.session.session import SelectionSession, session_of
 from minirec_pl.selection.signals import Array, as_ids, name_ids, repeated_ids
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.protocols import what_it_lacks
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -56,6 +57,8 @@ class Curriculum(SessionCallback, ABC):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Registers for the phase `order`."""
         if stage == "fit":
+            if (wrong := what_it_lacks(type(self), type(self).__name__, Curriculum)) is not None:
+                raise InputError(wrong)
             session_of(trainer).register("order", self._order, trainer)
 
     def _order(self, session: SelectionSession, trainer: Trainer, module: LightningModule, epoch: int) -> None:

@@ -56,4 +56,4 @@ def item_logps(policy: Policy, batch: Batch) -> Tensor:
 
 
 def _words(shape: tuple[Size, ...]) -> str:
-    return f"[{', '.join('L' if size is None else str(size) for size in shape)}]"
+    return f"[{', '.join('L' if size is None else str(size) for size in shape)}]" if shape else "a single number"

@@ -30,6 +30,7 @@ from minirec_pl.utils.checkpoints import (
 )
 from minirec_pl.utils.cost import Cost, Phase
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.protocols import what_it_lacks
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -67,11 +68,10 @@ class RecModule(LightningModule):
         predict_k: int = EVALUATION_K,
     ) -> None:
         super().__init__()
-        if not isinstance(policy, Policy):
-            raise InputError(
-                f"policy is {policy!r}: give an object of a subclass of minirec_pl.policy.Policy, such as a "
-                "GenerativePolicy"
-            )
+        if isinstance(policy, type):
+            raise InputError(f"policy is the class {policy.__name__}: give an object of it, {policy.__name__}(...)")
+        if (wrong := what_it_lacks(type(policy), type(policy).__name__, Policy)) is not None:
+            raise InputError(f"policy: {wrong}")
         if predict_k < 1:
             raise InputError(f"predict_k is {predict_k}: a list of recommendations has at least one item")
         self.policy = policy

@@ -48,8 +48,6 @@ def what_it_lacks(found: object, name: str, wanted: type) -> str | None:
     abstract = getattr(found, "__abstractmethods__", ())
     if missing := [method for method in forms if method in abstract or not callable(getattr(found, method, None))]:
         return f"{name} has no method {', '.join(missing)}: define {shown}"
-    if not is_protocol:
-        return None
     for method, form in forms.items():
         own = getattr(found, method)
         if not takes(own, getattr(wanted, method)):
