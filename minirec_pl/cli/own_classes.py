@@ -20,7 +20,9 @@ _REFUSED = re.compile(
     r"instantiatable class, but.* is abstract"
 )
 _NO_FUNCTION = re.compile(r"Expected '([\w.]+)' to be a class that instantiates into callable")
-_NAMED = re.compile(r"(?:Given value: |class_path=|val=)'?([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+)'?")
+_NAMED = re.compile(
+    r"(?:Import path |class, but |Given value: |Got value: |class_path=|val=)\[?'?([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+)'?"
+)
 _NOT_THERE = re.compile(r"No module named '(\w+)'")
 _NOT_IN_IT = re.compile(r"module '(\w+)' has no attribute")
 
@@ -39,19 +41,20 @@ def what_is_wrong(message: str) -> str | None:
         return f"the objects of {path} cannot be called: give a function, or a class with `__call__`"
     if (hidden := _NOT_IN_IT.search(message)) and (other := _hides_own_file(hidden[1])):
         return f"{hidden[1]}.py in this folder is hidden by {other}: rename it"
-    named = _NAMED.search(message)
-    if named is None:
-        return None
-    place, _, name = named[1].rpartition(".")
-    if (missing := _NOT_THERE.search(message)) and place.split(".")[0] == missing[1]:
+    missing = _NOT_THERE.search(message)
+    if missing and (path := re.search(rf"\b{missing[1]}(?:\.\w+)+", message)):
         return (
-            f"there is no module {missing[1]}, which '{named[1]}' is to be taken from: put {missing[1]}.py into the "
+            f"there is no module {missing[1]}, which '{path[0]}' is to be taken from: put {missing[1]}.py into the "
             "folder that the command runs in, or install it"
         )
-    refused = _REFUSED.search(message)
-    if refused is None:
+    refused, named = _REFUSED.search(message), _NAMED.search(message)
+    if refused is None or named is None:
         return None
-    found = getattr(import_module(place), name)
+    place, _, name = named[1].rpartition(".")
+    try:
+        found = getattr(import_module(place), name)
+    except (ImportError, AttributeError):  # a class within a class
+        return None
     base = refused[1] or next((kind.__name__ for kind in getattr(found, "__mro__", ()) if kind.__name__ in _WANTED), "")
     wanted = getattr(import_module(_WANTED[base]), base) if base in _WANTED else None
     return None if wanted is None else what_it_lacks(found, named[1], wanted)
