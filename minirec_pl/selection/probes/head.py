@@ -208,18 +208,19 @@ class HeadProbe:
         parameters = _parameters(forward)
         required = [name for name, one in parameters.items() if one.default is one.empty and not _is_rest(one)]
         if self.forward is not None or not isinstance(batch, Mapping):
-            value = self._pick("forward", 0 if self.forward is None else self.forward, batch)
+            key = 0 if self.forward is None else self.forward
+            value = self._pick("forward", key, batch)
             if accepts(forward, value):
                 return (value,), {}
-            named = {self.forward: value} if self.forward in parameters else dict.fromkeys(required, value)
+            named = {str(key): value} if key in parameters else dict.fromkeys(required, value)
             if len(named) == 1 and accepts(forward, **named):
                 return (), named
         elif required == ["batch"] and "batch" not in batch:
             return (batch,), {}
         else:
             whole = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
-            named = {key: value for key, value in batch.items() if key in required or (key != target and whole)}
-            named |= {key: value for key, value in batch.items() if key in parameters and key != target}
+            wanted = {key for key in batch if key in required or (key != target and (whole or key in parameters))}
+            named = {key: value for key, value in batch.items() if isinstance(key, str) and key in wanted}
             if named and accepts(forward, **named):
                 return (), named
         held = f"the keys {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else "no names"
