@@ -15,6 +15,7 @@ import pandas as pd
 from rich.markup import escape
 from rich.table import Table
 
+from minirec_pl.cli.arguments import without_types
 from minirec_pl.cli.terminal import CommandParser, console
 from minirec_pl.selection.budget import budget_count, check_budget
 from minirec_pl.selection.curriculum import default_folds, fold_curriculum, fold_starts
@@ -48,13 +49,14 @@ def parser() -> CommandParser:
         "--samples", default=None, help="parquet or CSV with sample_id and user_id, item_id, ...: states their coverage"
     )
     made.add_argument("--budget", type=int | float, default=0.1, help="fraction (0.1) or number (1024) of samples")
-    made.add_argument(
+    selector = made.add_argument(
         "--selector",
         type=Selector,
         default={"class_path": f"{PACKAGE}.MiniRecSelector"},
         help="a class of minirec_pl.selection such as RandomSelector, or any dotted path; its options follow as "
         f"--selector.NAME, listed by --selector.help {PACKAGE}.MiniRecSelector",
     )
+    without_types(selector)
     made.add_argument("--mode", choices=["paper", "official"], help="short for --selector.mode, of MiniRecSelector")
     made.add_argument("--folds", type=int | None, default=None, help="easy-to-hard stretches; one per 64 samples")
     made.add_argument("--seed", type=int, default=42, help="seed of the shuffle into folds")

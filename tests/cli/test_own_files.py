@@ -32,7 +32,7 @@ from minirec_pl.selection.selectors.picks import best_first, ledger_of
 class Latest:
     needs = {"rewards"}
 
-    def __init__(self, sign=1):
+    def __init__(self, sign):
         self.sign = sign
 
     def select(self, signals, k, *, epoch=0):
@@ -103,7 +103,7 @@ STUDY = {
     "overrides": {},
     "methods": {
         "random": {"overrides": {"selection.selector": "minirec_pl.selection.RandomSelector"}},
-        "latest": {"overrides": {"selection.selector": "parts.Latest"}},
+        "latest": {"overrides": {"selection.selector.sign": 1}},
     },
 }
 
@@ -138,7 +138,7 @@ def test_every_command_finds_what_the_folder_holds(folder):
 
     run(f"minirec score --config own.yaml --to scored {trained}")
     assert SignalStore.load(folder / "scored/signals.safetensors").pool_view(0).reward_mean.unique().tolist() == [0.25]
-    run("minirec select scored/signals.safetensors --selector parts.Latest --budget 5 --to selected")
+    run("minirec select scored/signals.safetensors --selector parts.Latest --selector.sign=1 --budget 5 --to selected")
     assert np.load(folder / "selected/selected.npy").tolist() == sorted(ledger.table["sample_id"])[:-6:-1]
     for command in ("validate", "test", "predict"):
         run(f"minirec {command} --config own.yaml {quiet} {trained}")
@@ -327,3 +327,15 @@ def test_a_selector_of_another_command_is_told_the_same(wrong, capsys):
     for name, words in [("NoSelect", "has no method select"), ("Needs", "Needs.needs is {'loss'}: give a frozenset")]:
         assert main(["select", "none.parquet", "--selector", f"wrong.{name}"]) == 2
         assert words in sentence(capsys)
+
+
+def test_a_policy_of_ones_own_has_no_language_model_to_export(tmp_path, capsys):
+    run = tmp_path / "run"
+    (run / "policy").mkdir(parents=True)
+    to = ["--to", str(tmp_path / "exported")]
+    assert main(["export", str(run / "policy"), *to]) == 2
+    assert "there is no policy in " in sentence(capsys)
+    (run / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    assert main(["export", str(run / "policy"), *to]) == 2
+    assert "is a my_policy.BagOfItems, which has no language model to export: load it with" in sentence(capsys)
+    assert not (tmp_path / "exported").exists()
