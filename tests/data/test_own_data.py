@@ -177,28 +177,3 @@ def test_options_that_do_not_go_together(log_path, tmp_path):
     with pytest.raises(InputError, match=r"log\.csv: the warm-start part is empty"):
         ready(log_path, train_on="warm_samples", warm_fraction=0.0)
     assert "source" not in ready(log_path).hparams
-
-
-class Gives:
-    """A source of the user's own, whatever it gives."""
-
-    def __init__(self, given=None):
-        self.given = given
-
-    def read(self):
-        return self.given
-
-
-@pytest.mark.parametrize(
-    ("source", "words"),
-    [
-        (Gives, r"source is the class Gives: give an object of it, Gives\(\.\.\.\)"),
-        ("log.csv", r"source is 'log.csv': give an object with `read\(\)`, such as InteractionTable"),
-        (Gives(), r"Gives.read returned a NoneType: return Samples, as .*from_interactions makes them"),
-        (Gives(log_frame()), r"Gives.read returned a DataFrame: return Samples"),
-        (Gives((1, 2, 3, 4)), r"Gives.read returned a tuple: return Samples"),
-    ],
-)
-def test_a_source_of_ones_own_that_gives_no_samples(source, words):
-    with pytest.raises(InputError, match=words):
-        RecDataModule(source=source).setup("fit")
