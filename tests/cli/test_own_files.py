@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import yaml
 from helpers.cli_tools import QUIET, sentence
-from helpers.documents import shell_of
+from helpers.documents import blocks, shell_of
 from helpers.own_tables import log_frame
 from helpers.paths import REPOSITORY
 from lightning.pytorch import LightningDataModule
@@ -114,18 +114,14 @@ def folder(tmp_path):
     (tmp_path / "parts.py").write_text(PARTS)
     log_frame(n=1500, n_users=25, n_moments=600, n_items=60).to_csv(tmp_path / "log.csv", index=False)
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(CONFIG))
-    study = {**STUDY, "config": str(tmp_path / "own.yaml")}
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    (block,) = [one for one in blocks(REPOSITORY / "docs" / "extending.md") if "class BagOfItems" in one.text]
+    shell_of(tmp_path)([sys.executable, "-c", block.text])
     return tmp_path
 
 
 @pytest.mark.slow
 def test_every_command_finds_what_the_folder_holds(folder):
-    from helpers.documents import blocks
-
-    (block,) = [one for one in blocks(REPOSITORY / "docs" / "extending.md") if "class BagOfItems" in one.text]
     run = shell_of(folder)
-    run([sys.executable, "-c", block.text])
     quiet, trained = " ".join(QUIET), "--model.policy.pretrained=runs/latest/policy"
 
     assert "60" in run("minirec data describe --config own.yaml").stdout
@@ -144,10 +140,18 @@ def test_every_command_finds_what_the_folder_holds(folder):
         run(f"minirec {command} --config own.yaml {quiet} {trained}")
     assert len(list(folder.glob("runs/version_*/predictions.parquet"))) == 1
     run("minirec report runs/latest --to report.html")
-    run("minirec compare --config study.yaml --to compared --jobs 2")
-    assert len(list(folder.glob("compared/cells/**/*.safetensors"))) == 2
     with pytest.raises(AssertionError, match=r"is a my_policy.BagOfItems, which has no language model to export: load"):
         run("minirec export runs/latest/policy --to exported")
+
+
+@pytest.mark.slow
+def test_the_worker_processes_of_a_study_find_it_too(folder):
+    config = {**CONFIG, "warm_start": {"train_on": "warm_samples", "epochs": 1}}
+    (folder / "own.yaml").write_text(yaml.safe_dump(config))
+    study = {**STUDY, "config": str(folder / "own.yaml")}
+    (folder / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    shell_of(folder)("minirec compare --config study.yaml --to compared --jobs 2")
+    assert len(list(folder.glob("compared/cells/**/*.safetensors"))) == 2
 
 
 WRONG = """
