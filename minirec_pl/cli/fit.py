@@ -259,8 +259,9 @@ def config_after_warm_start(config: dict[str, Any], policy: Path) -> dict[str, A
     """
     given = config["model"]["init_args"]["policy"]
     kind: type[Policy] = class_of(given["class_path"])
-    given["init_args"] |= dict.fromkeys(kind.made_of & set(given["init_args"]))
-    given["init_args"]["pretrained"] = str(policy)
+    options = given.setdefault("init_args", {})
+    options |= dict.fromkeys(kind.made_of & set(options))
+    options["pretrained"] = str(policy)
     return {**config, "warm_start": None}
 
 
