@@ -77,9 +77,7 @@ class SelectSamples(SessionCallback):
         session.expect(self.warmup_epochs, self._expected)
         session.register("select", self._select, trainer)
         session.asked = signal_options(self.selector)
-        if isinstance(self.selector, MiniRecSelector) and self.selector.num_generations is None:
-            self._selector = copy.copy(self.selector)
-            self._selector.num_generations = getattr(pl_module, "num_generations", None)
+        self._selector = told_of(self.selector, pl_module)
 
     def _expected(self, n_pool: int) -> int:
         if self.ledger is None:
@@ -141,6 +139,27 @@ class SelectSamples(SessionCallback):
                 "it was made for"
             )
         return ledger
+
+
+def told_of(selector: Selector, module: LightningModule) -> Selector:
+    """The selector with those of its options that are None taken from how a module trains.
+
+    Args:
+        selector: stays as it is.
+        module: with `num_generations` and `objective`, as GRPORecModule has, or without.
+    """
+    objective = getattr(module, "objective", None)
+    scale: str | None = getattr(objective, "scale_rewards", None)
+    known = {
+        "num_generations": getattr(module, "num_generations", None),
+        "scale_rewards": "group" if scale == "batch" else scale,
+        "baseline": getattr(objective, "baseline", None),
+    }
+    told = copy.copy(selector)
+    for name, value in known.items():
+        if value is not None and getattr(selector, name, value) is None:
+            setattr(told, name, value)
+    return told
 
 
 def _figures(session: SelectionSession, found: Diagnostics, before: Collection[int]) -> dict[str, float]:

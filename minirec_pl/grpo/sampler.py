@@ -112,7 +112,7 @@ class RolloutSampler:
             rewards, _ = self._rewarded(batch, drawn)
             advantages = group_advantages(
                 rewards.nan_to_num(nan=0.0),
-                scale_rewards="none" if self.objective.scale_rewards == "none" else "group",
+                scale_rewards="group" if self.objective.scale_rewards == "batch" else self.objective.scale_rewards,
                 baseline=self.objective.baseline,
                 applies=~rewards.isnan(),
             )

@@ -72,6 +72,7 @@ def generative(kind):
         num_generations=4,
         num_iterations=2 if kind == "iterations" else 1,
         steps_per_generation=4 if kind == "generations" else None,
+        rollouts="expected" if kind == "expected" else "sample",
         optimizer=optimizer,
         lr_scheduler=scheduler,
     )
@@ -176,9 +177,10 @@ PLACES = [  # batches 3 and 6 are followed by a validation; 8, 10 and 13 are ins
 ]
 
 
+@pytest.mark.parametrize("kind", ["grpo", "expected"])
 @pytest.mark.parametrize("place", PLACES)
-def test_places_without_a_selection(compare, place):
-    compare(lambda: generative("grpo"), place)
+def test_places_without_a_selection(compare, place, kind):
+    compare(lambda: generative(kind), place)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +195,7 @@ def test_places_without_a_selection(compare, place):
         ("on_validation_batch_end", 2),
     ],
 )
-@pytest.mark.parametrize("kind", ["grpo", "warm"])
+@pytest.mark.parametrize("kind", ["grpo", "warm", "expected"])
 def test_a_batch_that_is_broken_off_is_trained_on_once(compare, kind, hook, visit):
     data = {"train_on": "warm", "warm_batch_size": 1} if kind == "warm" else {}
     compare(lambda: generative(kind), (hook, visit), True, data=data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +15,8 @@ from minirec_pl.selection import reasons
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.signals import Signals
 from minirec_pl.utils.errors import InputError
+
+_ROWS = 16_384  # gradients turned to float64 at a time
 
 
 def ascending(signals: Signals, k: int) -> Signals:
@@ -51,6 +53,18 @@ def vectors(signals: Signals, name: Literal["gradient", "embedding"], selector: 
             f"{type(selector).__name__} needs {article} {name} per sample: return `{name}` from sample_signals"
         )
     return values, torch.ones(len(signals), dtype=torch.bool) if known is None else known
+
+
+def gradient_blocks(gradient: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yields the rows of a matrix, perhaps a mapped file, as float64 on the CPU, some at a time."""
+    for start in range(0, len(gradient), _ROWS):
+        rows = slice(start, start + _ROWS)
+        yield rows, gradient[rows].double().cpu()
+
+
+def row_norms(gradient: Tensor) -> Tensor:
+    """Returns the length of each row, [N] float64, of [N, D]."""
+    return torch.cat([torch.linalg.vector_norm(block, dim=1) for _, block in gradient_blocks(gradient)])
 
 
 def solve_chance(signals: Signals, selector: object) -> Tensor:
