@@ -168,6 +168,28 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(policy, toy_data, ma
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_two_ranks_train_as_one_process(tiny_policy, toy_data, make_trainer, tmp_path):
+    """A whole epoch, with a ragged end: one sample is repeated on the second rank and has no weight."""
+
+    class Keep(Callback):
+        def on_train_end(self, trainer, pl_module):
+            torch.save(pl_module.policy.state_dict(), tmp_path / f"{trainer.world_size}-{trainer.global_rank}.pt")
+
+    def run(batch_size, **options):
+        data = toy_data(batch_size=batch_size)
+        data.setup("fit")
+        make_trainer(max_epochs=1, callbacks=[Keep()], **options).fit(expected_module(tiny_policy()), data)
+        return len(data.train_sampler.sample_ids)
+
+    assert run(6) % 2 == 1
+    run(3, devices=2, strategy="ddp_fork")
+    one, *two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    for weights in two:
+        for name, value in weights.items():
+            torch.testing.assert_close(value, one[name], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_the_sampled_gradient_comes_to_the_expected_one_on_average(tmp_path):
     """4,000 groups of 16 at a p of 0.3, by the sampler itself, in 30 random directions."""
