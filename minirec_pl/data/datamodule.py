@@ -1,5 +1,6 @@
 """RecDataModule: from a source of samples to batches."""
 
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -169,7 +170,9 @@ class RecDataModule(LightningDataModule):
             random_part(rows[self.table.eligible[rows]], size, seed)
             for rows, size, seed in zip(self.parts, self.sizes, seeds, strict=True)
         )
-        self.item_popularity = self.table.item_counts(np.concatenate([self.parts.warm, self.parts.pool]))
+        train = np.concatenate([self.parts.warm, self.parts.pool])
+        self.item_popularity = self.table.item_counts(train)
+        self.catalogue.interactions = partial(self.table.interactions, train)
         self._check_parts(name)
 
     def _check_parts(self, source: str) -> None:

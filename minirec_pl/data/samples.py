@@ -1,7 +1,7 @@
 """The table of samples and the catalogue of items: pure numpy and pandas."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import TypeVar
 
@@ -56,6 +56,7 @@ class Catalogue:
 
     Attributes:
         texts: A text for each item, never empty.
+        interactions: Gives user and item of the train part, [n, 2] int64; None where there is no log.
 
     Raises:
         InputError: No item, an id that comes twice, or another number of titles or texts.
@@ -65,6 +66,8 @@ class Catalogue:
         >>> len(catalogue), catalogue.index_of("a"), catalogue.titles[1]
         (2, 1, 'Ape')
     """
+
+    interactions: Callable[[], IntArray] | None = None
 
     def __init__(
         self, item_ids: Sequence[str], titles: Sequence[str] | None = None, texts: Sequence[str] | None = None
@@ -84,6 +87,9 @@ class Catalogue:
         )
         names = self.titles or self.item_ids
         self.texts = [*names] if texts is None else [text or name for text, name in zip(texts, names, strict=True)]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Catalogue":
+        return self  # never changed, and shared by a policy and its reference
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -235,6 +241,10 @@ class SampleTable:
 
     def __len__(self) -> int:
         return len(self.user)
+
+    def interactions(self, sample_ids: IntArray) -> IntArray:
+        """User and item of each of these samples, [n, 2] int64."""
+        return np.stack([self.user[sample_ids], self.item[sample_ids]], axis=1)
 
     def item_counts(self, sample_ids: IntArray) -> IntArray:
         """Counts how often each item is the target of these samples, [n_items] int64."""

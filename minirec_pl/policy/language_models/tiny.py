@@ -28,11 +28,16 @@ def item_token(item_id: str) -> str:
 
 
 def item_tokenizer(item_ids: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer with one token per item, after the special tokens."""
+    """A `word_tokenizer` with one token per item."""
+    return word_tokenizer([item_token(item_id) for item_id in item_ids])
+
+
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of these words, each in angle brackets, after the special tokens."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = [*SPECIAL_TOKENS, *map(item_token, item_ids)]
+    words = [*SPECIAL_TOKENS, *words]
     if len(set(words)) != len(words):
         raise InputError("the catalogue names an item twice: item ids must be unique")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=SPECIAL_TOKENS[0]))
