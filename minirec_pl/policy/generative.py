@@ -97,7 +97,7 @@ class GenerativePolicy(ItemIdGenerator):
         self.prompt = prompt or PromptTemplate()
         self.evaluation_beams = evaluation_beams
         self.chat = None
-        self.words: list[str] | None = None
+        self.id_words: list[str] | None = None
         if pretrained is not None:
             self._take(read_policy(Path(pretrained)))
 
@@ -113,7 +113,7 @@ class GenerativePolicy(ItemIdGenerator):
         start = text_setting(self.model, "bos_token_id")
         self.pad_token_id = int(text_setting(self.model, "pad_token_id"))
         self.bos_token_id = self.pad_token_id if start is None else int(start)
-        self.catalogue, self.words = stored.catalogue, stored.words
+        self.catalogue, self.id_words = stored.catalogue, stored.words
 
     def bind(self, catalogue: Catalogue) -> None:
         """Ties the policy to a catalogue: builds or loads its model, or checks that a loaded one fits.
@@ -152,7 +152,7 @@ class GenerativePolicy(ItemIdGenerator):
         if self.catalogue is None:
             raise InputError("the policy has no catalogue yet: fit it, or call bind(catalogue), before saving")
         cost = dict(training_cost or self.training_cost)
-        stored = StoredPolicy(self.model, self.catalogue, self.trie.item_tokens, cost, self.chat, self.words)
+        stored = StoredPolicy(self.model, self.catalogue, self.trie.item_tokens, cost, self.chat, self.id_words)
         write_policy(Path(folder), stored)
 
     def item_logps(self, batch: Batch, chunk: int = 4096) -> Tensor:

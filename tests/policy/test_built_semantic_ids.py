@@ -51,7 +51,7 @@ def test_a_policy_trains_is_saved_and_read(toy_data, make_trainer, tmp_path):
     assert policy.id_length > 1
     policy.save_pretrained(tmp_path / "policy")
     again = GenerativePolicy(pretrained=str(tmp_path / "policy"))
-    assert again.words == policy.words
+    assert again.id_words == policy.id_words
     assert torch.equal(again.trie.item_tokens, policy.trie.item_tokens)
     batch = next(iter(data.sample_loader(data.val_ids[:4])))
     scores = again.item_logps(batch)
@@ -66,7 +66,7 @@ def test_a_policy_trains_is_saved_and_read(toy_data, make_trainer, tmp_path):
         make_trainer(max_epochs=1, limit_train_batches=2).fit(GRPORecModule(again, **options), toy_data())
     again.save_pretrained(tmp_path / "second")
     third = GenerativePolicy(pretrained=str(tmp_path / "second"))
-    assert third.words == policy.words
+    assert third.id_words == policy.id_words
 
 
 def test_the_codes_know_nothing_of_validation_and_test(toy_data):
