@@ -79,9 +79,9 @@ def _items(shapes):
     rows = [
         f"A Llama of 4 layers of width 256 generates the ids of 10,000 items; {shape['prompts']} prompts of 20 items a",
         f"step, G = {shape['generations']}, reward `hit`. `expected` is `rollouts: expected`, `supervised` the warm",
-        f"start's loss on the same samples. `sample` draws rollouts; {mixed} of its groups hold a hit and a miss and are run",
-        "backward. TRL generates with `prefix_allowed_tokens_fn`, so that every completion is an item; its update is",
-        "over the whole vocabulary.",
+        f"start's loss on the same samples. `sample` draws rollouts; {mixed} of its groups hold a hit and a miss and",
+        "are run backward. TRL generates with `prefix_allowed_tokens_fn`, so that every completion is an item; its",
+        "update is over the whole vocabulary.",
         "",
         "| ids | side | prompts/s | `expected` is so many times as fast | peak [MB] |",
         "| --- | --- | ---: | ---: | ---: |",

@@ -61,6 +61,9 @@ class RecDataModule(LightningDataModule):
             in time order, such as ``[0.2, 0.8]``; None for all of it. Needs a ``split`` in global time. Samples outside
             are in no part, but what a user did before the window stays in histories and masked items, as it was known
             by then.
+        whole_sequences: Serve the samples of a user that an epoch trains on one after the other, with histories that
+            begin at every (history_window / 2)-th item, so that training without rollouts runs the sequence of a user
+            once for all of them. A user comes where the first of its samples would; of the pool and ``warm_samples``.
 
     Attributes:
         table: All samples.
@@ -110,6 +113,7 @@ class RecDataModule(LightningDataModule):
         val_samples: int | None = None,
         test_samples: int | None = None,
         window: tuple[float, float] | None = None,
+        whole_sequences: bool = False,
     ) -> None:
         super().__init__()
         if train_on not in TRAIN_ON:
@@ -130,7 +134,7 @@ class RecDataModule(LightningDataModule):
         self.source = source or AtomicFiles(path, dataset)
         self.train_on = train_on
         self.split_by, self.warm_fraction, self.history_window = split, warm_fraction, history_window
-        self.window = window
+        self.window, self.whole_sequences = window, whole_sequences
         self.batch_size, self.warm_batch_size, self.eval_batch_size = batch_size, warm_batch_size, eval_batch_size
         self.num_workers, self.seed = num_workers, seed
         self.sizes = (warm_samples, pool_samples, val_samples, test_samples)
@@ -151,10 +155,10 @@ class RecDataModule(LightningDataModule):
             self.train_sampler = self._make_sampler()
 
     def _make_sampler(self) -> CurriculumSampler | WarmChunkSampler:
-        if self.train_on == "pool":
-            return CurriculumSampler(self.pool_ids, seed=self.seed)
-        if self.train_on == "warm_samples" or isinstance(self.table, SequenceTable):
-            return CurriculumSampler(self.warm_ids, seed=self.seed)
+        if self.train_on != "warm" or isinstance(self.table, SequenceTable):
+            ids = self.pool_ids if self.train_on == "pool" else self.warm_ids
+            together = self.table.user[ids] if self.whole_sequences and self.train_on != "warm" else None
+            return CurriculumSampler(ids, seed=self.seed, together=together)
         if self.sizes[0] is not None:
             raise InputError(
                 f"warm_samples={self.sizes[0]} does not fit train_on='warm', which trains on whole stretches of users' "
@@ -202,7 +206,8 @@ class RecDataModule(LightningDataModule):
             batch_size = self.warm_batch_size
         else:
             ids, part = (self.pool_ids, "the pool") if self.train_on == "pool" else (self.warm_ids, "the warm part")
-            dataset = SampleDataset(self.table, self.history_window, ids, part)
+            stride = -(-self.history_window // 2) if self.whole_sequences else 1
+            dataset = SampleDataset(self.table, self.history_window, ids, part, stride)
             module = None if self.trainer is None else self.trainer.lightning_module
             schedule = getattr(module, "generation_schedule", schedule)
             batch_size = round(self.batch_size * schedule.oversample)

@@ -21,6 +21,7 @@ from minirec_pl.policy.interface import (
     RolloutOptions,
     SignalOptions,
     SupervisedLoss,
+    TargetPass,
     uniform_numbers,
 )
 from minirec_pl.policy.item_id_generator import ItemIdGenerator
@@ -34,7 +35,7 @@ from minirec_pl.policy.language_models.sampling import Prompt, Rollouts
 from minirec_pl.policy.language_models.tiny import SPECIAL_TOKENS, build_tiny, check_model
 from minirec_pl.policy.prompt import PromptTemplate
 from minirec_pl.policy.semantic_ids import SemanticIds
-from minirec_pl.policy.supervised import sequence_nll, sequence_tokens
+from minirec_pl.policy.supervised import sequence_nll, sequence_tokens, shared_states
 from minirec_pl.policy.target_signals import target_signals
 from minirec_pl.policy.trie import TokenTrie, TrieHead
 from minirec_pl.utils.errors import InputError
@@ -253,6 +254,17 @@ class GenerativePolicy(ItemIdGenerator):
         if not with_target:
             return CompletionPass(logps, entropy, tokens)
         return CompletionPass(logps[:, 1:], entropy[:, 1:], tokens, target_logps=logps[:, 0])
+
+    def target_pass(self, batch: Batch, temperature: float) -> TargetPass:
+        """See `Policy.target_pass`: with ids of one token, prompts that others begin with are not run again."""
+        target = batch["target"]
+        if self.id_length > 1:
+            logps, _, _ = self.completion_logps(batch, target[:, None], temperature)
+            tokens = self.prompt_tokens(batch) + self.fed_tokens(target)
+            return TargetPass(logps[:, 0].sum(dim=1), self.id_length, tokens)
+        states, tokens = shared_states(self, batch)
+        every = self.root_logps(states, batch["seen"], temperature)
+        return TargetPass(every.gather(1, self.trie.child_of[target])[:, 0], 1, tokens, every)
 
     def signals(
         self, batch: Batch, drawn: DrawnGroups | None, advantages: Tensor | None, options: SignalOptions

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from minirec_pl.policy.catalogue_text import rows_of
 from minirec_pl.policy.folder import Chat
-from minirec_pl.policy.interface import Batch, Policy, TargetPass
+from minirec_pl.policy.interface import Batch, Policy
 from minirec_pl.policy.language_models.causal_lm import (
     body_of,
     cache_under_checkpointing,
@@ -149,15 +149,6 @@ class ItemIdGenerator(Policy):
     def equal_lengths(self) -> bool:
         """See `Policy.equal_lengths`."""
         return bool((self.trie.item_tokens >= 0).all())
-
-    def target_pass(self, batch: Batch, temperature: float) -> TargetPass:
-        """See `Policy.target_pass`."""
-        target, tokens = batch["target"], self.prompt_tokens(batch)
-        if self.id_length > 1:
-            logps, _, _ = self.completion_logps(batch, target[:, None], temperature)
-            return TargetPass(logps[:, 0].sum(dim=1), self.id_length, tokens + self.fed_tokens(target))
-        every = self.root_logps(self.run_prompt(batch).states, batch["seen"], temperature)
-        return TargetPass(every.gather(1, self.trie.child_of[target])[:, 0], 1, tokens, every)
 
     def generate(
         self,
