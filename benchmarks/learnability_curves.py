@@ -21,10 +21,10 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True, help="SVG or PNG file to write")
     to = parser.parse_args().to
     mpl.use("Agg")
-    mpl.rcParams["svg.hashsalt"] = "learnability"
+    mpl.rcParams |= {"svg.hashsalt": "learnability", "svg.fonttype": "none"}
     from matplotlib import pyplot as plt
 
-    p = torch.linspace(0, 1, 401, dtype=torch.float64)
+    p = torch.linspace(0, 1, 101, dtype=torch.float64)
     gaussian = learnability(p, mu=0.5, sigma=SIGMA)
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
     for axis, (scale, title) in zip(axes, SCALES.items(), strict=True):
