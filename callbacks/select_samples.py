@@ -80,6 +80,7 @@ class SelectSamples(SessionCallback):
         if isinstance(self.selector, MiniRecSelector) and self.selector.num_generations is None:
             self._selector = copy.copy(self.selector)
             self._selector.num_generations = getattr(pl_module, "num_generations", None)
+        session.selector = self._selector if self.ledger is None else None
 
     def _expected(self, n_pool: int) -> int:
         if self.ledger is None:
@@ -97,30 +98,38 @@ class SelectSamples(SessionCallback):
         before = set(session.selected or ())
         try:
             with session.cost.timed("selection"):
-                ledger = self._pick(session, epoch) if self.ledger is None else self._fixed(session, trainer)
+                ledger = self._pick(session, trainer, epoch) if self.ledger is None else self._fixed(session, trainer)
                 k = None if self.ledger is None or self.budget is None else budget_count(self.budget, len(ledger))
                 session.selected = ledger.selected(k)
         except InputError as error:
             if not before:
                 raise
-            warnings.warn(f"epoch {epoch} keeps the selection of the epoch before: {error}", stacklevel=2)
+            text = f"epoch {epoch + 1} keeps the selection of the epoch before: {error}"
+            session.warn_once(trainer, text, text)
             return
         first, session.ledger = session.ledger is None, ledger
         if first or trainer.loggers:
             found = session.diagnostics(trainer)
-            for text in found.warnings if first and trainer.is_global_zero else ():
-                warnings.warn(f"selection: {text}", stacklevel=2)
+            for text in found.warnings if first else ():
+                session.warn_once(trainer, f"selection: {text}", text.partition(":")[0])
             session.log(trainer, _figures(session, found, before))
         session.leave_files(trainer)
 
-    def _pick(self, session: SelectionSession, epoch: int) -> SelectionLedger:
+    def _pick(self, session: SelectionSession, trainer: Trainer, epoch: int) -> SelectionLedger:
         if self.selector.needs and not session.scored:
             raise InputError(
                 f"{type(self.selector).__name__} needs scored samples: add the callback RescoreSamples(), as MiniRec "
                 "does, or train on a ledger"
             )
         view = session.store.pool_view(epoch)
-        ledger = self._selector.select(view, budget_count(self.budget, len(view)), epoch=epoch)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ledger = self._selector.select(view, budget_count(self.budget, len(view)), epoch=epoch)
+        for warning in caught:
+            if warning.category is UserWarning:
+                session.warn_once(trainer, str(warning.message), str(warning.message))
+            else:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         ledger.fingerprints = dict(session.store.fingerprints)
         return ledger
 

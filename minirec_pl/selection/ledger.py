@@ -36,6 +36,7 @@ _DTYPES = {
 _OPTIONAL = ("score", "difficulty", "redundant_with")
 _MISSING = {"rank": 0, "redundant_with": -1}  # of the columns that can miss a number, in `columns` and a checkpoint
 _UNFINISHED = "unfinished"
+DIFFICULTY = "difficulty in use"
 
 
 class SelectionLedger:
@@ -63,10 +64,16 @@ class SelectionLedger:
         columns: [N] arrays by column, without a copy; 0 for a missing rank, -1 for a missing `redundant_with`, and the
             redundant may still be among those below the budget.
         fingerprints: What the signals were measured with, by name ("model", "data", "seed"); written into the file.
+        difficulty_name: What the column `difficulty` holds, in words; written into the file.
     """
 
     def __init__(
-        self, table: pd.DataFrame, *, source: str = "the ledger", fingerprints: Mapping[str, str] | None = None
+        self,
+        table: pd.DataFrame,
+        *,
+        source: str = "the ledger",
+        fingerprints: Mapping[str, str] | None = None,
+        difficulty_name: str = DIFFICULTY,
     ) -> None:
         """Checks and keeps a table.
 
@@ -74,26 +81,34 @@ class SelectionLedger:
             table: The columns above, rows in any order; score, difficulty and redundant_with may be left out.
             source: How error messages call it.
             fingerprints: See the attribute.
+            difficulty_name: See the attribute.
 
         Raises:
             InputError: If a column is missing or mistyped, ids repeat, ranks are not 1..n, or a reason is unknown.
         """
         self.fingerprints = dict(fingerprints or {})
+        self.difficulty_name = difficulty_name
         self._embedding: torch.Tensor | None = None
         self._table: pd.DataFrame | None = _checked(table, source)
         whole = self._table.fillna(_MISSING).astype(dict.fromkeys(_MISSING, "int64") | {"reason": "object"})
         self.columns: dict[str, npt.NDArray[Any]] = {name: whole[name].to_numpy(copy=True) for name in _DTYPES}
 
     @classmethod
-    def of(cls, columns: Mapping[str, npt.NDArray[Any]], embedding: torch.Tensor | None = None) -> SelectionLedger:
+    def of(
+        cls,
+        columns: Mapping[str, npt.NDArray[Any]],
+        embedding: torch.Tensor | None = None,
+        difficulty_name: str = DIFFICULTY,
+    ) -> SelectionLedger:
         """Makes the ledger of a selector, whose columns need no check.
 
         Args:
             columns: See the attribute; rows ascending by sample_id.
             embedding: [N, E], if redundant samples are still to be told from those below the budget.
+            difficulty_name: See the attribute.
         """
         ledger = cls.__new__(cls)
-        ledger.fingerprints = {}
+        ledger.fingerprints, ledger.difficulty_name = {}, difficulty_name
         ledger.columns, ledger._table, ledger._embedding = dict(columns), None, embedding
         return ledger
 
@@ -202,6 +217,7 @@ class SelectionLedger:
             **state,
             "reason": self.columns["reason"].tolist(),
             "fingerprints": dict(self.fingerprints),
+            "difficulty_name": self.difficulty_name,
             _UNFINISHED: later,
         }
 
@@ -218,11 +234,12 @@ class SelectionLedger:
         """
         columns = {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
         fingerprints: Any = columns.pop("fingerprints", {})
+        difficulty_name: Any = columns.pop("difficulty_name", DIFFICULTY)
         later = columns.pop(_UNFINISHED, False)
         table = pd.DataFrame(columns)
         for name in _MISSING.keys() & set(table.columns):
             table[name] = table[name].astype("Int64").where(table[name] != _MISSING[name])
-        ledger = cls(table, source="the saved ledger", fingerprints=fingerprints)
+        ledger = cls(table, source="the saved ledger", fingerprints=fingerprints, difficulty_name=difficulty_name)
         if later:
             ledger._table, ledger._embedding = None, embedding
         return ledger
@@ -240,7 +257,7 @@ class SelectionLedger:
             InputError: If it cannot be written.
         """
         table = self.table.copy(deep=False)
-        table.attrs = {"fingerprints": self.fingerprints}
+        table.attrs = {"fingerprints": self.fingerprints, "difficulty_name": self.difficulty_name}
         return write_atomically(Path(path), lambda temporary: table.to_parquet(temporary, index=False))
 
     @classmethod
@@ -263,7 +280,8 @@ class SelectionLedger:
             table = pd.read_parquet(path)
         except (OSError, ValueError) as error:  # pyarrow's errors derive from these
             raise InputError(f"{path} is not a readable parquet file: copy it again or select again") from error
-        return cls(table, source=str(path), fingerprints=table.attrs.get("fingerprints"))
+        named = table.attrs.get("difficulty_name", DIFFICULTY)
+        return cls(table, source=str(path), fingerprints=table.attrs.get("fingerprints"), difficulty_name=named)
 
 
 def _checked(table: pd.DataFrame, source: str) -> pd.DataFrame:

@@ -144,12 +144,11 @@ def test_headline_numbers_are_those_of_the_results(runs, pages):
     picked, full, warm = (results[name] for name in ("picked", "full", "warm"))
     stages = [[*with_errors(row), *spent(row)] for row in full["stages"][:-1]]
     last = [*with_errors(full["stages"][-1]), full["samples_per_epoch"], *spent(full["stages"][-1])]
-    validation = [warm["validation"][name] for name in ("hit_rate@10", "ndcg@10")]
     assert rows == [
         [*with_errors(tested), picked["samples_per_epoch"], *spent(picked)],
         *stages,
         last,
-        [*validation, warm["samples_per_epoch"], *spent(warm)],
+        [*with_errors(warm["validation"]), warm["samples_per_epoch"], *spent(warm)],
     ]
 
 
@@ -324,7 +323,8 @@ def test_evaluations_end_with_the_results(runs):
         assert last["seconds"] <= sum(results["seconds"].values()) + 1e-2
         assert last["ndcg@10"] == pytest.approx(results["validation"]["ndcg@10"])
         assert (np.diff(table[["rollouts", "tokens", "seconds"]], axis=0) >= 0).all()
-        assert table["epoch"].tolist() == list(range(len(table)))
+        assert table["epoch"].tolist() == list(range(1, len(table) + 1))
+        assert last["ndcg@10_se_users"] == results["validation"]["ndcg@10_se_users"] > 0
 
 
 def test_the_plan_orders_the_picks_from_easy_to_hard(runs):
@@ -337,4 +337,5 @@ def test_the_plan_orders_the_picks_from_easy_to_hard(runs):
     assert plan["fold"].max() + 1 == config["selection"]["init_args"]["curriculum"]["init_args"]["n_folds"]
     for _, fold in plan.groupby("fold"):
         assert fold["easiness"].is_monotonic_decreasing
-    assert set(plan["epoch"]) == {1}
+    assert set(plan["epoch"]) == {2}
+    assert set(plan["measure"]) == {"solve probability"}
