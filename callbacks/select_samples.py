@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minirec_pl.selection.budget import budget_count, check_budget
-from minirec_pl.selection.diagnostics import NEAR_ZERO, Diagnostics
+from minirec_pl.selection.diagnostics import Diagnostics
 from minirec_pl.selection.fingerprints import data_fingerprint
 from minirec_pl.selection.ledger import SelectionLedger
+from minirec_pl.selection.remedies import NEAR_ZERO
 from minirec_pl.selection.selectors.baselines import FullSelector
 from minirec_pl.selection.selectors.minirec import MiniRecSelector
 from minirec_pl.selection.selectors.protocol import Selector, signal_options
@@ -80,7 +81,7 @@ class SelectSamples(SessionCallback):
         if isinstance(self.selector, MiniRecSelector) and self.selector.num_generations is None:
             self._selector = copy.copy(self.selector)
             self._selector.num_generations = getattr(pl_module, "num_generations", None)
-        session.selector = self._selector if self.ledger is None else None
+        session.from_ledger = self.ledger is not None
 
     def _expected(self, n_pool: int) -> int:
         if self.ledger is None:

@@ -77,7 +77,7 @@ def run(arguments: Sequence[str]) -> None:
     ledger.fingerprints = found.fingerprints
     plan = plan_table(ledger, config.folds, config.seed)
     source: Source = "store" if paths[0].suffix == ".safetensors" else "table"
-    diagnostics = diagnose(ledger, samples, Situation(found.signals, selector, source))
+    diagnostics = diagnose(ledger, samples, Situation(found.signals, source))
     diagnostics.warnings = [*warned, *diagnostics.warnings]
     to = Path(config.to)
     write_selection(to, found.signals, ledger, plan, diagnostics)

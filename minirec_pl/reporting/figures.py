@@ -95,7 +95,8 @@ def quality(evaluations: Mapping[str, pd.DataFrame], figure_name: str, over: str
     """
     figure, axes = _axes()
     styles = zip(cycle(COLOURS), cycle(DASHES), cycle(MARKERS), strict=False)
-    ends, low, high, bars, words = [], math.inf, -math.inf, False, FIGURE_WORDS.get(figure_name, figure_name)
+    ends: list[str] = []
+    low, high, bars, words = math.inf, -math.inf, False, FIGURE_WORDS.get(figure_name, figure_name)
     for (name, table), (colour, dash, marker) in zip(evaluations.items(), styles, strict=False):
         if table[over].iloc[-1] == 0:
             continue

@@ -238,7 +238,7 @@ def _learnability(run: Run) -> Part | str:
     difficulty, reason = columns["difficulty"], columns["reason"]
     hard, easy = difficulty[reason == TOO_HARD], difficulty[reason == TOO_EASY]
     gate = (hard.max() if len(hard) else -math.inf, easy.min() if len(easy) else math.inf)
-    name = ease_of(run.ledger).name
+    name = str(ease_of(run.ledger).name)
     return Part(pictures=[figures.learnability_curve(difficulty[known], columns["learnability"][known], gate, name)])
 
 

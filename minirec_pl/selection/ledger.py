@@ -36,6 +36,7 @@ _DTYPES = {
 _OPTIONAL = ("score", "difficulty", "redundant_with")
 _MISSING = {"rank": 0, "redundant_with": -1}  # of the columns that can miss a number, in `columns` and a checkpoint
 _UNFINISHED = "unfinished"
+_SAID = ("fingerprints", "difficulty_name", "options")  # attributes that a file and a checkpoint keep
 DIFFICULTY = "difficulty in use"
 
 
@@ -65,6 +66,7 @@ class SelectionLedger:
             redundant may still be among those below the budget.
         fingerprints: What the signals were measured with, by name ("model", "data", "seed"); written into the file.
         difficulty_name: What the column `difficulty` holds, in words; written into the file.
+        options: Those of the `MiniRecSelector` that made it, by name; empty of others; written into the file.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class SelectionLedger:
         source: str = "the ledger",
         fingerprints: Mapping[str, str] | None = None,
         difficulty_name: str = DIFFICULTY,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         """Checks and keeps a table.
 
@@ -82,12 +85,13 @@ class SelectionLedger:
             source: How error messages call it.
             fingerprints: See the attribute.
             difficulty_name: See the attribute.
+            options: See the attribute.
 
         Raises:
             InputError: If a column is missing or mistyped, ids repeat, ranks are not 1..n, or a reason is unknown.
         """
         self.fingerprints = dict(fingerprints or {})
-        self.difficulty_name = difficulty_name
+        self.difficulty_name, self.options = difficulty_name, dict(options or {})
         self._embedding: torch.Tensor | None = None
         self._table: pd.DataFrame | None = _checked(table, source)
         whole = self._table.fillna(_MISSING).astype(dict.fromkeys(_MISSING, "int64") | {"reason": "object"})
@@ -99,6 +103,7 @@ class SelectionLedger:
         columns: Mapping[str, npt.NDArray[Any]],
         embedding: torch.Tensor | None = None,
         difficulty_name: str = DIFFICULTY,
+        options: Mapping[str, Any] | None = None,
     ) -> SelectionLedger:
         """Makes the ledger of a selector, whose columns need no check.
 
@@ -106,9 +111,10 @@ class SelectionLedger:
             columns: See the attribute; rows ascending by sample_id.
             embedding: [N, E], if redundant samples are still to be told from those below the budget.
             difficulty_name: See the attribute.
+            options: See the attribute.
         """
         ledger = cls.__new__(cls)
-        ledger.fingerprints, ledger.difficulty_name = {}, difficulty_name
+        ledger.fingerprints, ledger.difficulty_name, ledger.options = {}, difficulty_name, dict(options or {})
         ledger.columns, ledger._table, ledger._embedding = dict(columns), None, embedding
         return ledger
 
@@ -216,8 +222,7 @@ class SelectionLedger:
         return {
             **state,
             "reason": self.columns["reason"].tolist(),
-            "fingerprints": dict(self.fingerprints),
-            "difficulty_name": self.difficulty_name,
+            **{name: getattr(self, name) for name in _SAID},
             _UNFINISHED: later,
         }
 
@@ -233,13 +238,12 @@ class SelectionLedger:
             InputError: If it is not a ledger.
         """
         columns = {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
-        fingerprints: Any = columns.pop("fingerprints", {})
-        difficulty_name: Any = columns.pop("difficulty_name", DIFFICULTY)
+        said: dict[str, Any] = {name: columns.pop(name) for name in _SAID if name in columns}
         later = columns.pop(_UNFINISHED, False)
         table = pd.DataFrame(columns)
         for name in _MISSING.keys() & set(table.columns):
             table[name] = table[name].astype("Int64").where(table[name] != _MISSING[name])
-        ledger = cls(table, source="the saved ledger", fingerprints=fingerprints, difficulty_name=difficulty_name)
+        ledger = cls(table, source="the saved ledger", **said)
         if later:
             ledger._table, ledger._embedding = None, embedding
         return ledger
@@ -257,7 +261,7 @@ class SelectionLedger:
             InputError: If it cannot be written.
         """
         table = self.table.copy(deep=False)
-        table.attrs = {"fingerprints": self.fingerprints, "difficulty_name": self.difficulty_name}
+        table.attrs = {name: getattr(self, name) for name in _SAID}
         return write_atomically(Path(path), lambda temporary: table.to_parquet(temporary, index=False))
 
     @classmethod
@@ -280,8 +284,7 @@ class SelectionLedger:
             table = pd.read_parquet(path)
         except (OSError, ValueError) as error:  # pyarrow's errors derive from these
             raise InputError(f"{path} is not a readable parquet file: copy it again or select again") from error
-        named = table.attrs.get("difficulty_name", DIFFICULTY)
-        return cls(table, source=str(path), fingerprints=table.attrs.get("fingerprints"), difficulty_name=named)
+        return cls(table, source=str(path), **{name: table.attrs[name] for name in _SAID if name in table.attrs})
 
 
 def _checked(table: pd.DataFrame, source: str) -> pd.DataFrame:

@@ -30,6 +30,7 @@ DEFAULTS: Mapping[str, Any] = {
     "gate": (0.05, 0.95),
     "on_short": "shrink",
     "num_generations": None,
+    "novelty": True,
 }
 
 
@@ -39,7 +40,6 @@ class Situation:
 
     Attributes:
         signals: that the selector read; None where only its ledger is at hand.
-        selector: that picked, with its options; None likewise.
         source: where the signals are from: `rollouts` of a module with `scoring_generations`, a HeadProbe (`head`),
             another `probe`, a `module` with `sample_signals`; in `minirec select` a `store` (safetensors) or a `table`;
             `ledger` where only that is at hand.
@@ -48,7 +48,6 @@ class Situation:
     """
 
     signals: Signals | None = None
-    selector: object = None
     source: Source = "ledger"
     scoring_generations: int = 0
     can_have_gradients: bool = True
@@ -64,16 +63,11 @@ class Remedies:
 
     def __init__(self, ledger: SelectionLedger, situation: Situation) -> None:
         self._ledger, self._at = ledger, situation
-        names, selector = DEFAULTS, situation.selector
-        if hasattr(selector, "gate") and hasattr(selector, "difficulty"):
-            self._options = {name: getattr(selector, name, default) for name, default in names.items()}
-            self._named = type(selector).__name__
-        else:
-            reasons = set(ledger.columns["reason"].tolist())
-            gated = bool(reasons & {TOO_HARD, TOO_EASY, FILLED})
-            self._options = dict(names) | {"mode": "paper" if gated else "official"}
-            self._options |= {"on_short": "fill" if FILLED in reasons else "shrink"}
-            self._named = "MiniRecSelector"
+        reasons = set(ledger.columns["reason"].tolist())
+        gated = bool(reasons & {TOO_HARD, TOO_EASY, FILLED})
+        seen = {"mode": "paper" if gated else "official", "on_short": "fill" if FILLED in reasons else "shrink"}
+        self._options = {**DEFAULTS, **seen, **ledger.options}
+        self._options["gate"] = tuple(self._options["gate"])
 
     @property
     def uses_learnability(self) -> bool:
@@ -197,7 +191,7 @@ class Remedies:
         return bool(learn.max() > learn.min()) and float((learn < NEAR_ZERO).double().mean()) < MOST
 
     def _new(self, change: Change) -> Change:
-        return {name: value for name, value in change.items() if self._options.get(name, True) != value}
+        return {name: value for name, value in change.items() if self._options[name] != value}
 
     def _say(self, changes: list[Change], words: str = "") -> str:
         command = self._at.source in ("store", "table")
@@ -206,7 +200,7 @@ class Remedies:
         if said and self._at.source == "ledger":
             said = f"make the ledger again with {said}"
         elif said:
-            said = f"select again with {said}" if command else f"set {said} on {self._named}"
+            said = f"select again with {said}" if command else f"set {said} on MiniRecSelector"
         return ", or ".join(part for part in (said, words) if part)
 
 

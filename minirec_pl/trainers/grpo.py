@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
@@ -25,6 +26,7 @@ from minirec_pl.rewards.calls import Rewarder, RewardFunction
 from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace
 from minirec_pl.selection.probes.trajectory import Trajectory
 from minirec_pl.selection.session.resume import position as batch_position
+from minirec_pl.selection.session.session import session_of
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.trainers.recommender import EVALUATION_K, RecModule
 from minirec_pl.utils.errors import InputError
@@ -190,8 +192,14 @@ class GRPORecModule(RecModule):
     @property
     def sampler(self) -> RolloutSampler:
         """Draws and rewards groups of rollouts, with the options as they are now."""
-        rewarder = Rewarder(self.rewards, self.reward_weights, self.item_ids)
+        rewarder = Rewarder(self.rewards, self.reward_weights, self.item_ids, self._warn)
         return RolloutSampler(self.policy, self.rollout_options, rewarder, self.objective, self.cost, self.trajectory)
+
+    def _warn(self, text: str) -> None:
+        if self._trainer is None:
+            warnings.warn(text, stacklevel=3)
+        else:
+            session_of(self.trainer).warn_once(self.trainer, text, text)
 
     @property
     def generation_schedule(self) -> GenerationSchedule:

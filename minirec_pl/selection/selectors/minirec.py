@@ -19,6 +19,7 @@ from minirec_pl.selection.selectors.picks import ascending, blank_columns, solve
 from minirec_pl.selection.signals import Signals
 from minirec_pl.utils.errors import InputError
 
+_SAID = ("mode", "difficulty", "calibrate", "alpha", "beta", "mu", "sigma", "on_short", "num_generations", "novelty")
 _LARGE = 100_000  # samples from which on the selection shows its progress
 
 
@@ -204,7 +205,8 @@ class MiniRecSelector:
                 stacklevel=2,
             )
         named = "mean reward" if self.difficulty == "mean" else f"solve probability of a group of {self._group()}"
-        return SelectionLedger.of(columns, signals.embedding, named)
+        options = {name: getattr(self, name) for name in _SAID} | {"gate": list(self.gate)}
+        return SelectionLedger.of(columns, signals.embedding, named, options)
 
     def _group(self) -> int:
         return self.num_generations or 8

@@ -82,7 +82,7 @@ class SelectionSession:
         plan_easiness: what each sample of the plan was ordered by, see `easiness`; empty without an order.
         plan_measure: what that is, in words.
         told: keys of the warnings that were given, see `warn_once`.
-        selector: that selects; None where a ledger is trained on.
+        from_ledger: True where a ledger of an earlier selection is trained on.
         asked: options of `sample_signals` that the selector asks for, see `signal_options`.
         probe: how a module is scored; None asks its `sample_signals`.
         active: False in a run with `overfit_batches`, in which nothing is selected.
@@ -107,7 +107,7 @@ class SelectionSession:
         self.plan_easiness: list[float] = []
         self.plan_measure = "mean reward"
         self.told: list[str] = []
-        self.selector: object = None
+        self.from_ledger = False
         self.asked: dict[str, str] = {}
         self.probe: Probe | None = None
         self.scored = False
@@ -153,11 +153,11 @@ class SelectionSession:
         self._prepared, self._finished = True, False
         self.active = trainer.overfit_batches == 0  # type: ignore[attr-defined]
         if not self.active:
-            warnings.warn(
+            text = (
                 "overfit_batches trains on the same few batches every epoch, so nothing is selected in this run: use "
-                "limit_train_batches to select among all samples",
-                stacklevel=2,
+                "limit_train_batches to select among all samples"
             )
+            self.warn_once(trainer, text, text)
             return
         self.cost = getattr(module, "cost", self.cost)
         self._folder = None
@@ -389,7 +389,7 @@ class SelectionSession:
 
     def _situation(self, trainer: Trainer) -> Situation:
         """How the last selection came about."""
-        if self.selector is None or not self.scored:
+        if self.from_ledger or not self.scored:
             return Situation()
         module = trainer.lightning_module
         generations = getattr(module, "scoring_generations", None)
@@ -398,7 +398,6 @@ class SelectionSession:
             source = "head" if isinstance(self.probe, HeadProbe) else "probe"
         return Situation(
             signals=self.store.pool_view(self.plan_epoch),
-            selector=self.selector,
             source=source,
             scoring_generations=int(generations or 0),
             can_have_gradients=not is_sharded(trainer),
