@@ -172,7 +172,8 @@ class Case:
         module = Crafted(policy, num_generations=4, scoring_generations=changes.get("scoring_generations", 4))
         module.tables = tables
         warm = changes.get("warmup_epochs", 0)
-        minirec = MiniRec(budget / N, selector=self._selector(changes), rescore_fraction=1.0, warmup_epochs=warm)
+        share = budget / N / (2 if self.fault == "alike" else 1)  # the pool holds each row several times
+        minirec = MiniRec(share, selector=self._selector(changes), rescore_fraction=1.0, warmup_epochs=warm)
         return self.fit_with(minirec, module, datamodule=data)
 
     def _generator(self, tables, better, budget, changes):
