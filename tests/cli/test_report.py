@@ -238,6 +238,31 @@ def test_the_folder_of_runs_stands_for_the_latest(runs):
     assert [run.name for run in of_root[1]] == ["report-picked/version_0"]
 
 
+def test_runs_are_named_by_their_real_folder_and_method(runs, tmp_path):
+    links = [tmp_path / name / "latest" for name in ("picked", "full", "warm")]
+    for link in links:
+        link.parent.mkdir()
+        link.symlink_to(runs[link.parent.name])
+    make(*links, "--to", tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    named = {
+        "report-picked/version_0": "GRPO on picks of MiniRec",
+        "report-full/version_0": "GRPO on the whole pool",
+        "warm/version_0": "warm start",
+    }
+    assert ", ".join(f"{name} ({method})" for name, method in named.items()) in page.text("")
+    assert "latest" not in page.text("") + page.text("headline")
+    for name, method in named.items():
+        assert f"{name} {method} {runs['picked'].parents[1]}" in page.text("headline")
+
+
+def test_easy_and_hard_picks_are_named_by_what_was_measured(pages):
+    text = Page(pages).text("samples")
+    for words in ("The easiest picks: those of the highest ", "The hardest picks: those of the lowest "):
+        assert re.search(rf"{words}(mean reward|solve probability of a group of \d+) ", text)
+    assert "(higher is easier)" in text
+
+
 def test_equal_names_become_paths(runs, tmp_path):
     for place in ("a", "b"):
         shutil.copytree(runs["warm"], tmp_path / place / "x" / "version_0")
