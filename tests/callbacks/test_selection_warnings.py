@@ -51,9 +51,8 @@ class Tables:
             self.gradient = None
         if fault == "alike":
             best = np.arange(N) < 12
-            chance = np.where(best, 0.5, 0.1)
+            chance = np.where(best, 0.5, np.linspace(0.2, 0.4, N))
             self.embedding = np.where(best[:, None], 1.0, np.eye(N, WIDTH))
-            self.gradient = np.where(best[:, None], [[1.0, 0.0]], [[-1.0, 0.01]])
         self.chance = chance
         self.rewards = np.repeat(chance[:, None], GROUP, axis=1)  # graded rewards whose mean is the chance
         if fault not in ("equal rewards", "alike"):
@@ -75,6 +74,7 @@ class Own(LightningModule):
         super().__init__()
         self.classifier = torch.nn.Linear(WIDTH + 1, 3)
         torch.nn.init.zeros_(self.classifier.weight)
+        torch.nn.init.zeros_(self.classifier.bias)
         with torch.no_grad():
             self.classifier.weight[0, -1] = LARGE
         self.tables = tables
@@ -266,7 +266,7 @@ CASES = {
     "no gradients": ("representativeness is the same for all samples", OPEN, 10),
     "hard": (" of the picks have a ", OPEN | {"mode": "official", "gradient": "first"}, 45),
     "filled": (" of the picks have a ", {"gate": (0.1, 0.95), "on_short": "fill"}, 50),
-    "alike": ("novelty decides ", OPEN, 12),
+    "alike": ("novelty decides ", OPEN | {"beta": 0.0}, 12),
 }
 KINDS = ["head", "module", "ledger", "store", *map(slow, ("probe", "table", "generator", "retriever"))]
 
