@@ -47,7 +47,7 @@ class Curriculum(SessionCallback, ABC):
             chosen = session.selected
             if chosen is None:
                 chosen = session.store.sample_ids.tolist()
-            easiness = session.easiness(chosen)
+            easiness, session.plan_measure = session.easiness_in_words(chosen)
             if bool(easiness.isnan().all()):
                 return
             easiness = easiness.nan_to_num(nan=float(easiness.nanmean()))
@@ -66,4 +66,5 @@ class Curriculum(SessionCallback, ABC):
                 warnings.warn("curriculum.png needs matplotlib: pip install 'minirec-pl[report]'", stacklevel=2)
                 return
             path = session.folder(trainer) / "curriculum.png"
-            draw_curriculum(session.plan_easiness, session.fold_starts, session.plan_epoch, path, self.order)
+            what = (session.plan_epoch, path, self.order, session.plan_measure)
+            draw_curriculum(session.plan_easiness, session.fold_starts, *what)

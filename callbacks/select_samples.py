@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minirec_pl.selection.budget import budget_count, check_budget
-from minirec_pl.selection.diagnostics import NEAR_ZERO, Diagnostics
+from minirec_pl.selection.diagnostics import Diagnostics
 from minirec_pl.selection.fingerprints import data_fingerprint
 from minirec_pl.selection.ledger import SelectionLedger
+from minirec_pl.selection.remedies import NEAR_ZERO
 from minirec_pl.selection.selectors.baselines import FullSelector
 from minirec_pl.selection.selectors.minirec import MiniRecSelector
 from minirec_pl.selection.selectors.protocol import Selector, signal_options
@@ -78,6 +79,7 @@ class SelectSamples(SessionCallback):
         session.register("select", self._select, trainer)
         session.asked = signal_options(self.selector)
         self._selector = told_of(self.selector, pl_module)
+        session.from_ledger = self.ledger is not None
 
     def _expected(self, n_pool: int) -> int:
         if self.ledger is None:
@@ -95,30 +97,38 @@ class SelectSamples(SessionCallback):
         before = set(session.selected or ())
         try:
             with session.cost.timed("selection"):
-                ledger = self._pick(session, epoch) if self.ledger is None else self._fixed(session, trainer)
+                ledger = self._pick(session, trainer, epoch) if self.ledger is None else self._fixed(session, trainer)
                 k = None if self.ledger is None or self.budget is None else budget_count(self.budget, len(ledger))
                 session.selected = ledger.selected(k)
         except InputError as error:
             if not before:
                 raise
-            warnings.warn(f"epoch {epoch} keeps the selection of the epoch before: {error}", stacklevel=2)
+            text = f"epoch {epoch + 1} keeps the selection of the epoch before: {error}"
+            session.warn_once(trainer, text, text)
             return
         first, session.ledger = session.ledger is None, ledger
         if first or trainer.loggers:
             found = session.diagnostics(trainer)
-            for text in found.warnings if first and trainer.is_global_zero else ():
-                warnings.warn(f"selection: {text}", stacklevel=2)
+            for text in found.warnings if first else ():
+                session.warn_once(trainer, f"selection: {text}", text.partition(":")[0])
             session.log(trainer, _figures(session, found, before))
         session.leave_files(trainer)
 
-    def _pick(self, session: SelectionSession, epoch: int) -> SelectionLedger:
+    def _pick(self, session: SelectionSession, trainer: Trainer, epoch: int) -> SelectionLedger:
         if self.selector.needs and not session.scored:
             raise InputError(
                 f"{type(self.selector).__name__} needs scored samples: add the callback RescoreSamples(), as MiniRec "
                 "does, or train on a ledger"
             )
         view = session.store.pool_view(epoch)
-        ledger = self._selector.select(view, budget_count(self.budget, len(view)), epoch=epoch)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ledger = self._selector.select(view, budget_count(self.budget, len(view)), epoch=epoch)
+        for warning in caught:
+            if warning.category is UserWarning:
+                session.warn_once(trainer, str(warning.message), str(warning.message))
+            else:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         ledger.fingerprints = dict(session.store.fingerprints)
         return ledger
 

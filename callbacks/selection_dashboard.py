@@ -27,7 +27,7 @@ class SelectionDashboard(Callback):
     | name | what | unit | when | loggers |
     |---|---|---|---|---|
     | `selection/ledger` | the ledger, a row per sample | table | each selection | W&B |
-    | `curriculum/plan` | position, fold, sample_id, easiness of the coming epoch | table | each plan | W&B |
+    | `curriculum/plan` | position, fold, sample_id, easiness, measure of the coming epoch | table | each plan | W&B |
     | `selection/TERM/pool` | a term of the ledger, over the pool | histogram | each selection | W&B, TensorBoard |
     | `selection/TERM/picks` | over the picks, in the same bins | histogram | each selection | W&B, TensorBoard |
     | `cost/rollouts` | scoring and training | completions | with each step and validation | all |

@@ -75,8 +75,16 @@ def call_reward(fn: RewardFunction, name: str, completions: Sequence[str], colum
     return rewards
 
 
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
+
+
 def combine_rewards(
-    fns: Sequence[RewardFunction], weights: Sequence[float] | None, completions: Sequence[str], columns: Columns
+    fns: Sequence[RewardFunction],
+    weights: Sequence[float] | None,
+    completions: Sequence[str],
+    columns: Columns,
+    warn: Callable[[str], None] = _warn,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sums the rewards with their weights, r_n = sum_f w_f r_fn over the rewards f that apply to completion n.
 
@@ -86,6 +94,7 @@ def combine_rewards(
         completions: [n] external item ids, flat, group after group.
         columns: Functions that make the columns (`prompts`, `target`, `sample_id`, ...), [n] each; one is called at
             most once, and only if a reward asks for it or a message needs it.
+        warn: Shows a warning.
 
     Returns:
         The sum, [n] float32, and each reward by name, [n] float32; NaN in both where none applies, which a warning
@@ -121,7 +130,7 @@ def combine_rewards(
         total += weight * rewards.nan_to_num(nan=0.0)
         applies |= ~rewards.isnan()
     if not bool(applies.all()):
-        warnings.warn(f"no reward of {', '.join(by_name)} applies to some completions: they are left out", stacklevel=2)
+        warn(f"no reward of {', '.join(by_name)} applies to some completions: they are left out")
     return total.masked_fill(~applies, math.nan).float(), by_name
 
 
@@ -169,11 +178,13 @@ class Rewarder:
         fns: at least one reward.
         weights: one per reward; None weighs each with 1.
         item_ids: [n_items] object array of external ids.
+        warn: shows a warning.
     """
 
     fns: Sequence[RewardFunction]
     weights: Sequence[float] | None
     item_ids: Any
+    warn: Callable[[str], None] = _warn
 
     def __call__(
         self,
@@ -194,7 +205,7 @@ class Rewarder:
         """
         completions = self.item_ids[items.flatten().cpu().numpy()].tolist() if texts is None else texts
         columns = {**item_columns(batch, items, logps, self.item_ids), **(more or {})}
-        total, by_name = combine_rewards(self.fns, self.weights, completions, columns)
+        total, by_name = combine_rewards(self.fns, self.weights, completions, columns, self.warn)
         return total.view_as(items).to(items.device), {
             name: given.view_as(items).to(items.device) for name, given in by_name.items()
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
@@ -27,6 +28,7 @@ from minirec_pl.rewards.hit_or_miss import check_hit_values, hit_values
 from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace
 from minirec_pl.selection.probes.trajectory import Trajectory
 from minirec_pl.selection.session.resume import position as batch_position
+from minirec_pl.selection.session.session import session_of
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.trainers.recommender import EVALUATION_K, RecModule
 from minirec_pl.utils.errors import InputError
@@ -213,13 +215,19 @@ class GRPORecModule(RecModule):
     @property
     def rewarder(self) -> Rewarder:
         """Calls the rewards."""
-        return Rewarder(self.rewards, self.reward_weights, self.item_ids)
+        return Rewarder(self.rewards, self.reward_weights, self.item_ids, self._warn)
 
     @property
     def sampler(self) -> RolloutSampler:
         """Draws and rewards groups of rollouts, with the options as they are now."""
         options = self.rollout_options
         return RolloutSampler(self.policy, options, self.rewarder, self.objective, self.cost, self.trajectory)
+
+    def _warn(self, text: str) -> None:
+        if self._trainer is None:
+            warnings.warn(text, stacklevel=3)
+        else:
+            session_of(self.trainer).warn_once(self.trainer, text, text)
 
     @property
     def generation_schedule(self) -> GenerationSchedule:

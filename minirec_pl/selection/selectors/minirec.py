@@ -25,6 +25,7 @@ from minirec_pl.selection.selectors.picks import ascending, blank_columns, row_n
 from minirec_pl.selection.signals import Signals
 from minirec_pl.utils.errors import InputError
 
+_SAID = ("mode", "difficulty", "calibrate", "alpha", "beta", "mu", "sigma", "on_short", "num_generations", "novelty")
 _LARGE = 100_000  # samples from which on the selection shows its progress
 
 
@@ -179,9 +180,11 @@ class MiniRecSelector:
         if self.learnability != "gaussian":
             scored &= ~solve_chance(signals, self).isnan()
         if not scored.any():
+            enough = "set difficulty='pass_at_group', for which the exact solve probability is enough, or "
             raise InputError(
-                f"no sample of the pool has the rewards that difficulty='{self.difficulty}' needs: score the "
-                "pool first, with scoring_generations of at least 2"
+                f"no sample of the pool has the rewards that difficulty='{self.difficulty}' needs: "
+                f"{enough if signals.solve_probability is not None else ''}score the pool with rewards, of a "
+                "GRPORecModule with scoring_generations of at least 2"
             )
         if signals.embedding is None:
             raise InputError("MiniRecSelector needs an embedding per sample: return `embedding` from sample_signals")
@@ -207,9 +210,10 @@ class MiniRecSelector:
         embedding = _at(signals.embedding, rows)
         n_pass = int(passes.sum())
         if not n_pass and self.on_short == "shrink":
+            known = difficulty[rows]
             raise InputError(
-                f"none of {len(rows)} scored samples has a difficulty within gate={list(self.gate)}: "
-                "widen the gate, draw more rollouts, or set on_short='fill'"
+                f"none of {len(rows)} scored samples has a difficulty within gate={list(self.gate)}: widen the gate, "
+                f"since they are {float(known.min()):.3g} to {float(known.max()):.3g}, or set on_short='fill'"
             )
         inside = passes[rows].nonzero()[:, 0]
         picked = torch.empty(0, dtype=torch.int64)
@@ -226,12 +230,20 @@ class MiniRecSelector:
             missing -= len(more.indices)
         if missing:
             gated = f", {n_pass} of these within gate={list(self.gate)}" if n_pass < len(rows) else ""
+            advice = [f"lower the budget to {k - missing}"]
+            advice += ["score more samples"] * (len(rows) < len(signals))
+            advice += ["widen the gate", "set on_short='fill'"] * (n_pass < len(rows) and self.on_short == "shrink")
             warnings.warn(
                 f"picked {k - missing} samples instead of {k}; of {len(signals)} samples {len(rows)} have the needed "
-                f"signals{gated}: score more samples, widen the gate, or set on_short='fill'",
+                f"signals{gated}: {', or '.join(advice)}",
                 stacklevel=2,
             )
-        return SelectionLedger.of(columns, signals.embedding)
+        named = "mean reward" if self.difficulty == "mean" else f"solve probability of a group of {self._group()}"
+        options = {name: getattr(self, name) for name in _SAID} | {"gate": list(self.gate)}
+        return SelectionLedger.of(columns, signals.embedding, named, options)
+
+    def _group(self) -> int:
+        return self.num_generations or 8
 
     def _pick(
         self, embedding: Tensor, score: Tensor, k: int, initial: Tensor | None = None, progress: bool = False
@@ -247,7 +259,7 @@ class MiniRecSelector:
     def _difficulty(self, signals: Signals) -> Tensor:
         if self.difficulty == "mean":
             return signals.reward_mean
-        return group_difficulty(solve_chance(signals, self), self.num_generations or 8)
+        return group_difficulty(solve_chance(signals, self), self._group())
 
     def _terms(self, signals: Signals, difficulty: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         learn = self._learnability(signals, difficulty, rows)

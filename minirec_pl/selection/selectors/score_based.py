@@ -23,6 +23,7 @@ from minirec_pl.selection.selectors.picks import (
 from minirec_pl.selection.signals import Signals
 from minirec_pl.utils.errors import InputError
 
+SOLVE = "solve probability"
 _ROUNDING = 1e-12  # a standard deviation below this share of the mean is rounding
 _DAMPING = 0.01  # of the mean eigenvalue of the curvature
 
@@ -64,7 +65,7 @@ class EL2NSelector:
         signals = ascending(signals, k)
         chance = solve_chance(signals, self)
         columns = {"value": 1 - chance, "difficulty": chance}
-        return ledger_of(signals, best_first(1 - chance, k), k, columns, {reasons.NEVER_SCORED: chance.isnan()})
+        return ledger_of(signals, best_first(1 - chance, k), k, columns, {reasons.NEVER_SCORED: chance.isnan()}, SOLVE)
 
 
 class RewardVarianceSelector:
@@ -86,11 +87,12 @@ class RewardVarianceSelector:
     def select(self, signals: Signals, k: int, *, epoch: int = 0) -> SelectionLedger:
         """Picks the k largest variances, see `Selector.select`."""
         signals = ascending(signals, k)
-        variance, difficulty = signals.reward_std**2, signals.reward_mean
+        variance, difficulty, named = signals.reward_std**2, signals.reward_mean, "mean reward"
         if signals.solve_probability is not None:
             exact = signals.solve_probability
             variance = (exact * (1 - exact)).where(~exact.isnan(), variance)
             difficulty = exact.where(~exact.isnan(), difficulty)
+            named = f"{SOLVE} or {named}" if exact.isnan().any() else SOLVE
         if variance.isnan().all():
             raise InputError(
                 "RewardVarianceSelector needs rewards or the exact solve probability: return `rewards` or "
@@ -103,7 +105,7 @@ class RewardVarianceSelector:
             reasons.NEVER_SCORED: variance.isnan(),
         }
         picks = best_first(variance.where(~flat, torch.nan), k)
-        return ledger_of(signals, picks, k, {"value": variance, "difficulty": difficulty}, dropped)
+        return ledger_of(signals, picks, k, {"value": variance, "difficulty": difficulty}, dropped, named)
 
 
 class ExpectedUpdateSelector:
@@ -157,7 +159,7 @@ class ExpectedUpdateSelector:
             lengths=lengths,
         ).masked_fill(unknown, torch.nan)
         columns = {"value": value, "difficulty": chance}
-        return ledger_of(signals, best_first(value, k), k, columns, {reasons.NEVER_SCORED: unknown})
+        return ledger_of(signals, best_first(value, k), k, columns, {reasons.NEVER_SCORED: unknown}, SOLVE)
 
 
 class LearnAlignSelector:
@@ -189,7 +191,7 @@ class LearnAlignSelector:
         mean = total / fresh.sum().clamp_min(1)
         value = (_products(gradient, mean) * weight).where(known, torch.nan)
         columns = {"value": value, "difficulty": chance.where(known, torch.nan)}
-        return ledger_of(signals, best_first(value, k), k, columns, {reasons.NEVER_SCORED: ~known})
+        return ledger_of(signals, best_first(value, k), k, columns, {reasons.NEVER_SCORED: ~known}, SOLVE)
 
 
 class DEALRecSelector:

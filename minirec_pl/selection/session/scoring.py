@@ -104,18 +104,21 @@ def with_ids(signals: SampleSignals, ids: torch.Tensor) -> SampleSignals:
     return replace(signals, sample_id=ids)
 
 
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether the strategy spreads the weights over the ranks."""
+    return bool(_SHARDED & {base.__name__ for base in type(trainer.strategy).__mro__})
+
+
 def refuse_sharded(trainer: Trainer, probe: Probe | None) -> None:
     """Refuses gradient signals where no rank holds all the weights.
 
     Raises:
         InputError: if the strategy is sharded and gradient signals are asked for.
     """
-    strategy = trainer.strategy
-    sharded = _SHARDED & {base.__name__ for base in type(strategy).__mro__}
-    if sharded and "gradient" in getattr(probe, "signals", {"gradient"}):
+    if is_sharded(trainer) and "gradient" in getattr(probe, "signals", {"gradient"}):
         raise InputError(
-            f"{type(strategy).__name__} spreads the weights over the ranks, so gradient signals cannot be taken: set "
-            "`signals: [reward, embedding]` on HeadProbe, or use the strategy ddp"
+            f"{type(trainer.strategy).__name__} spreads the weights over the ranks, so gradient signals cannot be taken"
+            ": set `signals: [reward, embedding]` on HeadProbe, or use the strategy ddp"
         )
 
 

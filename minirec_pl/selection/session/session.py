@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +16,13 @@ import torch
 from minirec_pl.data.foreign_loader import ForeignLoader
 from minirec_pl.data.train_loader import TrainLoader, foresee
 from minirec_pl.selection.curriculum import shuffled_curriculum
-from minirec_pl.selection.diagnostics import Diagnostics, diagnose, notable
+from minirec_pl.selection.diagnostics import Diagnostics, diagnose, easiness_of, notable
 from minirec_pl.selection.fingerprints import fingerprints_of
 from minirec_pl.selection.ledger import SelectionLedger
+from minirec_pl.selection.probes.head import HeadProbe
+from minirec_pl.selection.remedies import Situation, Source
 from minirec_pl.selection.session.resume import Running, epoch_is_done
-from minirec_pl.selection.session.scoring import Probe, measure
+from minirec_pl.selection.session.scoring import Probe, is_sharded, measure
 from minirec_pl.selection.session.signal_files import SignalFiles, read_vectors
 from minirec_pl.selection.signals import SampleSignals, gather_signals
 from minirec_pl.selection.store import SignalStore
@@ -39,6 +42,7 @@ Step: TypeAlias = "Callable[[SelectionSession, Trainer, LightningModule, int], N
 Phase = Literal["record", "rescore", "select", "order"]
 PHASES: tuple[Phase, ...] = ("record", "rescore", "select", "order")
 _KEPT = ("selected", "plan", "plan_epoch", "fold_starts", "plan_easiness", "scored", "trained", "target_difficulty")
+_ADDED = ("plan_measure", "told")  # kept too; not in checkpoints of 0.1
 CHECKPOINT_KEY = "minirec_pl.SelectionSession"
 LEDGER, SIGNALS, DIAGNOSTICS = "ledger.parquet", "signals.safetensors", "diagnostics.json"
 PLAN, EXAMPLES = "plan.parquet", "examples.parquet"
@@ -75,8 +79,10 @@ class SelectionSession:
         epoch: the current epoch.
         plan_epoch: the epoch that `plan` is for; -1 before the first.
         fold_starts: positions in the plan at which a fold starts; empty without folds.
-        plan_easiness: mean reward (or solve probability) that each sample of the plan was ordered by; empty without an
-            order.
+        plan_easiness: what each sample of the plan was ordered by, see `easiness`; empty without an order.
+        plan_measure: what that is, in words.
+        told: keys of the warnings that were given, see `warn_once`.
+        from_ledger: True where a ledger of an earlier selection is trained on.
         asked: options of `sample_signals` that the selector asks for, see `signal_options`.
         probe: how a module is scored; None asks its `sample_signals`.
         active: False in a run with `overfit_batches`, in which nothing is selected.
@@ -99,6 +105,9 @@ class SelectionSession:
         self.epoch = 0
         self.fold_starts: list[int] = []
         self.plan_easiness: list[float] = []
+        self.plan_measure = "mean reward"
+        self.told: list[str] = []
+        self.from_ledger = False
         self.asked: dict[str, str] = {}
         self.probe: Probe | None = None
         self.scored = False
@@ -144,11 +153,11 @@ class SelectionSession:
         self._prepared, self._finished = True, False
         self.active = trainer.overfit_batches == 0  # type: ignore[attr-defined]
         if not self.active:
-            warnings.warn(
+            text = (
                 "overfit_batches trains on the same few batches every epoch, so nothing is selected in this run: use "
-                "limit_train_batches to select among all samples",
-                stacklevel=2,
+                "limit_train_batches to select among all samples"
             )
+            self.warn_once(trainer, text, text)
             return
         self.cost = getattr(module, "cost", self.cost)
         self._folder = None
@@ -159,6 +168,7 @@ class SelectionSession:
         self.ledger = self.selected = self.plan = None
         self.plan_epoch, self.scored, self.fold_starts, self.plan_easiness = -1, False, [], []
         self.trained, self.trained_reward, self.target_difficulty = nothing_trained(), None, None
+        self.told = []
         epoch = trainer.current_epoch
         if self._restored is not None:
             epoch = self._take_up(self._restored, trainer)
@@ -248,14 +258,19 @@ class SelectionSession:
         Returns:
             float64 [n], NaN where nothing is known.
         """
+        return self.easiness_in_words(sample_ids)[0]
+
+    def easiness_in_words(self, sample_ids: Sequence[int]) -> tuple[torch.Tensor, str]:
+        """Returns `easiness`, and what it is in words; arguments as there."""
         view = self.store.read(sample_ids, vectors=False)
         if self.ledger is not None and not self.scored and bool((view.n_rollouts == 0).all()):
-            rows = self.ledger.rows(list(sample_ids))
-            known = rows["reward_mean"].where(rows["n_rollouts"] > 0, rows["difficulty"])
-            return torch.from_numpy(known.to_numpy(dtype="float64", copy=True))
-        if view.solve_probability is None or bool((self.store.clock("reward_epoch") >= 0).all()):
-            return view.reward_mean
-        return view.solve_probability.where(~view.solve_probability.isnan(), view.reward_mean)
+            ease = easiness_of(self.ledger)
+            return torch.from_numpy(ease.loc[list(sample_ids)].to_numpy(dtype="float64", copy=True)), str(ease.name)
+        exact = view.solve_probability
+        if exact is None or bool((self.store.clock("reward_epoch") >= 0).all()):
+            return view.reward_mean, "mean reward"
+        mixed = " or mean reward" if bool((exact.isnan() & ~view.reward_mean.isnan()).any()) else ""
+        return exact.where(~exact.isnan(), view.reward_mean), f"solve probability{mixed}"
 
     def step(self, trainer: Trainer) -> int:
         """Returns the optimizer steps so far, also while a resumed Trainer still counts from 0."""
@@ -285,7 +300,7 @@ class SelectionSession:
         embedding = self.store.vectors().get("embedding")
         own = {"loader": self._train.loader.state_dict() if isinstance(self._train.loader, ForeignLoader) else None}
         return {
-            **{name: getattr(self, name) for name in _KEPT},
+            **{name: getattr(self, name) for name in _KEPT + _ADDED},
             "store": self.store.state_dict(vectors=False),
             "vectors": vectors,
             "run": str(folder.absolute()),
@@ -348,16 +363,20 @@ class SelectionSession:
         self._written = time.monotonic()
 
     def plan_table(self) -> pd.DataFrame:
-        """Returns the plan: epoch, position, fold (from 0), sample_id and easiness (NaN where the order is random)."""
+        """Returns the plan: epoch (from 1), position and fold (from 0), sample_id, easiness and measure, what that is.
+
+        The easiness is NaN where the order is random.
+        """
         assert self.plan is not None
         position = np.arange(len(self.plan))
         return pd.DataFrame(
             {
-                "epoch": self.plan_epoch,
+                "epoch": self.plan_epoch + 1,
                 "position": position,
                 "fold": np.searchsorted(self.fold_starts or [0], position, side="right") - 1,
                 "sample_id": self.plan,
                 "easiness": self.plan_easiness or np.nan,
+                "measure": self.plan_measure if self.plan_easiness else "unknown",
             }
         )
 
@@ -365,7 +384,32 @@ class SelectionSession:
         """Diagnoses the ledger, with the coverage of users and items where the DataModule knows them."""
         assert self.ledger is not None
         describe = getattr(getattr(trainer, "datamodule", None), "users_and_items", None)
-        return diagnose(self.ledger, None if describe is None else describe(self.store.sample_ids.numpy()))
+        samples = None if describe is None else describe(self.store.sample_ids.numpy())
+        return diagnose(self.ledger, samples, self._situation(trainer))
+
+    def _situation(self, trainer: Trainer) -> Situation:
+        """How the last selection came about."""
+        if self.from_ledger or not self.scored:
+            return Situation()
+        module = trainer.lightning_module
+        generations = getattr(module, "scoring_generations", None)
+        source: Source = "module" if generations is None else "rollouts"
+        if self.probe is not None:
+            source = "head" if isinstance(self.probe, HeadProbe) else "probe"
+        return Situation(
+            signals=self.store.pool_view(self.plan_epoch),
+            source=source,
+            scoring_generations=int(generations or 0),
+            can_have_gradients=not is_sharded(trainer),
+        )
+
+    def warn_once(self, trainer: Trainer, text: str, key: str) -> None:
+        """Warns on the first rank, once a run of each key, resumed or not; numbers in a key do not count."""
+        key = re.sub(r"\d[\d.,]*", "#", key)
+        if key not in self.told:
+            self.told = [*self.told, key]
+            if trainer.is_global_zero:
+                warnings.warn(text, stacklevel=3)
 
     def _prune(self, trainer: Trainer, folder: Path) -> None:
         if trainer.is_global_zero:
@@ -383,6 +427,8 @@ class SelectionSession:
             self.ledger = SelectionLedger.from_state_dict(state["ledger"], embedding=embedding)
         for name in _KEPT:
             setattr(self, name, state[name])
+        for name in _ADDED:
+            setattr(self, name, state.get(name, getattr(self, name)))
         self._own = state["ranks"][world()[1] % len(state["ranks"])]
         if isinstance(self._train.loader, ForeignLoader) and self._own["loader"] is not None:
             self._train.loader.load_state_dict(self._own["loader"])  # Lightning does so inside an epoch only
