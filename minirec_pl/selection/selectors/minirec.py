@@ -25,7 +25,19 @@ from minirec_pl.selection.selectors.picks import ascending, blank_columns, row_n
 from minirec_pl.selection.signals import Signals
 from minirec_pl.utils.errors import InputError
 
-_SAID = ("mode", "difficulty", "calibrate", "alpha", "beta", "mu", "sigma", "on_short", "num_generations", "novelty")
+_SAID = (
+    "mode",
+    "difficulty",
+    "calibrate",
+    "alpha",
+    "beta",
+    "mu",
+    "sigma",
+    "on_short",
+    "num_generations",
+    "novelty",
+    "learnability",
+)
 _LARGE = 100_000  # samples from which on the selection shows its progress
 
 
@@ -285,7 +297,7 @@ class MiniRecSelector:
             lengths = row_norms(gradient).masked_fill(~known, 0.0)[rows]
         return update_learnability(
             solve_chance(signals, self)[rows],
-            self.num_generations or 8,
+            self._group(),
             scale_rewards=self.scale_rewards or "group",
             baseline=self.baseline or "mean",
             lengths=lengths,
