@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader
 
 from minirec_pl.data.foreign_loader import ForeignLoader, rebuild
-from minirec_pl.data.loader import limited
+from minirec_pl.data.loader import limited, shut_down
 from minirec_pl.data.sampler import CurriculumSampler
 from minirec_pl.utils.errors import InputError
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.utilities import CombinedLoader
 
 _TUNERS = {"LearningRateFinder", "BatchSizeFinder"}
 
@@ -45,15 +46,26 @@ class TrainLoader:
         self._asked = trainer.current_epoch
         self._length = -1
         loader = trainer.train_dataloader
+        self._discard(trainer)
         if not isinstance(loader, ForeignLoader) and (loader is None or _is_ours(loader)):
             loader = source.dataloader()
         if isinstance(loader, ForeignLoader):
             self._install(trainer, loader)
         elif _is_ours(loader):
+            if getattr(loader._iterator, "_shutdown", False):  # a fit before this one was interrupted
+                loader._iterator = None
             self.loader, self.sampler = loader, loader.sampler
         else:
             self._install(trainer, rebuild(loader, trainer.limit_train_batches))
-        trainer.fit_loop._combined_loader = None
+
+    def _discard(self, trainer: Trainer) -> None:
+        """Has Lightning ask for the loader anew; the workers of the one that it has end unless it is kept."""
+        combined, trainer.fit_loop._combined_loader = trainer.fit_loop._combined_loader, None
+        _end(combined)
+        for loader in () if combined is None else combined.flattened:
+            if isinstance(loader, DataLoader) and trainer.fit_loop._data_source.instance is not loader:
+                shut_down(loader._iterator)
+                loader._iterator = None
 
     def _install(self, trainer: Trainer, loader: ForeignLoader) -> None:
         self.loader, self.sampler = loader, loader.foreign_sampler
@@ -64,21 +76,24 @@ class TrainLoader:
         """Called with every new plan: has the batches counted anew where their number changed.
 
         Lightning keeps the number that it read first; a shorter plan would silently skip validation, a longer one be
-        cut. Also asks the user's own source again when `reload_dataloaders_every_n_epochs` says so.
+        cut. Also asks the user's own source again when `reload_dataloaders_every_n_epochs` says so. Workers of a loader
+        that is replaced end; those that persist are kept where the source gives the loader that it gave before.
 
         Raises:
             InputError: if the plan is less than one batch and the loader drops it.
         """
         every = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
         if isinstance(self.loader, ForeignLoader) and every and epoch - self._asked >= every:
-            source = trainer.fit_loop._data_source
+            source, loader = trainer.fit_loop._data_source, self.loader
             source.instance, self._asked = self._source, epoch
-            self._install(
-                trainer, rebuild(source.dataloader(), trainer.limit_train_batches, self.loader.foreign_sampler)
-            )
-            self._length = -1
+            given = source.dataloader()
+            if given is not loader.given or not loader.persistent_workers:
+                self._discard(trainer)
+                loader = rebuild(given, trainer.limit_train_batches, loader.foreign_sampler)
+                self._length = -1
+            self._install(trainer, loader)
         if self._length != len(self.sampler):
-            trainer.fit_loop._combined_loader = None
+            self._discard(trainer)
             if not len(self.loader):
                 raise InputError(
                     f"an epoch of {len(self.sampler)} samples is less than one batch of {self.loader.batch_size} and "
@@ -139,6 +154,23 @@ def _cut_to(loader: DataLoader[Any], trainer: Trainer, warmup_epochs: int, n_sam
 
     each = math.ceil((warm * steps(pool) + (epochs - warm) * steps(n_samples)) / epochs)
     steps(min(bisect_left(range(1, pool + 1), each, key=steps) + 1, pool))
+
+
+def end_workers(trainer: Trainer) -> None:
+    """Ends the workers of a fit that fails or is interrupted, also of loaders that its traceback still holds."""
+    loop = trainer.fit_loop
+    for fetcher in (loop._data_fetcher, loop.epoch_loop.val_loop._data_fetcher):
+        combined = None if fetcher is None else fetcher._combined_loader
+        _end(combined)
+        for loader in () if combined is None else combined.flattened:
+            shut_down(getattr(loader, "_iterator", None))
+
+
+def _end(combined: CombinedLoader | None) -> None:
+    """Ends the iterators of loaders, but no workers that persist."""
+    for iterator in () if combined is None or combined._iterator is None else combined._iterator.iterators:
+        if not getattr(iterator, "_persistent_workers", False):
+            shut_down(iterator)
 
 
 def validation_is_due(trainer: Trainer) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from minirec_pl.data.train_loader import end_workers
 from minirec_pl.selection.selectors.protocol import Selector
 from minirec_pl.selection.session.resume import RUNNING_KEY
 from minirec_pl.selection.session.session import CHECKPOINT_KEY, session_of
@@ -64,8 +65,9 @@ class SessionCallback(Callback):
         session_of(trainer).finish(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Writes the files of the last selection of a fit that fails or is interrupted."""
+        """Writes the files of the last selection of a fit that fails or is interrupted, and ends loaders' workers."""
         if trainer.state.fn == "fit":
+            end_workers(trainer)
             with contextlib.suppress(InputError):
                 session_of(trainer).finish(trainer)
 
