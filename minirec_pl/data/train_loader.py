@@ -101,6 +101,38 @@ class TrainLoader:
                 )
         self._length = len(self.sampler)
 
+    def ask_again(self, trainer: Trainer) -> None:
+        """Has the epoch that is about to begin draw from the plan of now, not of when Lightning set up its data."""
+        self._discard(trainer)
+        trainer.fit_loop.setup_data()
+
+    def samples_in(self, n_batches: int) -> int:
+        """Counts the different samples of the epoch in the first batches that the loader yields, on all ranks."""
+        steps, iterations = getattr(self.loader, "steps", 1), getattr(self.loader, "iterations", 1)
+        rounds, rest = divmod(n_batches, steps * iterations)
+        different = rounds * steps + min(rest, steps)
+        in_order = self.sampler.order_length() - (self.sampler.ragged_count if self.sampler.ragged == "drop" else 0)
+        return min(different * (self.loader.batch_size or 1) * self.sampler.num_replicas, in_order)
+
+    def dropped(self, trainer: Trainer) -> dict[str, int]:
+        """Counts the samples of the plan that no batch of the epoch holds: `incomplete_batch` and `limit`."""
+        n_batches = len(self.loader)
+        batched = self.samples_in(n_batches)
+        reached = self.samples_in(limited(n_batches, trainer.limit_train_batches))
+        incomplete = self.samples_in(self.sampler.order_length() * getattr(self.loader, "iterations", 1)) - batched
+        return {"incomplete_batch": incomplete, "limit": batched - reached}
+
+    def missed(self, trainer: Trainer) -> int:
+        """Counts the samples that an epoch would still have trained on when it was ended before its last batch."""
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        done = min(progress.started, progress.processed)  # a batch that on_train_batch_start stops at is not started
+        return self.samples_in(limited(len(self.loader), trainer.limit_train_batches)) - self.samples_in(done)
+
+    def rows_of(self, batch_idx: int) -> int:
+        """Counts the rows of a batch on this rank."""
+        size = self.loader.batch_size or 1
+        return max(0, min(size, len(self.sampler) - batch_idx * size))
+
     def check(self, trainer: Trainer) -> None:
         """Refuses a run that does not draw from our sampler, so that no plan is silently ignored.
 

@@ -47,9 +47,16 @@ class SessionCallback(Callback):
             session_of(trainer).running.before_backward(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks that the Trainer draws from the plan."""
+        """Checks that the Trainer draws from the plan, and the plan is made with the weights that are trained."""
         if session_of(trainer).ready:
-            session_of(trainer).check(trainer)
+            session_of(trainer).check(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts the samples of a batch for which `training_step` returned no loss."""
+        if session_of(trainer).ready and pl_module.automatic_optimization:
+            session_of(trainer).end_batch(trainer, outputs, batch_idx)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plans the next epoch."""
