@@ -83,7 +83,7 @@ class TrainLoader:
             InputError: if the plan is less than one batch and the loader drops it.
         """
         every = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
-        if isinstance(self.loader, ForeignLoader) and every and epoch - self._asked >= every:
+        if isinstance(self.loader, ForeignLoader) and every and epoch != self._asked and epoch % every == 0:
             source, loader = trainer.fit_loop._data_source, self.loader
             source.instance, self._asked = self._source, epoch
             given = source.dataloader()
@@ -118,15 +118,22 @@ class TrainLoader:
         """Counts the samples of the plan that no batch of the epoch holds: `incomplete_batch` and `limit`."""
         n_batches = len(self.loader)
         batched = self.samples_in(n_batches)
-        reached = self.samples_in(limited(n_batches, trainer.limit_train_batches))
         incomplete = self.samples_in(self.sampler.order_length() * getattr(self.loader, "iterations", 1)) - batched
-        return {"incomplete_batch": incomplete, "limit": batched - reached}
+        return {"incomplete_batch": incomplete, "limit": batched - self._reached(trainer)}
 
-    def missed(self, trainer: Trainer) -> int:
-        """Counts the samples that an epoch would still have trained on when it was ended before its last batch."""
+    def missed(self, trainer: Trainer, *, begun: bool) -> int:
+        """Counts the samples that an epoch would still have trained on, had it not ended before its last batch.
+
+        Args:
+            trainer: that fits.
+            begun: False for an epoch that was planned and never began.
+        """
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         done = min(progress.started, progress.processed)  # a batch that on_train_batch_start stops at is not started
-        return self.samples_in(limited(len(self.loader), trainer.limit_train_batches)) - self.samples_in(done)
+        return self._reached(trainer) - (self.samples_in(done) if begun else 0)
+
+    def _reached(self, trainer: Trainer) -> int:
+        return self.samples_in(limited(len(self.loader), trainer.limit_train_batches))
 
     def rows_of(self, batch_idx: int) -> int:
         """Counts the rows of a batch on this rank."""

@@ -8,6 +8,7 @@ import torch
 from helpers.foreign import Classifier, loader_of
 from helpers.slow import slow
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 
 from minirec_pl import GRPORecModule
@@ -97,9 +98,9 @@ def test_what_can_be_helped_is_warned_of_once(make_trainer, tmp_path):
         fit(make_trainer, tmp_path, Module(), loader_of(drop_last=True), **options)
     found = [str(warning.message) for warning in met if "are not trained on" in str(warning.message)]
     assert found == [
-        "6 of the 30 samples planned for epoch 0 are not trained on, since drop_last=True drops a batch of less than "
+        "6 of the 30 samples planned for epoch 1 are not trained on, since drop_last=True drops a batch of less than "
         "8: set drop_last=False, or a budget that is a multiple of 8 times 1, the number of ranks",
-        "8 of the 30 samples planned for epoch 0 are not trained on, since limit_train_batches is 2: leave it out, or "
+        "8 of the 30 samples planned for epoch 1 are not trained on, since limit_train_batches is 2: leave it out, or "
         "lower the budget",
     ]
 
@@ -141,3 +142,16 @@ def test_batches_that_are_used_several_times(
     assert logged == expected
     for epoch, plan in plans.items():
         assert len(set(plan) - module.met[epoch]) == sum(counts[epoch] for counts in logged.values())
+
+
+def test_a_plan_that_the_run_ends_before(make_trainer, tmp_path):
+    """`EarlyStopping` decides once the next epoch is planned."""
+    plans, callback = Plans(), MiniRec(30, selector=RandomSelector(), curriculum="shuffled")
+    stop = EarlyStopping("val_loss", patience=1, min_delta=100.0)
+    logger = CSVLogger(tmp_path, name="", version="logs")
+    trainer = make_trainer(callbacks=[callback, plans, stop], logger=logger, max_epochs=9, limit_val_batches=1)
+    trainer.fit(Module(), loader_of(), loader_of())
+    assert sorted(plans.plans) == [0, 1]
+    assert session_of(trainer).plan_epoch == 2
+    dropped = pd.read_csv(tmp_path / "logs" / "metrics.csv")["selection/dropped_early_stop"]
+    assert dropped.dropna().tolist() == [30]

@@ -5,9 +5,11 @@ import os
 import signal
 
 import pytest
+import torch
 from helpers.foreign import Classifier, Points, loader_of
 from helpers.resources import Watch, held, held_at_rest
 from helpers.slow import slow
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
@@ -209,3 +211,43 @@ def test_an_interrupted_loader_around_our_sampler_can_be_used_again(make_trainer
     again = Failing()
     make_trainer(callbacks=[minirec()], max_epochs=1).fit(again, loader)
     assert len(again.rows(0)) == 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(  # an epoch has four batches
+    ("reload", "source", "save_at"),
+    [
+        (1, "fit", 4),
+        (1, "fit", 6),
+        (1, "module", 4),
+        (1, "module", 6),
+        (0, "module", 8),
+        (2, "module", 8),
+        (2, "module", 12),
+    ],
+)
+def test_workers_that_are_kept_or_renewed_resume(make_trainer, tmp_path, reload, source, save_at):
+    class Save(Callback):
+        met = 0
+
+        def on_train_batch_end(self, trainer, *_):
+            self.met += 1
+            if self.met == save_at:
+                trainer.save_checkpoint(tmp_path / "saved.ckpt")
+
+    def run(resumed):
+        def make():
+            return loader_of(shuffle=True, num_workers=2, persistent_workers=True)
+
+        module = Classifier(dropout=0.4, loader=make)
+        torch.manual_seed(4 if resumed else 3)
+        callbacks = [minirec(rescore_fraction=0.5), *([] if resumed else [Save()])]
+        trainer = make_trainer(callbacks=callbacks, max_epochs=4, reload_dataloaders_every_n_epochs=reload)
+        ckpt_path = tmp_path / "saved.ckpt" if resumed else None
+        trainer.fit(module, make() if source == "fit" else None, ckpt_path=ckpt_path)
+        return module, torch.get_rng_state()
+
+    (whole, numbers), (resumed, resumed_numbers) = run(False), run(True)
+    assert resumed.batches == whole.batches[save_at:]
+    assert torch.equal(resumed.path[-1], whole.path[-1])
+    assert torch.equal(resumed_numbers, numbers)

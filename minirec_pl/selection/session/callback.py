@@ -63,6 +63,11 @@ class SessionCallback(Callback):
         if session_of(trainer).ready:
             session_of(trainer).advance(trainer, pl_module)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Counts the samples of a plan that the run ended before."""
+        if session_of(trainer).ready:
+            session_of(trainer).end_training(trainer)
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes that the validation after the current batch has begun."""
         session_of(trainer).running.begin_validation(trainer)

@@ -209,11 +209,11 @@ class SelectionSession:
         (scored_with, start), self._first = self._first, None
         if not on_any(_weights(module) != scored_with, trainer.strategy.root_device):
             return
-        warnings.warn(
+        text = (
             "the pool was scored before the weights were set that are trained, so it is scored again: set them before "
-            "fit() or in configure_model, not in on_fit_start or on_train_start, to have it scored once",
-            stacklevel=2,
+            "fit() or in configure_model, not in on_fit_start or on_train_start, to have it scored once"
         )
+        self.warn_once(trainer, text, text)
         self._begin()
         if callable(replaced := getattr(module, "weights_replaced", None)):
             replaced()
@@ -252,8 +252,14 @@ class SelectionSession:
         if self._ended == trainer.current_epoch:
             return
         self._ended = trainer.current_epoch
-        self._log_dropped(trainer, {"early_stop": self._train.missed(trainer), "no_loss": self._no_loss})
+        self._log_dropped(trainer, {"early_stop": self._train.missed(trainer, begun=True), "no_loss": self._no_loss})
         self._no_loss = 0
+
+    def end_training(self, trainer: Trainer) -> None:
+        """Counts the samples of an epoch that was planned and never began; called in `on_train_end`."""
+        if self.plan_epoch > self._ended:
+            self._ended = self.plan_epoch
+            self._log_dropped(trainer, {"early_stop": self._train.missed(trainer, begun=False)})
 
     def _log_dropped(self, trainer: Trainer, dropped: Mapping[str, int]) -> None:
         """Logs how many samples of a plan are not trained on, by reason, and warns once of those that it never will."""
@@ -265,8 +271,8 @@ class SelectionSession:
         for reason in sorted(counts.keys() & _WHY.keys()):
             made = self._train.loader.batch_size, self.sampler.num_replicas, trainer.limit_train_batches
             text = (
-                f"{counts[reason]} of the {len(self.plan)} samples planned for epoch {self.plan_epoch} are not trained "
-                f"on, {_WHY[reason].format(*made)}"
+                f"{counts[reason]} of the {len(self.plan)} samples planned for epoch {self.plan_epoch + 1} are not "
+                f"trained on, {_WHY[reason].format(*made)}"
             )
             self.warn_once(trainer, text, reason)
 
