@@ -58,6 +58,7 @@ class Curriculum(SessionCallback, ABC):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the last plan."""
+        super().on_train_end(trainer, pl_module)
         session = session_of(trainer)
         if trainer.is_global_zero and session.plan_easiness:
             try:

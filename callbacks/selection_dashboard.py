@@ -83,6 +83,7 @@ class SelectionDashboard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs what has been spent, beside the figures of the step, where the Trainer logs them."""
+        self._show(trainer)  # a first plan that was made anew after this callback's turn
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and trainer.global_step % every == 0:
             self._log_cost(trainer, pl_module, by_phase=False, on_step=True)
@@ -104,7 +105,9 @@ class SelectionDashboard(Callback):
 
     def _show(self, trainer: Trainer) -> None:
         session = session_of(trainer)
-        if not (trainer.is_global_zero and session.ready and trainer.loggers) or session.plan_epoch == self._shown[0]:
+        if not (trainer.is_global_zero and session.ready and trainer.loggers):
+            return
+        if session.plan_epoch == self._shown[0] and session.ledger is self._shown[1]:
             return
         new = session.ledger is not None and session.ledger is not self._shown[1]
         self._shown = (session.plan_epoch, session.ledger)

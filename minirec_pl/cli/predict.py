@@ -16,11 +16,11 @@ import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from minirec_pl.data.batches import SampleDataset, identity
 from minirec_pl.data.columns import Columns
 from minirec_pl.data.datamodule import RecDataModule
+from minirec_pl.data.loader import SampleLoader
 from minirec_pl.data.sampler import OrderedSampler
 from minirec_pl.data.samples import Catalogue, IntArray, SampleTable
 from minirec_pl.data.sequence_table import SequenceTable
@@ -119,7 +119,7 @@ class RequestData(LightningDataModule):
         module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
         module.candidates = None if self.candidates is None else read_candidates(self.candidates, self.catalogue)
 
-    def predict_dataloader(self) -> DataLoader[Any]:
+    def predict_dataloader(self) -> SampleLoader:
         """Makes the loader of what is not done; called when the weights of a checkpoint are in place."""
         module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
         self.folder = self.parts / f".predictions-{self._fingerprint(module)[:16]}"
@@ -134,7 +134,7 @@ class RequestData(LightningDataModule):
             if done:
                 print(f"resuming after {len(self.requests.sample_ids) - len(ids):,} finished samples")
         table, window = self.requests.table, self.data.history_window
-        return DataLoader(
+        return SampleLoader(
             SampleDataset(table, window, self.requests.sample_ids, "the requests"),
             batch_size=self.data.eval_batch_size,
             sampler=OrderedSampler(ids),

@@ -21,6 +21,7 @@ from minirec_pl.cli.terminal import console
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.splits import random_part
 from minirec_pl.metrics.evaluation import FIGURES, K, Row, popularity_row, ranking_figures
+from minirec_pl.selection.session.session import session_of
 from minirec_pl.trainers.recommender import RecModule
 from minirec_pl.trainers.warm_start import WarmStartModule
 from minirec_pl.utils.checkpoints import load_policy_weights
@@ -231,6 +232,7 @@ class _StartWeights(Callback):
         reference = getattr(pl_module, "reference", None)
         if reference is not None:
             _put(reference, self._weights)
+        session_of(trainer).keep_selection()
 
 
 @torch.no_grad()

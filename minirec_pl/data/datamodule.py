@@ -12,13 +12,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from minirec_pl.data.batches import Batch, SampleDataset, identity
 from minirec_pl.data.columns import Columns
-from minirec_pl.data.loader import GenerationSchedule, ResumableLoader, limited
+from minirec_pl.data.loader import GenerationSchedule, ResumableLoader, SampleLoader, limited
 from minirec_pl.data.sampler import CurriculumSampler, OrderedSampler
 from minirec_pl.data.samples import Catalogue, IntArray, SampleTable, digest
 from minirec_pl.data.sequence_table import SequenceTable
 from minirec_pl.data.sources.assemble import Faults, Source
 from minirec_pl.data.sources.atomic_files import AtomicFiles
 from minirec_pl.data.splits import Parts, TimeSplit, random_part, split_table
+from minirec_pl.data.train_loader import end_workers
 from minirec_pl.data.warm_batches import WarmChunkSampler, WarmDataset, WarmSequenceDataset
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.ranks import world
@@ -223,9 +224,6 @@ class RecDataModule(LightningDataModule):
         loader.steps, loader.iterations = schedule.steps, schedule.iterations
         if self.trainer is not None and self.trainer.state.status == TrainerStatus.RUNNING:
             loader.progress = self.trainer.fit_loop.epoch_loop.batch_progress
-            # Lightning builds the iterator of a resumed run before it calls set_epoch, and workers read ahead at once.
-            progress: Any = self.trainer.fit_loop.epoch_progress.current
-            sampler.set_epoch(progress.processed)
             loader.batches_per_epoch = limited(len(loader), self.trainer.limit_train_batches)
         return loader
 
@@ -251,13 +249,18 @@ class RecDataModule(LightningDataModule):
         dataset = SampleDataset(
             self.table, self.history_window, np.flatnonzero(self.table.eligible), "the eligible samples"
         )
-        return DataLoader(
+        return SampleLoader(
             dataset,
             batch_size=batch_size or self.eval_batch_size,
             sampler=OrderedSampler(sample_ids),
             collate_fn=identity,
             num_workers=self.num_workers,
         )
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Ends the workers of a run that fails or is interrupted."""
+        if self.trainer is not None:
+            end_workers(self.trainer)
 
     def users_and_items(self, sample_ids: IntArray) -> pd.DataFrame:
         """Looks up external user and target item of samples: columns sample_id, user_id and item_id, [n] rows."""

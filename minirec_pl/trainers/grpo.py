@@ -279,6 +279,11 @@ class GRPORecModule(RecModule):
         if self.generation is not None:
             self.generation.to(self.device)
 
+    def weights_replaced(self) -> None:
+        """Starts the trajectory anew and encodes the items again; for weights that are set once samples were scored."""
+        self.trajectory.start.clear()
+        self.cost.add("scoring", forward=self.policy.refresh_items())
+
     def _generator(self) -> torch.Generator:
         """Random numbers of a generation, which depend on (seed, rank, generations so far) alone."""
         words = np.random.SeedSequence([self.rollout_seed, self.global_rank, self.rollout_step])

@@ -101,6 +101,8 @@ def retrieval(folder, kind):
 class PersistentData(RecDataModule):
     """Workers that stay, and seeds drawn from torch's global generator."""
 
+    persistent = 2
+
     def train_dataloader(self):
         made = super().train_dataloader()
         loader = ResumableLoader(
@@ -108,12 +110,18 @@ class PersistentData(RecDataModule):
             batch_size=made.batch_size,
             sampler=made.sampler,
             collate_fn=made.collate_fn,
-            num_workers=2,
-            persistent_workers=True,
+            num_workers=self.persistent,
+            persistent_workers=self.persistent > 0,
         )
         for name in ("steps", "iterations", "progress", "batches_per_epoch"):
             setattr(loader, name, getattr(made, name))
         return loader
+
+
+class DrawingData(PersistentData):
+    """No workers, and seeds drawn from torch's global generator all the same."""
+
+    persistent = 0
 
 
 @pytest.fixture
@@ -236,7 +244,7 @@ def test_a_retrieval_policy(compare, folder, kind, place, fail, selection):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", [("on_train_batch_end", 3), ("on_train_batch_end", 9), ("on_train_epoch_end", 1)])
-@pytest.mark.parametrize("kind", [RecDataModule, PersistentData])
+@pytest.mark.parametrize("kind", [RecDataModule, PersistentData, DrawingData])
 def test_workers(compare, kind, place):
     data = {"num_workers": 2}
     compare(lambda: generative("grpo"), place, kind=kind, data=data, reload_dataloaders_every_n_epochs=0)

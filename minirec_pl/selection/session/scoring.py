@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from minirec_pl.data.foreign_loader import ForeignLoader
+from minirec_pl.data.loader import SampleLoader
 from minirec_pl.data.train_loader import prepared
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.utils.errors import InputError
@@ -132,9 +133,7 @@ def _batches(
         rows = loader.foreign_sampler.rows(ids)
         names = ("num_workers", "worker_init_fn", "multiprocessing_context", "timeout")
         options = {name: getattr(loader, name) for name in names}
-    made: DataLoader[Any] = DataLoader(
-        loader.dataset, batch_size=size, sampler=rows, collate_fn=loader.collate_fn, **options
-    )
+    made = SampleLoader(loader.dataset, batch_size=size, sampler=rows, collate_fn=loader.collate_fn, **options)
     return made, [torch.tensor(ids[start : start + size]) for start in range(0, len(ids), size)]
 
 

@@ -26,12 +26,13 @@ from minirec_pl.selection.session.scoring import Probe, is_sharded, measure
 from minirec_pl.selection.session.signal_files import SignalFiles, read_vectors
 from minirec_pl.selection.signals import SampleSignals, gather_signals
 from minirec_pl.selection.store import SignalStore
+from minirec_pl.utils.checkpoints import weights_digest
 from minirec_pl.utils.cost import Cost
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import write_atomically, write_json
-from minirec_pl.utils.ranks import agree, gather_states, world
+from minirec_pl.utils.ranks import agree, gather_states, on_any, world
 from minirec_pl.utils.run_folder import run_folder
-from minirec_pl.utils.seeds import isolated_random_state, restore_random_state
+from minirec_pl.utils.seeds import isolated_random_state, random_state, restore_random_state
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -46,6 +47,11 @@ _ADDED = ("plan_measure", "told")  # kept too; not in checkpoints of 0.1
 CHECKPOINT_KEY = "minirec_pl.SelectionSession"
 LEDGER, SIGNALS, DIAGNOSTICS = "ledger.parquet", "signals.safetensors", "diagnostics.json"
 PLAN, EXAMPLES = "plan.parquet", "examples.parquet"
+_WHY = {  # fills in the batch size, the number of ranks and limit_train_batches
+    "incomplete_batch": "since drop_last=True drops a batch of less than {0}: set drop_last=False, or a budget that is "
+    "a multiple of {0} times {1}, the number of ranks",
+    "limit": "since limit_train_batches is {2}: leave it out, or lower the budget",
+}
 _PAUSE = 60.0  # seconds between two writings of the files of a selection
 _ATTRIBUTE = "_minirec_session"
 
@@ -125,6 +131,9 @@ class SelectionSession:
         self._expected: tuple[int, Callable[[int], int] | None] = (0, None)
         self._folder: Path | None = None
         self._prepared = self._finished = False
+        self._first: tuple[str, Mapping[str, Any]] | None = None
+        self._batch, self._ended = (-1, -1), -1
+        self._no_loss = 0
         self.active = True
 
     def register(self, phase: Phase, step: Step, trainer: Trainer) -> None:
@@ -164,12 +173,8 @@ class SelectionSession:
         self.folder(trainer)
         self._train = TrainLoader(trainer)
         self.sampler = self._train.sampler
-        self.store = SignalStore(self.sampler.sample_ids)
-        self.ledger = self.selected = self.plan = None
-        self.plan_epoch, self.scored, self.fold_starts, self.plan_easiness = -1, False, [], []
-        self.trained, self.trained_reward, self.target_difficulty = nothing_trained(), None, None
-        self.told = []
-        epoch = trainer.current_epoch
+        self._begin()
+        epoch, new = trainer.current_epoch, self._restored is None
         if self._restored is not None:
             epoch = self._take_up(self._restored, trainer)
             self._restored = None
@@ -180,20 +185,96 @@ class SelectionSession:
         with isolated_random_state():
             if (saved := self.running.random) is not None:  # scoring has the numbers that it would have had
                 restore_random_state(saved)
+            start = random_state()
             self._run(trainer, module, epoch)
+        if new and self.scored:
+            self._first = _weights(module), start
+
+    def _begin(self) -> None:
+        self.store = SignalStore(self.sampler.sample_ids)
+        self.ledger = self.selected = self.plan = None
+        self.plan_epoch, self.scored, self.fold_starts, self.plan_easiness = -1, False, [], []
+        self.trained, self.trained_reward, self.target_difficulty = nothing_trained(), None, None
+        self.told = []
+        self._first, self._batch, self._ended, self._no_loss = None, (-1, -1), -1, 0
+
+    def keep_selection(self) -> None:
+        """Keeps the first selection, whatever weights are put in before training begins."""
+        self._first = None
+
+    def _check_weights(self, trainer: Trainer, module: LightningModule) -> None:
+        """Scores and plans the first epoch again if training begins with other weights than were scored."""
+        if self._first is None:
+            return
+        (scored_with, start), self._first = self._first, None
+        if not on_any(_weights(module) != scored_with, trainer.strategy.root_device):
+            return
+        text = (
+            "the pool was scored before the weights were set that are trained, so it is scored again: set them before "
+            "fit() or in configure_model, not in on_fit_start or on_train_start, to have it scored once"
+        )
+        self.warn_once(trainer, text, text)
+        self._begin()
+        if callable(replaced := getattr(module, "weights_replaced", None)):
+            replaced()
+        with isolated_random_state():
+            restore_random_state(start)
+            self._run(trainer, module, self.epoch)
+        with isolated_random_state():
+            self._train.ask_again(trainer)
 
     def advance(self, trainer: Trainer, module: LightningModule) -> None:
         """Plans the next epoch, once, if there is one; called in `on_train_epoch_end`."""
+        self._end_epoch(trainer)
         epoch = trainer.current_epoch + 1
         last = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch
         last |= 0 <= trainer.max_steps <= trainer.global_step
         if self.plan_epoch != epoch and not last and not trainer.should_stop:
             self._run(trainer, module, epoch)
 
-    def check(self, trainer: Trainer) -> None:
-        """Checks that the Trainer draws from the session's sampler; called in `on_train_epoch_start`."""
+    def check(self, trainer: Trainer, module: LightningModule) -> None:
+        """Checks that the Trainer draws from the session's sampler; called in `on_train_epoch_start`.
+
+        The first time, other weights than those that the pool was scored with have it scored and planned again.
+        """
         self.epoch = trainer.current_epoch
+        self._check_weights(trainer, module)
         self._train.check(trainer)
+
+    def end_batch(self, trainer: Trainer, outputs: Any, batch_idx: int) -> None:
+        """Counts the samples of a batch that made no loss; called in `on_train_batch_end`."""
+        batch = trainer.current_epoch, batch_idx
+        if batch != self._batch and not outputs:
+            self._no_loss += self._train.rows_of(batch_idx)
+        self._batch = batch
+
+    def _end_epoch(self, trainer: Trainer) -> None:
+        if self._ended == trainer.current_epoch:
+            return
+        self._ended = trainer.current_epoch
+        self._log_dropped(trainer, {"early_stop": self._train.missed(trainer, begun=True), "no_loss": self._no_loss})
+        self._no_loss = 0
+
+    def end_training(self, trainer: Trainer) -> None:
+        """Counts the samples of an epoch that was planned and never began; called in `on_train_end`."""
+        if self.plan_epoch > self._ended:
+            self._ended = self.plan_epoch
+            self._log_dropped(trainer, {"early_stop": self._train.missed(trainer, begun=False)})
+
+    def _log_dropped(self, trainer: Trainer, dropped: Mapping[str, int]) -> None:
+        """Logs how many samples of a plan are not trained on, by reason, and warns once of those that it never will."""
+        counts = {reason: count for reason, count in dropped.items() if count}
+        if counts:
+            self.log(trainer, {f"selection/dropped_{reason}": float(count) for reason, count in counts.items()})
+        if self.plan is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        for reason in sorted(counts.keys() & _WHY.keys()):
+            made = self._train.loader.batch_size, self.sampler.num_replicas, trainer.limit_train_batches
+            text = (
+                f"{counts[reason]} of the {len(self.plan)} samples planned for epoch {self.plan_epoch + 1} are not "
+                f"trained on, {_WHY[reason].format(*made)}"
+            )
+            self.warn_once(trainer, text, reason)
 
     def _run(self, trainer: Trainer, module: LightningModule, epoch: int) -> None:
         self.plan = None
@@ -213,6 +294,7 @@ class SelectionSession:
         self._train.renew(trainer, epoch)
         if self.sampler.ragged_count:
             self.log(trainer, {f"selection/ragged_{self.sampler.ragged}": float(self.sampler.ragged_count)})
+        self._log_dropped(trainer, self._train.dropped(trainer))
 
     def score(self, trainer: Trainer, module: LightningModule, sample_ids: Sequence[int], epoch: int) -> None:
         """Measures rewards, gradient signals and embeddings of samples in one pass and stores them.
@@ -434,6 +516,10 @@ class SelectionSession:
             self._train.loader.load_state_dict(self._own["loader"])  # Lightning does so inside an epoch only
         self._restored_step = int(state["step"])
         return int(state["next_epoch"])
+
+
+def _weights(module: LightningModule) -> str:
+    return weights_digest(dict(module.named_parameters()))
 
 
 def _write_table(table: pd.DataFrame, path: Path) -> None:
