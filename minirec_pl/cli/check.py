@@ -34,6 +34,7 @@ from minirec_pl.policy.language_models.model_config import text_setting
 from minirec_pl.policy.language_models.pretrained import LanguageModel
 from minirec_pl.policy.language_models.tiny import SPECIAL_TOKENS, build_tiny
 from minirec_pl.policy.prompt import PromptTemplate
+from minirec_pl.rewards.calls import RewardFunction, check_columns
 from minirec_pl.selection.budget import budget_count
 from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.utils.errors import InputError
@@ -68,6 +69,8 @@ class Preflight:
         self._try("options", self._options)
         self._try("run folder", self._folder)
         data = self._try("data", self._data)
+        if data is not None:
+            self._try("rewards", lambda: self._reward_columns(data))
         policy = self._policy_options()
         if not issubclass(_kind_of(policy), GenerativePolicy | RetrievalPolicy):
             self._add("ok", "policy", f"{policy['class_path']} is your own class: only its options were checked")
@@ -138,6 +141,11 @@ class Preflight:
         counts = ", ".join(f"{name} {len(ids):,}" for name, ids in parts.items())
         self._add("ok", "data", f"{len(data.catalogue):,} items; samples: {counts}")
         return data
+
+    def _reward_columns(self, data: RecDataModule) -> None:
+        """Refuses rewards that ask for columns that the data do not have."""
+        fns = _made(list[RewardFunction] | None, self._model_options().get("rewards"))
+        check_columns(fns or [], data.own_columns)
 
     def _render(
         self, data: RecDataModule, policy: Mapping[str, Any], prompt: PromptTemplate | None, tokenizer: Any

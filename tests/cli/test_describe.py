@@ -55,9 +55,9 @@ def test_figures_equal_plain_counts(files):
         f"{sum(n > 7 for n in lengths)} "
     )
     missing = facts["not served, dropped or fixed"]
-    assert missing["interactions with an item that is not in the item table: dropped"] == "1"
-    assert missing["items without a title: the id stands in"] == "1"
-    assert missing["ratings that are missing: kept as unknown"] == "2"
+    assert missing["log.csv: interactions with an item that is not in the item table: dropped"] == "1"
+    assert missing["items.csv: items without a title: the id stands in"] == "1"
+    assert missing["log.csv: ratings that are missing: kept as unknown"] == "2"
     assert len(order) == len(log)
 
 
