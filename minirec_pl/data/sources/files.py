@@ -203,9 +203,10 @@ def _separated_table(path: Path, format: TextFormat) -> Table:
             index_col=False,
             skip_blank_lines=False,
         )
-    if longer:
+    if longer:  # what stood inside of quotes is put back
         frame = frame.apply(lambda cells: cells.str.replace(_ONE_CHARACTER, separator, regex=False))
-    table = Table(str(path), frame.rename(columns=str.strip), has_header=True)
+    frame = frame.rename(columns=lambda name: name.replace(_ONE_CHARACTER, separator).strip())
+    table = Table(str(path), frame, has_header=True)
     blank = np.logical_and.reduce([frame[name].fillna("").eq("").to_numpy() for name in frame])
     return table.keep(~blank) if blank.any() else table
 

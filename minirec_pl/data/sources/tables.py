@@ -55,7 +55,8 @@ class Table(NamedTuple):
             return self.lines[:n]
         numbers = np.arange(1, n + 1, dtype=np.int64)
         if self.has_header:
-            breaks = sum(self.frame[column].iloc[:n].str.count("\n").to_numpy() for column in self.frame)
+            texts = self.frame.iloc[:n].select_dtypes(exclude="number")
+            breaks = sum((texts[column].str.count("\n").fillna(0).to_numpy() for column in texts), np.zeros(n))
             numbers[:] += 1
             numbers[1:] += np.cumsum(breaks).astype(np.int64)[:-1]
         return numbers
