@@ -99,7 +99,7 @@ def test_prompts_are_those_of_the_fit_and_their_date_is_said(command, tmp_path):
     preflight.run()
     (said,) = (finding for finding in preflight.findings if finding.what == "prompt date")
     assert said.level == "ok"
-    assert "1987-10-09 (prompt.date)" in said.text
+    assert "1987-10-09 (--model.policy.prompt.date)" in said.text
     text, tokenizer = preflight.prompts.text, AutoTokenizer.from_pretrained(folder)
     assert text.startswith("09 Oct 1987<|im_start|>")
     place = text.index("assistant\n") + len("assistant\n")
