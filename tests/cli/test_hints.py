@@ -23,6 +23,7 @@ NO_OPTIONS = {
 SETTINGS = {  # a config for each kind of option, and what it needs to be parsed
     "generative": [CONFIGS / "ml-100k" / "quickstart.yaml"],
     "language model": [CONFIGS / "ml-100k" / "smollm2-135m.yaml"],
+    "random": [CONFIGS / "ml-100k" / "quickstart.yaml", "--selection.selector=minirec_pl.selection.RandomSelector"],
     "retrieval": [CONFIGS / "amazon-cds" / "gemma-2-2b.yaml"],
     "own data": [CONFIGS / "own-data" / "template.yaml"],
     "log": [
@@ -85,7 +86,7 @@ def is_typed(name: str, value: str = "null") -> bool:
         try:
             parsed(["fit", "--config", config, *more, f"--{name}={value}"])
         except InputError as error:
-            if not str(error).startswith(f"{name}: expected"):
+            if not str(error).startswith((f"{name}: expected", f"{name}: the value is not accepted")):
                 continue
         return True
     return False
