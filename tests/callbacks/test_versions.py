@@ -1,4 +1,4 @@
-"""Which releases of Lightning the callbacks run in, at both ends of pyproject.toml's range, and the sentence below it."""
+"""Which releases of Lightning the callbacks run in: both ends of the range, and the sentence of what is below it."""
 
 import os
 import re
