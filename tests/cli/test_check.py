@@ -49,7 +49,7 @@ FAULTS = {
     "one rollout": (["--model.num_generations=1"], ("options: ", "num_generations is 1", "at least 2")),
     "reset": (["--warm_start={epochs: 0}"], ("warm_start.epochs is 0",)),
     "budget": (["--selection.budget=100000"], ("budget is 100000 samples but the pool has",)),
-    "positions": (["--data.history_window=200"], ("positions: ", "lower data.history_window")),
+    "positions": (["--data.history_window=200"], ("positions: ", "lower --data.history_window")),
     "history window": (["--data.history_window=0"], ("history_window=0",)),
 }
 

@@ -19,6 +19,7 @@ from minirec_pl.utils.errors import InputError
 
 ColumnType = Literal["token", "token_seq", "float", "float_seq"]
 COLUMN_TYPES: Final[tuple[ColumnType, ...]] = ("token", "token_seq", "float", "float_seq")
+_USER: Final = (Columns.USER_ID,)
 TITLE_COLUMNS: Final = {"movie_title": Columns.TITLE}
 
 
@@ -74,14 +75,14 @@ class AtomicFiles:
         users, item_ids = (unique_ids(frame[name]) for name in (Columns.USER_ID, Columns.ITEM_ID))
         catalogue, items = self._catalogue(folder / f"{self.dataset}.item", item_ids, faults)
         indices = catalogue.indices_of(item_ids)
-        self._check_known(indices >= 0, log, f"the item {{!r}} is not in {self.dataset}.item", item_ids)
+        missing = "the item {!r} is not in the item file: add it there or remove the interaction"
+        _check_known(indices >= 0, log, item_ids, missing)
         path = folder / f"{self.dataset}.user"
         if path.is_file():
-            known = set(
-                unique_ids(read_atomic(path, required=(Columns.USER_ID,), encoding=self.encoding)[Columns.USER_ID])
-            )
+            known = set(unique_ids(read_atomic(path, encoding=self.encoding, required=_USER)[Columns.USER_ID]))
             inside = np.array([user in known for user in users], dtype=bool)
-            self._check_known(inside, log, f"the user {{!r}} is not in {self.dataset}.user", users)
+            missing = f"the user {{!r}} is not in {path.name}: add it there or fix the order of the columns"
+            _check_known(inside, log, users, missing)
         table = SampleTable(
             users,
             indices,
@@ -106,15 +107,6 @@ class AtomicFiles:
             raise InputError(f"{table.where(row)}: the item {ids[row]!r} comes twice: keep one row")
         titles = items[Columns.TITLE].tolist() if Columns.TITLE in items else None
         return Catalogue(ids, titles, _atomic_texts(items) if titles else None), items
-
-    @staticmethod
-    def _check_known(known: BoolArray, log: Table, what: str, ids: Sequence[str]) -> None:
-        if not known.all():
-            row = int(np.argmin(known))
-            raise InputError(
-                f"{log.where(row)}: {what.format(ids[row])}: add it there, remove the interaction, or fix the order of "
-                "the columns"
-            )
 
 
 def read_atomic(
@@ -253,3 +245,9 @@ def _atomic_texts(items: pd.DataFrame) -> list[str]:
         ", ".join(filter(None, [f"{title} ({year})" if title and year else title, *genre.split()]))
         for title, year, genre in zip(items[Columns.TITLE].tolist(), years, genres, strict=True)
     ]
+
+
+def _check_known(known: BoolArray, log: Table, ids: Sequence[str], sentence: str) -> None:
+    if not known.all():
+        row = int(np.argmin(known))
+        raise InputError(f"{log.where(row)}: {sentence.format(ids[row])}")
