@@ -175,14 +175,16 @@ class RecDataModule(LightningDataModule):
 
     def _keep(self, samples: Samples) -> None:
         table, catalogue = self.table, self.catalogue
-        interactions = samples.interactions.reset_index(drop=True)
+        interactions, items = (
+            pd.DataFrame() if frame is None else frame.reset_index(drop=True)
+            for frame in (samples.interactions, samples.items)
+        )
         interactions = interactions.iloc[table.source_row if len(interactions) else []].reset_index(drop=True)
         interactions[Columns.USER_ID] = np.asarray(table.user_ids, dtype=object)[table.user]
         if Columns.TIMESTAMP in interactions or not isinstance(table, SequenceTable):
             interactions[Columns.TIMESTAMP] = table.timestamp
         if table.rating is not None and Columns.RATING not in interactions:
             interactions[Columns.RATING] = table.rating
-        items = samples.items.reset_index(drop=True)
         if catalogue.titles is not None:
             items[Columns.TITLE] = catalogue.titles
         self.own_columns = OwnColumns.keep(interactions, items, self._asked)

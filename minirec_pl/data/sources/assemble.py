@@ -61,8 +61,8 @@ class Samples(NamedTuple):
     catalogue: Catalogue
     name: str
     report: Faults
-    interactions: pd.DataFrame = pd.DataFrame()
-    items: pd.DataFrame = pd.DataFrame()
+    interactions: pd.DataFrame | None = None
+    items: pd.DataFrame | None = None
 
 
 class Source(Protocol):

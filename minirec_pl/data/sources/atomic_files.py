@@ -75,14 +75,14 @@ class AtomicFiles:
         users, item_ids = (unique_ids(frame[name]) for name in (Columns.USER_ID, Columns.ITEM_ID))
         catalogue, items = self._catalogue(folder / f"{self.dataset}.item", item_ids, faults)
         indices = catalogue.indices_of(item_ids)
-        missing = "the item {!r} is not in the item file: add it there or remove the interaction"
-        _check_known(indices >= 0, log, item_ids, missing)
+        fault = "the item {!r} is not in the item file: add it there or remove the interaction"
+        _check_known(indices >= 0, log, item_ids, fault)
         path = folder / f"{self.dataset}.user"
         if path.is_file():
             known = set(unique_ids(read_atomic(path, encoding=self.encoding, required=_USER)[Columns.USER_ID]))
             inside = np.array([user in known for user in users], dtype=bool)
-            missing = f"the user {{!r}} is not in {path.name}: add it there or fix the order of the columns"
-            _check_known(inside, log, users, missing)
+            fault = f"the user {{!r}} is not in {path.name}: add it there or fix the order of the columns"
+            _check_known(inside, log, users, fault)
         table = SampleTable(
             users,
             indices,
