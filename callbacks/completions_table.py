@@ -14,6 +14,7 @@ from minirec_pl.trainers.grpo import GRPORecModule
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import write_atomically
 from minirec_pl.utils.run_folder import run_folder
+from minirec_pl.utils.versions import check_pytorch_lightning
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -39,6 +40,7 @@ class CompletionsTable(Callback):
     """
 
     def __init__(self, every_n_steps: int = 100, num_prompts: int = 2, print_table: bool = True) -> None:
+        check_pytorch_lightning()
         super().__init__()
         for name, value in (("every_n_steps", every_n_steps), ("num_prompts", num_prompts)):
             if value < 1:

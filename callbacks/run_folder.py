@@ -80,6 +80,13 @@ class RunFolder(Callback):
         self._stop = True
         os.write(2, b"\nstopping at the next safe point; Ctrl-C again stops at once\n")
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints what was dropped or fixed in the data."""
+        report = getattr(getattr(trainer, "datamodule", None), "report", {})
+        for what, count in report.items() if trainer.is_global_zero else ():
+            if count:
+                print(f"data: {what} {count:,}")
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on Ctrl-C waits."""
         self._training = True

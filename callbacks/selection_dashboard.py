@@ -11,6 +11,7 @@ from minirec_pl.reporting.dashboard_rows import phases, term_histograms, totals,
 from minirec_pl.selection.session.session import session_of
 from minirec_pl.utils.cost import Cost
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.versions import check_pytorch_lightning
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -54,6 +55,7 @@ class SelectionDashboard(Callback):
     """
 
     def __init__(self, max_rows: int = 10_000) -> None:
+        check_pytorch_lightning()
         super().__init__()
         if max_rows < 1:
             raise InputError(f"max_rows is {max_rows}: give at least 1")

@@ -1,5 +1,6 @@
 """RecDataModule: from a source of samples to batches."""
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any, Literal
 
@@ -13,10 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 from minirec_pl.data.batches import Batch, SampleDataset, identity
 from minirec_pl.data.columns import Columns
 from minirec_pl.data.loader import GenerationSchedule, ResumableLoader, SampleLoader, limited
+from minirec_pl.data.own_columns import OwnColumns
 from minirec_pl.data.sampler import CurriculumSampler, OrderedSampler
 from minirec_pl.data.samples import Catalogue, IntArray, SampleTable, digest
 from minirec_pl.data.sequence_table import SequenceTable
-from minirec_pl.data.sources.assemble import Faults, Source
+from minirec_pl.data.sources.assemble import Faults, Samples, Source
 from minirec_pl.data.sources.atomic_files import AtomicFiles
 from minirec_pl.data.splits import Parts, TimeSplit, random_part, split_table
 from minirec_pl.data.train_loader import end_workers
@@ -69,7 +71,8 @@ class RecDataModule(LightningDataModule):
     Attributes:
         table: All samples.
         catalogue: All items.
-        report: What was dropped or fixed while reading, in words, and how often.
+        report: What was dropped or fixed while reading, by file and in words, and how often.
+        own_columns: Columns of interactions and items that the module's rewards ask for.
         parts: All sample_ids of each part.
         warm_ids: Eligible sample_ids of the warm part, int64; likewise ``pool_ids``, ``val_ids`` and ``test_ids``.
         item_popularity: Interactions of each item in the train part (warm and pool), [n_items] int64; of ready-made
@@ -86,6 +89,7 @@ class RecDataModule(LightningDataModule):
     table: SampleTable
     catalogue: Catalogue
     report: Faults
+    own_columns: OwnColumns
     parts: Parts
     split: TimeSplit | None
     warm_ids: IntArray
@@ -140,6 +144,7 @@ class RecDataModule(LightningDataModule):
         self.num_workers, self.seed = num_workers, seed
         self.sizes = (warm_samples, pool_samples, val_samples, test_samples)
         self._ready = False
+        self._asked: frozenset[str] = frozenset()
         self.save_hyperparameters(ignore=["source"])
 
     def setup(self, stage: str | None = None) -> None:
@@ -148,12 +153,47 @@ class RecDataModule(LightningDataModule):
         Raises:
             InputError: The data are missing or wrong, or a part that is needed holds no eligible sample.
         """
+        module = None if self.trainer is None else self.trainer.lightning_module
+        self.keep_columns(getattr(module, "reward_arguments", ()))
         if not self._ready:
             self._read()
             self._ready = True
         sampler = getattr(self, "train_sampler", None)
         if sampler is None or (sampler.num_replicas, sampler.rank) != world():
             self.train_sampler = self._make_sampler()
+
+    def keep_columns(self, names: Collection[str]) -> None:
+        """Keeps the columns of interactions and items that rewards ask for; data that are read already are read again.
+
+        Args:
+            names: What rewards ask for, see :class:`OwnColumns`; what is no column is ignored.
+
+        Raises:
+            InputError: The data have changed since they were read.
+        """
+        new = frozenset(names) - self._asked
+        self._asked |= new
+        if self._ready and any(self.own_columns.places(name) for name in new):
+            samples = self.source.read()
+            if digest((samples.catalogue.fingerprint, samples.table.fingerprint)) != self.fingerprint:
+                raise InputError(f"{samples.name} has changed since it was read: start again")
+            self._keep(samples)
+
+    def _keep(self, samples: Samples) -> None:
+        table, catalogue = self.table, self.catalogue
+        interactions, items = (
+            pd.DataFrame() if frame is None else frame.reset_index(drop=True)
+            for frame in (samples.interactions, samples.items)
+        )
+        interactions = interactions.iloc[table.source_row if len(interactions) else []].reset_index(drop=True)
+        interactions[Columns.USER_ID] = np.asarray(table.user_ids, dtype=object)[table.user]
+        if Columns.TIMESTAMP in interactions or not isinstance(table, SequenceTable):
+            interactions[Columns.TIMESTAMP] = table.timestamp
+        if table.rating is not None and Columns.RATING not in interactions:
+            interactions[Columns.RATING] = table.rating
+        if catalogue.titles is not None:
+            items[Columns.TITLE] = catalogue.titles
+        self.own_columns = OwnColumns.keep(interactions, items, self._asked)
 
     def _make_sampler(self) -> CurriculumSampler | WarmChunkSampler:
         if self.train_on != "warm" or isinstance(self.table, SequenceTable):
@@ -168,7 +208,9 @@ class RecDataModule(LightningDataModule):
         return WarmChunkSampler(self.table, self.parts.warm, self.history_window, seed=self.seed)
 
     def _read(self) -> None:
-        self.table, self.catalogue, name, self.report = self.source.read()
+        samples = self.source.read()
+        self.table, self.catalogue, self.report = samples.table, samples.catalogue, samples.report
+        self._keep(samples)
         self.parts, self.split = split_table(self.table, self.split_by, self.warm_fraction, self.window)
         seeds = (self.seed, self.seed, _EVALUATION_SEED, _EVALUATION_SEED)
         self.warm_ids, self.pool_ids, self.val_ids, self.test_ids = (
@@ -178,7 +220,7 @@ class RecDataModule(LightningDataModule):
         train = np.concatenate([self.parts.warm, self.parts.pool])
         self.item_popularity = self.table.item_counts(train)
         self.catalogue.interactions = partial(self.table.interactions, train)
-        self._check_parts(name)
+        self._check_parts(samples.name)
 
     def _check_parts(self, source: str) -> None:
         train = ("pool", self.pool_ids) if self.train_on == "pool" else ("warm-start", self.warm_ids)

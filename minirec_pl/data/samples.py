@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from minirec_pl.data.columns import Columns
 from minirec_pl.utils.errors import InputError
 
 IntArray = npt.NDArray[np.int64]
@@ -212,32 +211,6 @@ class SampleTable:
         distinct_before = np.concatenate([[0], np.cumsum(is_first)]).astype(np.int64)
         self.seen_begin = distinct_before[self.history_begin]
         self.seen_end = distinct_before[self.history_end]
-
-    @classmethod
-    def from_interactions(
-        cls, frame: pd.DataFrame, catalogue: Catalogue, *, source: str = "the interactions"
-    ) -> "SampleTable":
-        """Builds the table from a frame with the columns user_id, item_id (external ids) and timestamp (unix seconds).
-
-        A column rating (float, NaN where unknown) is kept where there is one.
-
-        Raises:
-            InputError: An item is not in the catalogue; names ``source``, the line (row + 2) and the item id.
-        """
-        items = catalogue.indices_of(frame[Columns.ITEM_ID].tolist())
-        if (items < 0).any():
-            row = int(np.argmax(items < 0))
-            raise InputError(
-                f"{source}, line {row + 2}: the item {frame[Columns.ITEM_ID].iloc[row]!r} is not in the item file: add "
-                "it there or remove the interaction"
-            )
-        return cls(
-            frame[Columns.USER_ID].tolist(),
-            items,
-            frame[Columns.TIMESTAMP].to_numpy(dtype=np.float64),
-            len(catalogue),
-            frame[Columns.RATING].to_numpy(dtype=np.float64) if Columns.RATING in frame else None,
-        )
 
     def __len__(self) -> int:
         return len(self.user)

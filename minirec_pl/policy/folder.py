@@ -78,7 +78,7 @@ def read_policy(folder: Path) -> StoredPolicy:
         raise InputError(
             f"no policy in '{folder}' ({SIDE_FILE} is missing): train one first, for example with "
             "`minirec fit --config configs/ml-100k/warm-start.yaml`, or give its folder as "
-            "policy.init_args.pretrained"
+            "--model.policy.pretrained"
         )
     try:
         stored = json.loads(side.read_text(encoding="utf-8"))

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from minirec_pl.data.loader import GENERATION, REPEATED, GenerationSchedule, in_hand
+from minirec_pl.data.own_columns import OwnColumns
 from minirec_pl.grpo.buffer import Generation, RolloutBatch, figures_of, signals_of, take_rows, totals_of
 from minirec_pl.grpo.collector import RolloutCollector
 from minirec_pl.grpo.expected import Expectation
@@ -23,7 +24,7 @@ from minirec_pl.grpo.objective import WASTED_GROUPS, Objective, WastedGroups
 from minirec_pl.grpo.reference import adapters_off, check_sync, frozen_copy, is_fresh_lora, mix_into
 from minirec_pl.grpo.sampler import RolloutSampler
 from minirec_pl.policy.interface import WITHOUT_ROLLOUTS, Policy, RolloutKind, RolloutOptions
-from minirec_pl.rewards.calls import Rewarder, RewardFunction
+from minirec_pl.rewards.calls import Rewarder, RewardFunction, asked_for, check_columns
 from minirec_pl.rewards.hit_or_miss import check_hit_values, hit_values
 from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace
 from minirec_pl.selection.probes.trajectory import Trajectory
@@ -165,6 +166,7 @@ class GRPORecModule(RecModule):
                 f"reward_weights has {len(reward_weights)} numbers for {len(self.rewards)} rewards: give one each"
             )
         self.reward_weights = reward_weights
+        self.own_columns = OwnColumns()
         self.num_generations = num_generations
         self.rollouts = rollouts
         self.temperature = temperature
@@ -194,6 +196,20 @@ class GRPORecModule(RecModule):
         self._generated_at = (-1, -1)
 
     @property
+    def reward_arguments(self) -> frozenset[str]:
+        """What the rewards ask for by name; the DataModule keeps those of its columns."""
+        return asked_for(self.rewards)
+
+    def use_columns(self, own: OwnColumns) -> None:
+        """Takes the columns of the data that rewards ask for.
+
+        Raises:
+            InputError: if a reward asks for a column that there is not.
+        """
+        check_columns(self.rewards, own)
+        self.own_columns = own
+
+    @property
     def rollout_options(self) -> RolloutOptions:
         """How groups of rollouts are drawn."""
         names = [field.name for field in fields(RolloutOptions) if field.name != "preference_pairs"]
@@ -215,7 +231,7 @@ class GRPORecModule(RecModule):
     @property
     def rewarder(self) -> Rewarder:
         """Calls the rewards."""
-        return Rewarder(self.rewards, self.reward_weights, self.item_ids, self._warn)
+        return Rewarder(self.rewards, self.reward_weights, self.item_ids, self.own_columns, self._warn)
 
     @property
     def sampler(self) -> RolloutSampler:
@@ -238,6 +254,7 @@ class GRPORecModule(RecModule):
     def setup(self, stage: str) -> None:
         """Checks what depends on the Trainer."""
         if stage == "fit":
+            self.use_columns(getattr(getattr(self.trainer, "datamodule", None), "own_columns", self.own_columns))
             check_schedule(self.num_iterations, self.steps_per_generation, self.trainer.accumulate_grad_batches)
             if self.distinct_rollouts or self.rollouts == "beam":
                 check_selectors(self.trainer.callbacks)  # type: ignore[attr-defined]

@@ -63,7 +63,7 @@ def build_tiny(config: dict[str, Any], vocabulary: int) -> PreTrainedModel:
 
     fixed = [key for key in _FROM_CATALOGUE if key in config]
     if fixed:
-        raise InputError(f"policy.config sets {', '.join(fixed)}, which the catalogue decides: leave it out")
+        raise InputError(f"--model.policy.config sets {', '.join(fixed)}, which the catalogue decides: leave it out")
     values = {"model_type": "llama", **config, "vocab_size": vocabulary}
     values |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     try:
@@ -72,13 +72,13 @@ def build_tiny(config: dict[str, Any], vocabulary: int) -> PreTrainedModel:
         unknown = sorted(set(config) - known)
         if unknown:
             raise InputError(
-                f"policy.config has keys that {type(model_config).__name__} does not know: {', '.join(unknown)}"
+                f"--model.policy.config has keys that {type(model_config).__name__} does not know: {', '.join(unknown)}"
             )
         model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config)  # type: ignore[no-untyped-call]
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"policy.config is refused by transformers: {' '.join(str(error).split())}") from error
+        raise InputError(f"--model.policy.config is refused by transformers: {' '.join(str(error).split())}") from error
     return model
 
 

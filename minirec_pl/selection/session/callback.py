@@ -13,6 +13,7 @@ from minirec_pl.selection.selectors.protocol import Selector
 from minirec_pl.selection.session.resume import RUNNING_KEY
 from minirec_pl.selection.session.session import CHECKPOINT_KEY, session_of
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.versions import check_pytorch_lightning
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -26,6 +27,10 @@ class SessionCallback(Callback):
     """
 
     selector: Selector | None = None
+
+    def __init__(self) -> None:
+        check_pytorch_lightning()
+        super().__init__()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plans the first epoch."""
