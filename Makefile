@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 QUICKSTART := $(VENV)/.quickstart
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq --constraint constraints.txt
-LOWEST := $(shell sed -n 's/.*"lightning>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+LOWEST := $(shell sed -n 's/.*"lightning>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
 .PHONY: quickstart test test-slow test-lowest lint docs format clean
 .DELETE_ON_ERROR:

@@ -4,9 +4,9 @@
 
 The seconds of training are those of a full epoch without the callback (the first batch's start to the last one's end,
 median of the epochs); those of the callback all that its hooks take up to the end of the last epoch, less the passes
-that score, by the number of epochs. What is done once a run is told apart: the hash of the weights that were scored
-with, and the files and the picture at the end. The kinds of run take turns, so that a share is one of neighbours in
-time; each figure is the median of the rounds.
+that score, by the number of epochs. What is done once a run is told apart: the hashes of the weights, and the files and
+the picture at the end. The kinds of run take turns, so that a share is one of neighbours in time; each figure is the
+median of the rounds.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from minirec_pl.selection.session import session
 EACH = ("on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end",
         "on_train_epoch_end", "on_save_checkpoint")  # fmt: skip
 ONCE = ("on_train_end", "on_fit_end")
+HASHING = ("fingerprints_of", "weights_digest")
 
 
 class Net(LightningModule):
@@ -89,11 +90,11 @@ def run(callback: MiniRec | None, options: argparse.Namespace, logged: bool = Fa
     for name in (*EACH, *ONCE) if callback is not None else ():
         setattr(callback, name, partial(timed, function=getattr(callback, name), name=name))
     measure = partial(timed, function=session.measure, name="scoring")
-    hashing = partial(timed, function=session.fingerprints_of, name="hashing")
+    hashing = {name: partial(timed, function=getattr(session, name), name="hashing") for name in HASHING}
     with (
         tempfile.TemporaryDirectory() as folder,
         patch.object(session, "measure", measure),
-        patch.object(session, "fingerprints_of", hashing),
+        patch.multiple(session, **hashing),
     ):
         others: list[Callback] = [clock, ModelCheckpoint()] if logged else [clock]
         trainer = Trainer(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -238,17 +239,16 @@ def draw(frame, path):
     panels = list(compared.groupby(["dataset", "window"], sort=False))
     figure = Figure(figsize=(5.2 * len(panels), 4.2), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(panels)))
+    others = dict(zip(sorted(set(compared["method"]) - STYLES.keys()), cycle("<>hpXd"), strict=False))
     for place, ((dataset, window), part) in zip(axes, panels, strict=True):
         for method, rows in sorted(part.groupby("method"), key=lambda item: item[0] in STYLES):
             rows = rows.sort_values("budget")
-            colour, marker = STYLES.get(method, ("0.7", "."))
+            colour, marker = STYLES.get(method) or ("0.55", others[method])
             spent = (rows["tokens_total"] - rows["tokens_warm_start"]) / 1e3
             error = (rows["figure_high"] - rows["figure"]).fillna(0.0) if method in STYLES else None
             front = 3 if method in STYLES else 1
             place.errorbar(spent, rows["figure"], error, color=colour, marker=marker, markersize=6, capsize=2, lw=1.2,
-                           label=method if method in STYLES else None, zorder=front)  # fmt: skip
-            if method not in STYLES:
-                place.annotate(method, (spent.iloc[-1], rows["figure"].iloc[-1]), fontsize=6, color="0.45")
+                           label=method, zorder=front)  # fmt: skip
         place.set(xscale="log", xlabel="thousand tokens after the warm start, scoring included")
         place.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         place.xaxis.set_major_formatter(StrMethodFormatter("{x:,.5g}"))

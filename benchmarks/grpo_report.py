@@ -19,6 +19,9 @@ def write_report(folder: Path):
     lines = ["# One GRPO step, ours and TRL's GRPOTrainer", "", *_method(), ""]
     for case, found in cases.items():
         machine = " ".join([_machine(found["machine"]), *([found["note"]] if "note" in found else [])])
+        if case == "items":
+            lines += ["## items", "", machine, "", *_items(found["shapes"]), ""]
+            continue
         lines += [f"## {case}", "", machine, "", *_table(found["shapes"]), ""]
         if case != "curves":
             lines += ["Where our time goes, seconds of a step (medians by phase):", "", *_phases(found["shapes"]), ""]
@@ -29,7 +32,7 @@ def write_report(folder: Path):
 
 
 def _files(folder):
-    order = ("small", "long", "smollm2", "gpu", "curves")
+    order = ("small", "long", "items", "smollm2", "gpu", "curves")
     paths = (folder / f"grpo_step_{case}.json" for case in order)
     return [path for path in paths if path.is_file()]
 
@@ -67,6 +70,30 @@ def _table(shapes):
             f"| {name} | {speed['ours']:.2f} | {speed['trl']:.2f} | {speed['ours'] / speed['trl']:.1f} | "
             f"{peak['ours']:.0f} | {peak['trl']:.0f} | {peak['ours'] / peak['trl']:.2f} |"
         )
+    return rows
+
+
+def _items(shapes):
+    shape = next(iter(shapes.values()))["shape"]
+    mixed = " and ".join(f"{found['mixed_groups']:.0%}" for found in shapes.values())
+    rows = [
+        f"A Llama of 4 layers of width 256 generates the ids of 10,000 items; {shape['prompts']} prompts of 20 items a",
+        f"step, G = {shape['generations']}, reward `hit`. `expected` is `rollouts: expected`, `supervised` the warm",
+        f"start's loss on the same samples. `sample` draws rollouts; {mixed} of its groups hold a hit and a miss and",
+        "are run backward. TRL generates with `prefix_allowed_tokens_fn`, so that every completion is an item; its",
+        "update is over the whole vocabulary.",
+        "",
+        "| ids | side | prompts/s | `expected` is so many times as fast | peak [MB] |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for name, found in shapes.items():
+        speed, peak = found["prompts_per_second"], found["peak_mb"]
+        names = {"trl": "TRL"}
+        rows += [
+            f"| {name} | {names.get(side, f'`{side}`')} | {speed[side]:.1f} | {speed['expected'] / speed[side]:.2f} | "
+            f"{peak[side]:.0f} |"
+            for side in speed
+        ]
     return rows
 
 

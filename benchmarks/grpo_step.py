@@ -6,7 +6,8 @@ Both sides run in processes of their own that take turns: same model, prompts, G
 rate, loss and optimizer, no gradient checkpointing, completions forced to full length. The warm-up step is left out;
 figures are medians over the other steps. Peak memory is that of a step above what the process held before it, AdamW's
 state included in what it held, on both sides; gradients are allocated within a step on both sides. `--case curves`
-varies G, prompt and completion length; `gpu` runs on CUDA. `benchmarks/results/grpo_step.md` and `.png` are made of
+varies G, prompt and completion length; `gpu` runs on CUDA. `items` trains a generator of item ids, with rollouts, with
+their expectation and supervised. `benchmarks/results/grpo_step.md` and `.png` are made of
 all JSON files there.
 """
 
@@ -27,6 +28,7 @@ import torch
 from grpo_models import SMOLLM2_FOLDER
 from grpo_report import write_report
 from grpo_sides import Work
+from item_sides import ITEM_SIDES, ItemWork
 
 from minirec_pl.policy.language_models.smollm2 import fetch_smollm2
 
@@ -43,6 +45,7 @@ SHAPES = {
         "20 M, 4 x 8 x 32": {"device": "cuda"},
         "20 M, 16 x 8 x 64": {"device": "cuda", "prompts": 16, "completion_length": 64},
     },
+    "items": {"1 token": {"id_tokens": 1}, "4 tokens": {"id_tokens": 4}},
     "curves": {
         f"{name} {value}": {name: value}
         for name, values in {
@@ -58,7 +61,8 @@ SHAPES = {
 def run_side(work):
     """The steps of one process, each with seconds, peak_mb and phases."""
     environment = os.environ | {"OMP_NUM_THREADS": str(work.threads), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
-    command = [sys.executable, str(RESULTS.with_name("grpo_sides.py")), json.dumps(dataclasses.asdict(work))]
+    program = "item_sides.py" if isinstance(work, ItemWork) else "grpo_sides.py"
+    command = [sys.executable, str(RESULTS.with_name(program)), json.dumps(dataclasses.asdict(work))]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=RESULTS.parent.parent)
     if done.returncode != 0:
         raise SystemExit(f"{work.side} failed on {work} (exit code {done.returncode})")
@@ -68,10 +72,7 @@ def run_side(work):
 def compare(shape, rounds, steps, threads, sides=SIDES):
     """The sides on one shape, taking turns."""
     works = {side: Work(side, **{"steps": steps, "threads": threads, **shape}) for side in sides}
-    found = {side: [] for side in sides}
-    for turn in range(rounds):
-        for side in sides[:: -1 if turn % 2 else 1]:
-            found[side] += run_side(works[side])
+    found = in_turns(works, rounds)
     seconds = {side: statistics.median(step["seconds"] for step in found[side]) for side in sides}
     completions = works["ours"].prompts * works["ours"].generations
     phases = {
@@ -84,6 +85,29 @@ def compare(shape, rounds, steps, threads, sides=SIDES):
         "step_seconds": {side: [round(step["seconds"], 3) for step in found[side]] for side in sides},
         "ours_seconds_by_phase": phases,
         "shape": dataclasses.asdict(works["ours"]),
+    }
+
+
+def in_turns(works, rounds):
+    """The steps of all processes of each side, which take turns."""
+    found = {side: [] for side in works}
+    for turn in range(rounds):
+        for side in list(works)[:: -1 if turn % 2 else 1]:
+            found[side] += run_side(works[side])
+    return found
+
+
+def compare_items(shape, rounds, steps, threads):
+    """Prompts a second of all sides on one kind of ids."""
+    works = {side: ItemWork(side, **{"steps": steps, "threads": threads, **shape}) for side in ITEM_SIDES}
+    found = in_turns(works, rounds)
+    seconds = {side: statistics.median(step["seconds"] for step in steps) for side, steps in found.items()}
+    return {
+        "prompts_per_second": {side: round(works[side].prompts / seconds[side], 3) for side in seconds},
+        "peak_mb": {side: round(max(step["peak_mb"] for step in steps), 1) for side, steps in found.items()},
+        "step_seconds": {side: [round(step["seconds"], 3) for step in steps] for side, steps in found.items()},
+        "mixed_groups": round(statistics.mean(step["mixed"] for step in found["sample"]), 3),
+        "shape": dataclasses.asdict(works["expected"]),
     }
 
 
@@ -110,16 +134,18 @@ def main(arguments=None):
     if options.case == "smollm2":
         fetch_smollm2(SMOLLM2_FOLDER.parent)
     result = {"case": options.case, "machine": machine(options.case == "gpu")}
+    sizes = (options.rounds, options.steps, options.threads)
     shapes = {
-        name: compare(shape, options.rounds, options.steps, options.threads, tuple(options.sides))
+        name: compare_items(shape, *sizes) if options.case == "items" else compare(shape, *sizes, tuple(options.sides))
         for name, shape in SHAPES[options.case].items()
     }
-    result |= next(iter(shapes.values())) if options.case != "curves" else {}
+    result |= next(iter(shapes.values())) if options.case not in ("curves", "items") else {}
     result["shapes"] = shapes
     options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    what = "prompts" if options.case == "items" else "completions"
     for name, shape in shapes.items():
-        speed, peak = shape["completions_per_second"], shape["peak_mb"]
-        print(f"{name}: {'; '.join(f'{side} {speed[side]} completions/s, {peak[side]} MB' for side in speed)}")
+        speed, peak = shape[f"{what}_per_second"], shape["peak_mb"]
+        print(f"{name}: {'; '.join(f'{side} {speed[side]} {what}/s, {peak[side]} MB' for side in speed)}")
     if options.report:
         write_report(RESULTS)
 

@@ -232,9 +232,11 @@ def plot(result: Row, path: Path) -> None:
     for method in COLOURS:
         curves = [np.array(row["methods"][method]["curve"]) for row in pools[shown]]
         grid = np.linspace(0, min(curve[-1, 0] for curve in curves), 50)
-        mean = np.mean([np.interp(grid, curve[:, 0], curve[:, 1]) for curve in curves], axis=0)
+        values = np.array([np.interp(grid, curve[:, 0], curve[:, 1]) for curve in curves])
+        mean, half = np.array([interval(column) for column in values.T]).T
         third.plot(grid / 1000, mean, STYLES[method], color=COLOURS[method], label=method)
-    third.set(xlabel="thousand tokens, scoring included", ylabel="NDCG@10", title=f"Pool: {shown}, mean of the seeds")
+        third.fill_between(grid / 1000, mean - half, mean + half, color=COLOURS[method], alpha=0.15, linewidth=0)
+    third.set(xlabel="thousand tokens, scoring included", ylabel="NDCG@10", title=f"Pool: {shown}, 95 % over seeds")
     third.grid(alpha=0.3)
     third.legend()
     left = np.zeros(len(names))

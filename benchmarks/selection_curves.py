@@ -19,6 +19,8 @@ CURVES = {
     "k": (125, 500, 2_000, 8_000),
 }
 NAMES = {"n": "N", "d": "d", "k": "k"}
+MEANING = {"n": "samples of the pool", "d": "values of an embedding", "k": "picks"}
+COLOURS = {"plain": "#D55E00", "lazy": "#0072B2"}  # Okabe and Ito
 
 
 def run(
@@ -80,14 +82,14 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure, panels = pyplot.subplots(1, len(result["curves"]), figsize=(12, 3.6), sharey=True, layout="constrained")
     for panel, (name, points) in zip(panels, result["curves"].items(), strict=True):
         sizes = [point["at"] for point in points]
-        for rival, label in (("plain", "plain greedy"), ("lazy", "maxmin_select")):
-            panel.loglog(sizes, [point[rival]["min"] for point in points], marker="o", label=label)
+        for rival, label, look in (("plain", "plain greedy", "o-"), ("lazy", "maxmin_select", "s--")):
+            panel.loglog(sizes, [point[rival]["min"] for point in points], look, color=COLOURS[rival], label=label)
         fixed = ", ".join(f"{NAMES[other]} = {size:,}" for other, size in result["base"].items() if other != name)
-        panel.set(xlabel=NAMES[name], title=fixed)
+        panel.set(xlabel=f"{NAMES[name]}, {MEANING[name]}", title=fixed)
         panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("seconds")
+    panels[0].set_ylabel("seconds, fastest of the repeats")
     panels[0].legend()
     figure.savefig(path, dpi=120, format="png")
     pyplot.close(figure)

@@ -14,6 +14,7 @@ from minirec_pl.trainers.grpo import GRPORecModule
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import write_atomically
 from minirec_pl.utils.run_folder import run_folder
+from minirec_pl.utils.versions import check_pytorch_lightning
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -26,7 +27,8 @@ class CompletionsTable(Callback):
 
     It is printed, logged to W&B as `completions` (offline too) and kept in the run folder as `completions.parquet`. The
     latter two hold all rows so far: step, sample_id, prompt (the history), target, completion, each reward, their sum,
-    advantage. A `RetrievalPolicy`'s completion is its reasoning, and `recommended` the item that it ranks first.
+    advantage. A `RetrievalPolicy`'s completion is its reasoning, and `recommended` the item that it ranks first. With
+    `rollouts: expected` or `supervised` there is nothing to show.
 
     Args:
         every_n_steps: optimizer steps from one table to the next; the first step is always shown.
@@ -38,6 +40,7 @@ class CompletionsTable(Callback):
     """
 
     def __init__(self, every_n_steps: int = 100, num_prompts: int = 2, print_table: bool = True) -> None:
+        check_pytorch_lightning()
         super().__init__()
         for name, value in (("every_n_steps", every_n_steps), ("num_prompts", num_prompts)):
             if value < 1:
@@ -67,7 +70,8 @@ class CompletionsTable(Callback):
         if not trainer.is_global_zero or step == self._shown or not due:
             return
         assert isinstance(pl_module, GRPORecModule)
-        assert pl_module.generation is not None
+        if pl_module.generation is None or not pl_module.generation.batches:
+            return
         self._shown = step
         rollouts = pl_module.generation.at(pl_module.generation.position)
         made = completion_rows(rollouts, pl_module.item_ids, self.num_prompts, pl_module.policy.words)

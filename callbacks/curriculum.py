@@ -66,7 +66,7 @@ class Curriculum(SessionCallback, ABC):
             chosen = session.selected
             if chosen is None:
                 chosen = session.store.sample_ids.tolist()
-            easiness = session.easiness(chosen)
+            easiness, session.plan_measure = session.easiness_in_words(chosen)
             if bool(easiness.isnan().all()):
                 return
             easiness = easiness.nan_to_num(nan=float(easiness.nanmean()))
@@ -78,6 +78,7 @@ class Curriculum(SessionCallback, ABC):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the last plan."""
+        super().on_train_end(trainer, pl_module)
         session = session_of(trainer)
         if trainer.is_global_zero and session.plan_easiness:
             try:
@@ -86,7 +87,8 @@ class Curriculum(SessionCallback, ABC):
                 warnings.warn("curriculum.png needs matplotlib: pip install 'minirec-pl[report]'", stacklevel=2)
                 return
             path = session.folder(trainer) / "curriculum.png"
-            draw_curriculum(session.plan_easiness, session.fold_starts, session.plan_epoch, path, self.order)
+            what = (session.plan_epoch, path, self.order, session.plan_measure)
+            draw_curriculum(session.plan_easiness, session.fold_starts, *what)
 
 
 def _checked(plan: Sequence[int] | Array, chosen: list[int], name: str) -> list[int]:

@@ -72,8 +72,8 @@ class MovingTargetCurriculum(Curriculum):
             )
         elif session.plan_epoch >= 0:
             raise InputError(
-                f"MovingTargetCurriculum follows the training reward, but epoch {session.plan_epoch} met none: add the "
-                "callback RewardHistory() and return `signals` with rewards from training_step"
+                f"MovingTargetCurriculum follows the training reward, but epoch {session.plan_epoch + 1} met none: add "
+                "the callback RewardHistory() and return `signals` with rewards from training_step"
             )
         session.target_difficulty = target
         session.log(trainer, {"curriculum/target_difficulty": target})

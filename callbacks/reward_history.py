@@ -30,6 +30,7 @@ class RewardHistory(SessionCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stores the rewards of the batch, on every rank those of all ranks."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         signals = outputs.get("signals") if isinstance(outputs, Mapping) else None
         session = session_of(trainer)
         if not session.ready:

@@ -32,8 +32,8 @@ class RunFolder(Callback):
 
     * `results.json`: after a fit the last and the best validation figures and the cost, after a test the test
       figures.
-    * `evaluations.csv`: after a fit a row per validation: epoch, step, what was spent until then (rollouts, tokens and
-      seconds of all phases) and the figures.
+    * `evaluations.csv`: after a fit a row per validation: epoch (from 1), step, what was spent until then (rollouts,
+      tokens and seconds of all phases), the figures, and the standard errors of HR@10 and NDCG@10 by user.
     * `policy/`: after a fit the policy with the weights of the best checkpoint (the last ones if none is kept), as a
       Hugging Face folder.
     * `checkpoints/interrupted.ckpt`: where Ctrl-C stopped a fit, taken at the end of the running step, or of the
@@ -79,6 +79,13 @@ class RunFolder(Callback):
             raise KeyboardInterrupt
         self._stop = True
         os.write(2, b"\nstopping at the next safe point; Ctrl-C again stops at once\n")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints what was dropped or fixed in the data."""
+        report = getattr(getattr(trainer, "datamodule", None), "report", {})
+        for what, count in report.items() if trainer.is_global_zero else ():
+            if count:
+                print(f"data: {what} {count:,}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on Ctrl-C waits."""
@@ -153,6 +160,7 @@ class RunFolder(Callback):
         write_json(self._folder / "results.json", results)
         if self._evaluations:
             table = pd.DataFrame(self._evaluations)
+            table["epoch"] += 1
             write_atomically(self._folder / EVALUATIONS, lambda scratch: table.to_csv(scratch, index=False))
         with policy_of(pl_module.policy, best):
             pl_module.policy.save_pretrained(self._folder / "policy", pl_module.cost.state_dict())
@@ -161,7 +169,7 @@ class RunFolder(Callback):
         """Keeps the figures and what they have cost; after `validate` writes them."""
         if trainer.sanity_checking:
             return
-        self._validation = _figures(trainer, "val/")
+        self._validation = _figures(trainer, "val/") | _errors(trainer, pl_module)
         if trainer.state.fn == TrainerFn.FITTING and isinstance(pl_module, RecModule):
             spent = {"epoch": trainer.current_epoch, "step": trainer.global_step, **pl_module.cost.totals()}
             self._evaluations.append({**spent, **self._validation})
@@ -211,6 +219,16 @@ def _move_best(state: dict[str, Any], folder: Path) -> None:
         for name in ("best_model_path", "kth_best_model_path"):
             state[name] = moved.get(state[name], state[name])
         state["last_model_path"] = ""
+
+
+def _errors(trainer: Trainer, module: LightningModule) -> dict[str, float]:
+    """The standard errors of the last validation, by user, where the users are known."""
+    table = getattr(getattr(trainer, "datamodule", None), "table", None)
+    if table is None or not isinstance(module, RecModule):
+        return {}
+    ids, ranks = module.val_ranks.unbind(dim=1)
+    found = ranking_figures(ranks, table.user[ids.numpy()])
+    return {name: value for name, value in found.items() if name.endswith("_se_users")}
 
 
 def _figures(trainer: Trainer, prefix: str) -> dict[str, float]:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minirec_pl.selection.budget import budget_count, check_budget
-from minirec_pl.selection.diagnostics import NEAR_ZERO, Diagnostics
+from minirec_pl.selection.diagnostics import Diagnostics
 from minirec_pl.selection.fingerprints import data_fingerprint
 from minirec_pl.selection.ledger import SelectionLedger
+from minirec_pl.selection.remedies import NEAR_ZERO
 from minirec_pl.selection.selectors.baselines import FullSelector
 from minirec_pl.selection.selectors.checked import check_selector, pick
 from minirec_pl.selection.selectors.minirec import MiniRecSelector
@@ -78,9 +79,8 @@ class SelectSamples(SessionCallback):
         session.expect(self.warmup_epochs, self._expected)
         session.register("select", self._select, trainer)
         session.asked = signal_options(self.selector)
-        if isinstance(self.selector, MiniRecSelector) and self.selector.num_generations is None:
-            self._selector = copy.copy(self.selector)
-            self._selector.num_generations = getattr(pl_module, "num_generations", None)
+        self._selector = told_of(self.selector, pl_module)
+        session.from_ledger = self.ledger is not None
 
     def _expected(self, n_pool: int) -> int:
         if self.ledger is None:
@@ -98,30 +98,38 @@ class SelectSamples(SessionCallback):
         before = set(session.selected or ())
         try:
             with session.cost.timed("selection"):
-                ledger = self._pick(session, epoch) if self.ledger is None else self._fixed(session, trainer)
+                ledger = self._pick(session, trainer, epoch) if self.ledger is None else self._fixed(session, trainer)
                 k = None if self.ledger is None or self.budget is None else budget_count(self.budget, len(ledger))
                 session.selected = ledger.selected(k)
         except InputError as error:
             if not before:
                 raise
-            warnings.warn(f"epoch {epoch} keeps the selection of the epoch before: {error}", stacklevel=2)
+            text = f"epoch {epoch + 1} keeps the selection of the epoch before: {error}"
+            session.warn_once(trainer, text, text)
             return
         first, session.ledger = session.ledger is None, ledger
         if first or trainer.loggers:
             found = session.diagnostics(trainer)
-            for text in found.warnings if first and trainer.is_global_zero else ():
-                warnings.warn(f"selection: {text}", stacklevel=2)
+            for text in found.warnings if first else ():
+                session.warn_once(trainer, f"selection: {text}", text.partition(":")[0])
             session.log(trainer, _figures(session, found, before))
         session.leave_files(trainer)
 
-    def _pick(self, session: SelectionSession, epoch: int) -> SelectionLedger:
+    def _pick(self, session: SelectionSession, trainer: Trainer, epoch: int) -> SelectionLedger:
         if self.selector.needs and not session.scored:
             raise InputError(
                 f"{type(self.selector).__name__} needs scored samples: add the callback RescoreSamples(), as MiniRec "
                 "does, or train on a ledger"
             )
         view = session.store.pool_view(epoch)
-        ledger = pick(self._selector, view, budget_count(self.budget, len(view)), epoch)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ledger = pick(self._selector, view, budget_count(self.budget, len(view)), epoch)
+        for warning in caught:
+            if warning.category is UserWarning:
+                session.warn_once(trainer, str(warning.message), str(warning.message))
+            else:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         ledger.fingerprints = dict(session.store.fingerprints)
         return ledger
 
@@ -142,6 +150,27 @@ class SelectSamples(SessionCallback):
                 "it was made for"
             )
         return ledger
+
+
+def told_of(selector: Selector, module: LightningModule) -> Selector:
+    """The selector with those of its options that are None taken from how a module trains.
+
+    Args:
+        selector: stays as it is.
+        module: with `num_generations` and `objective`, as GRPORecModule has, or without.
+    """
+    objective = getattr(module, "objective", None)
+    scale: str | None = getattr(objective, "scale_rewards", None)
+    known = {
+        "num_generations": getattr(module, "num_generations", None),
+        "scale_rewards": "group" if scale == "batch" else scale,
+        "baseline": getattr(objective, "baseline", None),
+    }
+    told = copy.copy(selector)
+    for name, value in known.items():
+        if value is not None and getattr(selector, name, value) is None:
+            setattr(told, name, value)
+    return told
 
 
 def _figures(session: SelectionSession, found: Diagnostics, before: Collection[int]) -> dict[str, float]:

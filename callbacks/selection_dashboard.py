@@ -11,6 +11,7 @@ from minirec_pl.reporting.dashboard_rows import phases, term_histograms, totals,
 from minirec_pl.selection.session.session import session_of
 from minirec_pl.utils.cost import Cost
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.versions import check_pytorch_lightning
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -27,7 +28,7 @@ class SelectionDashboard(Callback):
     | name | what | unit | when | loggers |
     |---|---|---|---|---|
     | `selection/ledger` | the ledger, a row per sample | table | each selection | W&B |
-    | `curriculum/plan` | position, fold, sample_id, easiness of the coming epoch | table | each plan | W&B |
+    | `curriculum/plan` | position, fold, sample_id, easiness, measure of the coming epoch | table | each plan | W&B |
     | `selection/TERM/pool` | a term of the ledger, over the pool | histogram | each selection | W&B, TensorBoard |
     | `selection/TERM/picks` | over the picks, in the same bins | histogram | each selection | W&B, TensorBoard |
     | `cost/rollouts` | scoring and training | completions | with each step and validation | all |
@@ -54,6 +55,7 @@ class SelectionDashboard(Callback):
     """
 
     def __init__(self, max_rows: int = 10_000) -> None:
+        check_pytorch_lightning()
         super().__init__()
         if max_rows < 1:
             raise InputError(f"max_rows is {max_rows}: give at least 1")
@@ -83,6 +85,7 @@ class SelectionDashboard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs what has been spent, beside the figures of the step, where the Trainer logs them."""
+        self._show(trainer)  # a first plan that was made anew after this callback's turn
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and trainer.global_step % every == 0:
             self._log_cost(trainer, pl_module, by_phase=False, on_step=True)
@@ -104,7 +107,9 @@ class SelectionDashboard(Callback):
 
     def _show(self, trainer: Trainer) -> None:
         session = session_of(trainer)
-        if not (trainer.is_global_zero and session.ready and trainer.loggers) or session.plan_epoch == self._shown[0]:
+        if not (trainer.is_global_zero and session.ready and trainer.loggers):
+            return
+        if session.plan_epoch == self._shown[0] and session.ledger is self._shown[1]:
             return
         new = session.ledger is not None and session.ledger is not self._shown[1]
         self._shown = (session.plan_epoch, session.ledger)

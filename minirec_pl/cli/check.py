@@ -34,6 +34,7 @@ from minirec_pl.policy.language_models.model_config import text_setting
 from minirec_pl.policy.language_models.pretrained import LanguageModel
 from minirec_pl.policy.language_models.tiny import SPECIAL_TOKENS, build_tiny
 from minirec_pl.policy.prompt import PromptTemplate
+from minirec_pl.rewards.calls import RewardFunction, check_columns
 from minirec_pl.selection.budget import budget_count
 from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.utils.errors import InputError
@@ -68,6 +69,8 @@ class Preflight:
         self._try("options", self._options)
         self._try("run folder", self._folder)
         data = self._try("data", self._data)
+        if data is not None:
+            self._try("rewards", lambda: self._reward_columns(data))
         policy = self._policy_options()
         if not issubclass(_kind_of(policy), GenerativePolicy | RetrievalPolicy):
             self._add("ok", "policy", f"{policy['class_path']} is your own class: only its options were checked")
@@ -139,6 +142,11 @@ class Preflight:
         self._add("ok", "data", f"{len(data.catalogue):,} items; samples: {counts}")
         return data
 
+    def _reward_columns(self, data: RecDataModule) -> None:
+        """Refuses rewards that ask for columns that the data do not have."""
+        fns = _made(list[RewardFunction] | None, self._model_options().get("rewards"))
+        check_columns(fns or [], data.own_columns)
+
     def _render(
         self, data: RecDataModule, policy: Mapping[str, Any], prompt: PromptTemplate | None, tokenizer: Any
     ) -> Prompts:
@@ -152,7 +160,11 @@ class Preflight:
         texts = prompt.write(tokenizer, batch, data.catalogue)
         lengths = [len(tokens) for tokens in encode_texts(tokenizer, texts)]
         if prompt.asks_for_the_date(tokenizer):
-            self._add("ok", "prompt date", f"the chat template tells the model that it is {prompt.date} (prompt.date)")
+            self._add(
+                "ok",
+                "prompt date",
+                f"the chat template tells the model that it is {prompt.date} (--model.policy.prompt.date)",
+            )
         return Prompts(texts[0].text, lengths, _completion_tokens(policy, prompt, tokenizer, data.catalogue))
 
     def _sizes(self, data: RecDataModule, policy: Mapping[str, Any], model: Any) -> None:
@@ -165,22 +177,23 @@ class Preflight:
                 "fails",
                 "positions",
                 f"the longest prompt has {max(self.prompts.lengths)} tokens and a completion up to "
-                f"{self.prompts.completion}, but the model has {context} positions: lower data.history_window, "
-                "prompt.longest_title or the completion's length",
+                f"{self.prompts.completion}, but the model has {context} positions: lower --data.history_window, "
+                "--model.policy.prompt.longest_title or the completion's length",
             )
         self.load = load = self._load(data, policy, options)
         if load.batch_size > load.selected:
             self._add(
                 "warning",
                 "batch",
-                f"an epoch has {load.selected} samples, less than a batch of {load.batch_size}: lower data.batch_size",
+                f"an epoch has {load.selected} samples, less than a batch of {load.batch_size}: "
+                "lower --data.batch_size",
             )
         if load.batch_size == 1 and load.items and not policy.get("cached_negatives"):
             self._add(
                 "fails",
                 "batch",
-                "a batch of one sample has no other item to compare its target with: raise data.batch_size, or set "
-                "cached_negatives",
+                "a batch of one sample has no other item to compare its target with: raise --data.batch_size, or "
+                "set --model.policy.cached_negatives",
             )
         total = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -193,8 +206,8 @@ class Preflight:
             self._add(
                 "warning",
                 "memory",
-                f"about {need / _GIB:.1f} GiB are needed and {where} has {there / _GIB:.1f}: lower data.batch_size, "
-                "or set gradient_checkpointing or lora",
+                f"about {need / _GIB:.1f} GiB are needed and {where} has {there / _GIB:.1f}: lower --data.batch_size, "
+                "or set --model.policy.language_model.gradient_checkpointing or --model.policy.language_model.lora",
             )
 
     def _load(self, data: RecDataModule, policy: Mapping[str, Any], options: Mapping[str, Any]) -> Load:
@@ -325,7 +338,7 @@ def _language_model(policy: Mapping[str, Any]) -> LanguageModel:
         return _made(LanguageModel, policy["language_model"])  # type: ignore[no-any-return]
     folder = str(policy.get("pretrained") or "")
     if not Path(folder).is_dir():
-        raise InputError(f"there is no policy in '{folder}': train it first, or fix policy.init_args.pretrained")
+        raise InputError(f"there is no policy in '{folder}': train it first, or fix --model.policy.pretrained")
     side = Path(folder, SIDE_FILE)
     stored = json.loads(side.read_text(encoding="utf-8")) if side.is_file() else {}
     return LanguageModel(folder, dtype=stored.get("language_model", {}).get("dtype", "float32"))

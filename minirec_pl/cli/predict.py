@@ -16,22 +16,23 @@ import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from minirec_pl.data.batches import SampleDataset, identity
 from minirec_pl.data.columns import Columns
 from minirec_pl.data.datamodule import RecDataModule
+from minirec_pl.data.loader import SampleLoader
 from minirec_pl.data.sampler import OrderedSampler
 from minirec_pl.data.samples import Catalogue, IntArray, SampleTable
 from minirec_pl.data.sequence_table import SequenceTable
+from minirec_pl.data.sources.assemble import INTERACTION_COLUMNS, Faults, whole_rows
+from minirec_pl.data.sources.files import TextFormat, read_table, read_text
 from minirec_pl.data.sources.tables import (
     Table,
     as_id,
+    flat_values,
     ids_of,
     lengths_of,
     numbers_of,
-    read_table,
-    read_text,
     times_of,
     unique_ids,
 )
@@ -42,6 +43,7 @@ from minirec_pl.utils.files import write_atomically
 
 REASONING = "reasoning"
 SECONDS_A_PART = 30.0
+HISTORY_TEXT = TextFormat(prefix="--history_")
 
 
 def rows_of(outputs: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -91,14 +93,25 @@ class RequestData(LightningDataModule):
         history: file of users to serve; None serves the test part.
         candidates: file of the items that may be recommended; None for all.
         parts: folder in which parts are kept, in a folder of their own for each kind of request.
+        columns: names of columns in the history file that differ from the library's; None takes those of the source.
+        text: how the history file is written.
     """
 
     folder: Path
     requests: Requests
 
-    def __init__(self, data: RecDataModule, history: Path | None, candidates: Path | None, parts: Path) -> None:
+    def __init__(
+        self,
+        data: RecDataModule,
+        history: Path | None,
+        candidates: Path | None,
+        parts: Path,
+        columns: Mapping[str, str] | None = None,
+        text: TextFormat = HISTORY_TEXT,
+    ) -> None:
         super().__init__()
         self.data, self.history, self.candidates, self.parts = data, history, candidates, parts
+        self.columns, self.text = columns, text
 
     @property
     def catalogue(self) -> Catalogue:
@@ -115,11 +128,15 @@ class RequestData(LightningDataModule):
         if self.history is None:
             self.requests = Requests(self.data.table, self.data.test_ids, [])
         else:
-            self.requests = read_history(self.history, self.catalogue)
+            likely = getattr(self.data.source, "columns", {})
+            self.requests = read_history(self.history, self.catalogue, self.columns, self.text, likely)
         module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
-        module.candidates = None if self.candidates is None else read_candidates(self.candidates, self.catalogue)
+        likely = {**getattr(self.data.source, "columns", {}), **getattr(self.data.source, "item_columns", {})}
+        module.candidates = (
+            None if self.candidates is None else read_candidates(self.candidates, self.catalogue, likely)
+        )
 
-    def predict_dataloader(self) -> DataLoader[Any]:
+    def predict_dataloader(self) -> SampleLoader:
         """Makes the loader of what is not done; called when the weights of a checkpoint are in place."""
         module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
         self.folder = self.parts / f".predictions-{self._fingerprint(module)[:16]}"
@@ -134,7 +151,7 @@ class RequestData(LightningDataModule):
             if done:
                 print(f"resuming after {len(self.requests.sample_ids) - len(ids):,} finished samples")
         table, window = self.requests.table, self.data.history_window
-        return DataLoader(
+        return SampleLoader(
             SampleDataset(table, window, self.requests.sample_ids, "the requests"),
             batch_size=self.data.eval_batch_size,
             sampler=OrderedSampler(ids),
@@ -157,6 +174,7 @@ class RequestData(LightningDataModule):
         sha.update(f"{self.data.fingerprint} {self.data.history_window}".encode())
         for path in (self.history, self.candidates):
             sha.update(b"-" if path is None else hashlib.sha256(path.read_bytes()).digest())
+        sha.update(f"{self.columns} {self.text}".encode())
         sha.update(self.requests.sample_ids.tobytes())
         return sha.hexdigest()
 
@@ -237,32 +255,45 @@ class Requests(NamedTuple):
     dropped: list[str]
 
 
-def read_history(path: Path, catalogue: Catalogue) -> Requests:
+def read_history(
+    path: Path,
+    catalogue: Catalogue,
+    columns: Mapping[str, str] | None = None,
+    text: TextFormat = HISTORY_TEXT,
+    likely: Mapping[str, str] | None = None,
+) -> Requests:
     """Reads one request per user of a file, who may be unknown to training: what comes after all of the history.
 
-    The file, CSV or parquet, has a row per interaction (`user_id`, `item_id`, `timestamp`, perhaps `rating`, in any
-    order) or a row per user (`user_id`, `history_item_id`: a list, oldest first; parquet only). Times ago are counted
-    from the newest timestamp of the file.
+    The file has a row per interaction (`user_id`, `item_id`, `timestamp`, perhaps `rating`, in any order) or a row per
+    user (`user_id`, `history_item_id`: a list, oldest first; parquet and JSON lines). Times ago are counted from the
+    newest timestamp of the file.
 
-    Items that are not in the catalogue are dropped and counted, and so are users who have no others.
+    What lacks an id or time is dropped and counted, and so are items that are not in the catalogue, and users who have
+    no others.
 
     Args:
-        path: of the file.
+        path: of the file, of the kinds that `read_table` reads.
         catalogue: the items that the policy knows.
+        columns: names of columns in the file that differ from the library's, from ours to theirs.
+        text: how a text is written.
+        likely: names that columns may have, if `columns` is None and the library's are not there.
 
     Raises:
         InputError: if the file cannot be read, has neither kind of columns, or no user is left.
     """
-    table = read_table(path)
-    if Columns.HISTORY_ITEM_ID in table.frame:
-        rows = _of_lists(table.select({}, (Columns.USER_ID, Columns.HISTORY_ITEM_ID)))
-    else:
-        rows = _of_log(table.select({}, (Columns.USER_ID, Columns.ITEM_ID, Columns.TIMESTAMP)))
-    if not len(rows):
+    table = read_table(path, text)
+    if not len(table.frame):
         raise InputError(f"{path} has no rows: give at least one user's history")
+    named = _found(table, likely or {}) if columns is None else columns
+    lists = Columns.HISTORY_ITEM_ID in {*table.frame, *named}
+    required = (Columns.USER_ID, Columns.HISTORY_ITEM_ID) if lists else INTERACTION_COLUMNS
+    faults = Faults()
+    table = table.select(named, required, "--history_columns")
+    table = whole_rows(table, [name for name in required if name != Columns.HISTORY_ITEM_ID], faults, "drop")
+    rows = _of_lists(table, faults) if lists else _of_log(table)
     known = rows.assign(item=catalogue.indices_of(rows["item"].tolist()))
     known = known[known["item"] >= 0]
-    dropped = []
+    dropped = [f"{what} {count:,}" for what, count in faults.items() if count]
     if len(known) < len(rows):
         dropped.append(f"{len(rows) - len(known):,} of {len(rows):,} history items are not in the catalogue: dropped")
     users = known["user"].unique()
@@ -291,6 +322,11 @@ def read_history(path: Path, catalogue: Catalogue) -> Requests:
     return Requests(requests, np.arange(len(users), dtype=np.int64), dropped)
 
 
+def _found(table: Table, likely: Mapping[str, str]) -> dict[str, str]:
+    """Those of some likely names that a table has, for columns that are not there by the library's own name."""
+    return {ours: name for ours, name in likely.items() if ours not in table.frame and name in table.frame}
+
+
 def _of_log(table: Table) -> pd.DataFrame:
     """Columns user, item, time and rating, users by first appearance, each user's rows by time."""
     rated = Columns.RATING in table.frame
@@ -306,23 +342,26 @@ def _of_log(table: Table) -> pd.DataFrame:
     return rows.iloc[np.lexsort((rows["time"], first))]
 
 
-def _of_lists(table: Table) -> pd.DataFrame:
+def _of_lists(table: Table, faults: Faults) -> pd.DataFrame:
     users, lengths = ids_of(table, Columns.USER_ID), lengths_of(table, Columns.HISTORY_ITEM_ID)
     again = pd.Series(users).duplicated().to_numpy()
     if again.any():
         row = int(np.argmax(again))
         raise InputError(f"{table.where(row)}: the user {users[row]!r} comes twice: give each user one row")
-    items = unique_ids([item for items in table.frame[Columns.HISTORY_ITEM_ID] for item in items])
+    items = unique_ids(flat_values(table, Columns.HISTORY_ITEM_ID))
     owners = np.repeat(np.array(users, dtype=object), lengths)
-    return pd.DataFrame({"user": owners, "item": items, "time": np.nan, "rating": np.nan})
+    rows = pd.DataFrame({"user": owners, "item": items, "time": np.nan, "rating": np.nan})
+    faults[f"{table.file}: history items without an id: dropped"] += int((rows["item"] == "").sum())
+    return rows[rows["item"] != ""]
 
 
-def read_candidates(path: Path, catalogue: Catalogue) -> Tensor:
+def read_candidates(path: Path, catalogue: Catalogue, likely: Mapping[str, str] | None = None) -> Tensor:
     """Reads which items may be recommended, bool [n_items].
 
     Args:
-        path: parquet or CSV with a column `item_id`, or text with one id per line.
+        path: text with one id per line (.txt), or another table with a column `item_id`.
         catalogue: the items that the policy knows.
+        likely: names that the column may have if that is not there, from the library's to the file's.
 
     Raises:
         InputError: if the file cannot be read, is empty, or names an item that is not in the catalogue, with its line.
@@ -333,8 +372,10 @@ def read_candidates(path: Path, catalogue: Catalogue) -> Tensor:
         lines = [(number, as_id(line)) for number, line in enumerate(read_text(path).splitlines(), start=1)]
         found = [(f"{path}, line {number}", item_id) for number, item_id in lines if item_id]
     else:
-        table = read_table(path).select({}, (Columns.ITEM_ID,))
-        found = [(table.where(row), item_id) for row, item_id in enumerate(ids_of(table, Columns.ITEM_ID))]
+        table = read_table(path)
+        table = table.select(_found(table, likely or {}), (Columns.ITEM_ID,), "data.source.item_columns")
+        ids = unique_ids(table.frame[Columns.ITEM_ID])
+        found = [(table.where(row), item_id) for row, item_id in enumerate(ids) if item_id]
     if not found:
         raise InputError(f"{path} has no candidates: give at least one item id")
     mask = torch.zeros(len(catalogue), dtype=torch.bool)

@@ -46,7 +46,7 @@ def report(folders: Sequence[str | Path], to: str | Path | None = None) -> Path:
     pages = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    title = ", ".join(Path(folder).name or str(folder) for folder in folders)
+    title = ", ".join(f"{run.name} ({run.method})" if run.method else run.name for run in runs)
     page = pages.get_template("page.html.j2").render(title=title, sections=sections(rows, runs))
     path = Path(to) if to else Path(folders[0]) / PAGE
     return write_atomically(path, lambda scratch: scratch.write_text(page, encoding="utf-8"))

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
-from minirec_pl.cli.predict import PartWriter, RequestData, merge_parts
+from minirec_pl.cli.predict import HISTORY_TEXT, PartWriter, RequestData, merge_parts
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.selection.fingerprints import fingerprints_of
 from minirec_pl.selection.merge import merge_stores
@@ -18,6 +18,7 @@ from minirec_pl.selection.selectors.protocol import signal_options
 from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.selection.session.scorers import Scorer
 from minirec_pl.selection.store import SignalStore
+from minirec_pl.trainers.grpo import GRPORecModule
 from minirec_pl.trainers.recommender import RecModule
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import write_atomically, write_json
@@ -34,6 +35,9 @@ class ScoringTrainer(Trainer):
         *args: Any,
         to: str | None = None,
         history: str | None = None,
+        history_columns: dict[str, str] | None = None,
+        history_separator: str | None = None,
+        history_encoding: str | None = None,
         candidates: str | None = None,
         mask_seen: bool = True,
         reasoning: bool = False,
@@ -47,9 +51,13 @@ class ScoringTrainer(Trainer):
         Args:
             args: as of `Trainer.predict`.
             to: file to write, by default predictions.parquet in the run folder.
-            history: CSV or parquet of the users to serve, who may be new: user_id, item_id and timestamp, or user_id
-                and history_item_id, a list. By default the test part is served.
-            candidates: the only items that may be recommended: text, one id per line, or CSV or parquet with item_id.
+            history: table of the users to serve, who may be new: user_id, item_id and timestamp, or user_id and
+                history_item_id, a list. By default the test part is served.
+            history_columns: names of columns in the history file that differ from these, such as {user_id: customer}.
+                By default those that data.source.columns names are tried.
+            history_separator: what separates the values of a text; null to have it found in the header.
+            history_encoding: of a text, such as cp1252; null for UTF-8 or what a byte order mark says.
+            candidates: the only items that may be recommended: text, one id per line, or a table with item_id.
             mask_seen: leave out what the user has had already.
             reasoning: keep the text that a recommendation rests on, in the column reasoning.
             kwargs: as of `Trainer.predict`.
@@ -64,7 +72,8 @@ class ScoringTrainer(Trainer):
         run = run_folder(self)
         path = Path(to) if to else run / "predictions.parquet"
         parts = path.parent if to else run.parent
-        requests = RequestData(data, _path(history), _path(candidates), parts)
+        text = HISTORY_TEXT._replace(separator=history_separator, encoding=history_encoding)
+        requests = RequestData(data, _path(history), _path(candidates), parts, history_columns, text)
         writer = PartWriter(requests)
         self.callbacks.append(writer)  # type: ignore[attr-defined]
         kwargs["datamodule"], kwargs["return_predictions"] = requests, False
@@ -102,7 +111,10 @@ class ScoringTrainer(Trainer):
             raise InputError("minirec score needs a RecDataModule and a module of minirec_pl: set data and model so")
         number, count = _shard(shard)
         folder = Path(to or self.log_dir or self.default_root_dir)
+        datamodule.keep_columns(getattr(model, "reward_arguments", ()))
         datamodule.setup("fit")
+        if isinstance(model, GRPORecModule):
+            model.use_columns(datamodule.own_columns)
         model.policy.bind(datamodule.catalogue)
         pool = datamodule.pool_ids[number - 1 :: count]
         if not len(pool):

@@ -19,8 +19,9 @@ from minirec_pl.cli.arguments import without_types
 from minirec_pl.cli.terminal import CommandParser, console
 from minirec_pl.selection.budget import budget_count, check_budget
 from minirec_pl.selection.curriculum import default_folds, fold_curriculum, fold_starts
-from minirec_pl.selection.diagnostics import Diagnostics, diagnose
+from minirec_pl.selection.diagnostics import Diagnostics, diagnose, easiness_of
 from minirec_pl.selection.ledger import SelectionLedger
+from minirec_pl.selection.remedies import Situation, Source
 from minirec_pl.selection.selectors.checked import check_selector, pick
 from minirec_pl.selection.selectors.protocol import Selector
 from minirec_pl.selection.signal_sources import read_signals
@@ -78,7 +79,8 @@ def run(arguments: Sequence[str]) -> None:
     ledger, warned = _select(selector, found.signals, budget_count(config.budget, len(found.signals)))
     ledger.fingerprints = found.fingerprints
     plan = plan_table(ledger, config.folds, config.seed)
-    diagnostics = diagnose(ledger, samples)
+    source: Source = "store" if paths[0].suffix == ".safetensors" else "table"
+    diagnostics = diagnose(ledger, samples, Situation(found.signals, source))
     diagnostics.warnings = [*warned, *diagnostics.warnings]
     to = Path(config.to)
     write_selection(to, found.signals, ledger, plan, diagnostics)
@@ -94,23 +96,22 @@ def plan_table(ledger: SelectionLedger, n_folds: int | None, seed: int) -> pd.Da
         seed: of the shuffle into folds.
 
     Returns:
-        A row per pick: position, fold (from 0), sample_id and easiness (mean reward; the difficulty where no rollout
-        was drawn).
+        A row per pick: position, fold (from 0), sample_id, easiness (see `easiness_of`; an unknown one counts as the
+        mean) and measure, what the easiness is.
 
     Raises:
         InputError: If `n_folds` is not in 1..n.
     """
     ids = ledger.selected()
-    rows = ledger.rows(ids)
-    easiness = rows["reward_mean"].where(rows["n_rollouts"] > 0, rows["difficulty"])
+    easiness = easiness_of(ledger).loc[ids]
+    measure = easiness.name if easiness.notna().any() else "unknown"
     easiness = easiness.fillna(easiness.mean() if easiness.notna().any() else 0.0)
     folds = default_folds(len(ids)) if n_folds is None else n_folds
     order = fold_curriculum(ids, easiness.to_numpy(copy=True), folds, seed=seed)
     position = np.arange(len(order))
     fold = np.searchsorted(fold_starts(len(order), folds), position, side="right") - 1
-    return pd.DataFrame(
-        {"position": position, "fold": fold, "sample_id": order, "easiness": easiness.loc[order].to_numpy()}
-    )
+    columns = {"position": position, "fold": fold, "sample_id": order, "easiness": easiness.loc[order].to_numpy()}
+    return pd.DataFrame({**columns, "measure": measure})
 
 
 def write_selection(

@@ -21,6 +21,8 @@ from minirec_pl.cli.terminal import console
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.splits import random_part
 from minirec_pl.metrics.evaluation import FIGURES, K, Row, popularity_row, ranking_figures
+from minirec_pl.selection.session.session import session_of
+from minirec_pl.trainers.grpo import GRPORecModule
 from minirec_pl.trainers.recommender import RecModule
 from minirec_pl.trainers.warm_start import WarmStartModule
 from minirec_pl.utils.checkpoints import load_policy_weights
@@ -129,7 +131,10 @@ class Stages:
         if options is not None and options.reset_policy:
             check_selected_once(fit)
         self.data.prepare_data()
+        self.data.keep_columns(getattr(self.model, "reward_arguments", ()))
         self.data.setup("fit")
+        if isinstance(self.model, GRPORecModule):
+            self.model.use_columns(self.data.own_columns)
         self.model.policy.bind(self.data.catalogue)
 
     def test(self, stage: str) -> None:
@@ -231,6 +236,7 @@ class _StartWeights(Callback):
         reference = getattr(pl_module, "reference", None)
         if reference is not None:
             _put(reference, self._weights)
+        session_of(trainer).keep_selection()
 
 
 @torch.no_grad()

@@ -38,11 +38,14 @@ class SampleDataset(Dataset[Batch]):
         window: Longest history, in items.
         allowed: The sample_ids that may be asked for, [n].
         part: What they are, for error messages.
+        stride: A history that is longer than the window loses a multiple of so many items at its beginning, so that
+            those of a user begin at the same item more often. The window is that of the longest history left.
     """
 
-    def __init__(self, table: SampleTable, window: int, allowed: IntArray, part: str) -> None:
+    def __init__(self, table: SampleTable, window: int, allowed: IntArray, part: str, stride: int = 1) -> None:
         self.table = table
         self.window = window
+        self.stride = stride
         self.part = part
         self.allowed = np.zeros(len(table), dtype=bool)
         self.allowed[allowed] = True
@@ -68,7 +71,9 @@ class SampleDataset(Dataset[Batch]):
                 "batches use limit_train_batches, not overfit_batches)"
             )
         begin, end = table.history_begin[ids], table.history_end[ids]
-        begin, seen_of = np.maximum(begin, end - self.window), (table.seen_begin[ids], table.seen_end[ids])
+        seen_of = table.seen_begin[ids], table.seen_end[ids]
+        over = np.maximum(0, end - begin - self.window)
+        begin = begin + -(-over // self.stride) * self.stride
         history = self._history(table.grouped_item, begin, end, NO_ITEM)
         age = table.timestamp[ids][:, None] - self._history(table.grouped_time, begin, end, np.nan)
         batch = {

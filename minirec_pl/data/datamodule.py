@@ -1,5 +1,7 @@
 """RecDataModule: from a source of samples to batches."""
 
+from collections.abc import Collection
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -11,13 +13,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from minirec_pl.data.batches import Batch, SampleDataset, identity
 from minirec_pl.data.columns import Columns
-from minirec_pl.data.loader import GenerationSchedule, ResumableLoader, limited
+from minirec_pl.data.loader import GenerationSchedule, ResumableLoader, SampleLoader, limited
+from minirec_pl.data.own_columns import OwnColumns
 from minirec_pl.data.sampler import CurriculumSampler, OrderedSampler
 from minirec_pl.data.samples import Catalogue, IntArray, SampleTable, digest
 from minirec_pl.data.sequence_table import SequenceTable
-from minirec_pl.data.sources.assemble import Faults, Source, check_source, samples_of
+from minirec_pl.data.sources.assemble import Faults, Samples, Source, check_source, samples_of
 from minirec_pl.data.sources.atomic_files import AtomicFiles
 from minirec_pl.data.splits import Parts, TimeSplit, random_part, split_table
+from minirec_pl.data.train_loader import end_workers
 from minirec_pl.data.warm_batches import WarmChunkSampler, WarmDataset, WarmSequenceDataset
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.ranks import world
@@ -60,11 +64,15 @@ class RecDataModule(LightningDataModule):
             in time order, such as ``[0.2, 0.8]``; None for all of it. Needs a ``split`` in global time. Samples outside
             are in no part, but what a user did before the window stays in histories and masked items, as it was known
             by then.
+        whole_sequences: Serve the samples of a user that an epoch trains on one after the other, with histories that
+            begin at every (history_window / 2)-th item, so that training without rollouts runs the sequence of a user
+            once for all of them. A user comes where the first of its samples would; of the pool and ``warm_samples``.
 
     Attributes:
         table: All samples.
         catalogue: All items.
-        report: What was dropped or fixed while reading, in words, and how often.
+        report: What was dropped or fixed while reading, by file and in words, and how often.
+        own_columns: Columns of interactions and items that the module's rewards ask for.
         parts: All sample_ids of each part.
         warm_ids: Eligible sample_ids of the warm part, int64; likewise ``pool_ids``, ``val_ids`` and ``test_ids``.
         item_popularity: Interactions of each item in the train part (warm and pool), [n_items] int64; of ready-made
@@ -81,6 +89,7 @@ class RecDataModule(LightningDataModule):
     table: SampleTable
     catalogue: Catalogue
     report: Faults
+    own_columns: OwnColumns
     parts: Parts
     split: TimeSplit | None
     warm_ids: IntArray
@@ -109,6 +118,7 @@ class RecDataModule(LightningDataModule):
         val_samples: int | None = None,
         test_samples: int | None = None,
         window: tuple[float, float] | None = None,
+        whole_sequences: bool = False,
     ) -> None:
         super().__init__()
         if train_on not in TRAIN_ON:
@@ -131,11 +141,12 @@ class RecDataModule(LightningDataModule):
         self.source = AtomicFiles(path, dataset) if source is None else source
         self.train_on = train_on
         self.split_by, self.warm_fraction, self.history_window = split, warm_fraction, history_window
-        self.window = window
+        self.window, self.whole_sequences = window, whole_sequences
         self.batch_size, self.warm_batch_size, self.eval_batch_size = batch_size, warm_batch_size, eval_batch_size
         self.num_workers, self.seed = num_workers, seed
         self.sizes = (warm_samples, pool_samples, val_samples, test_samples)
         self._ready = False
+        self._asked: frozenset[str] = frozenset()
         self.save_hyperparameters(ignore=["source"])
 
     def setup(self, stage: str | None = None) -> None:
@@ -144,6 +155,8 @@ class RecDataModule(LightningDataModule):
         Raises:
             InputError: The data are missing or wrong, or a part that is needed holds no eligible sample.
         """
+        module = None if self.trainer is None else self.trainer.lightning_module
+        self.keep_columns(getattr(module, "reward_arguments", ()))
         if not self._ready:
             self._read()
             self._ready = True
@@ -151,11 +164,44 @@ class RecDataModule(LightningDataModule):
         if sampler is None or (sampler.num_replicas, sampler.rank) != world():
             self.train_sampler = self._make_sampler()
 
+    def keep_columns(self, names: Collection[str]) -> None:
+        """Keeps the columns of interactions and items that rewards ask for; data that are read already are read again.
+
+        Args:
+            names: What rewards ask for, see :class:`OwnColumns`; what is no column is ignored.
+
+        Raises:
+            InputError: The data have changed since they were read.
+        """
+        new = frozenset(names) - self._asked
+        self._asked |= new
+        if self._ready and any(self.own_columns.places(name) for name in new):
+            samples = self.source.read()
+            if digest((samples.catalogue.fingerprint, samples.table.fingerprint)) != self.fingerprint:
+                raise InputError(f"{samples.name} has changed since it was read: start again")
+            self._keep(samples)
+
+    def _keep(self, samples: Samples) -> None:
+        table, catalogue = self.table, self.catalogue
+        interactions, items = (
+            pd.DataFrame() if frame is None else frame.reset_index(drop=True)
+            for frame in (samples.interactions, samples.items)
+        )
+        interactions = interactions.iloc[table.source_row if len(interactions) else []].reset_index(drop=True)
+        interactions[Columns.USER_ID] = np.asarray(table.user_ids, dtype=object)[table.user]
+        if Columns.TIMESTAMP in interactions or not isinstance(table, SequenceTable):
+            interactions[Columns.TIMESTAMP] = table.timestamp
+        if table.rating is not None and Columns.RATING not in interactions:
+            interactions[Columns.RATING] = table.rating
+        if catalogue.titles is not None:
+            items[Columns.TITLE] = catalogue.titles
+        self.own_columns = OwnColumns.keep(interactions, items, self._asked)
+
     def _make_sampler(self) -> CurriculumSampler | WarmChunkSampler:
-        if self.train_on == "pool":
-            return CurriculumSampler(self.pool_ids, seed=self.seed)
-        if self.train_on == "warm_samples" or isinstance(self.table, SequenceTable):
-            return CurriculumSampler(self.warm_ids, seed=self.seed)
+        if self.train_on != "warm" or isinstance(self.table, SequenceTable):
+            ids = self.pool_ids if self.train_on == "pool" else self.warm_ids
+            together = self.table.user[ids] if self.whole_sequences and self.train_on != "warm" else None
+            return CurriculumSampler(ids, seed=self.seed, together=together)
         if self.sizes[0] is not None:
             raise InputError(
                 f"warm_samples={self.sizes[0]} does not fit train_on='warm', which trains on whole stretches of users' "
@@ -164,15 +210,19 @@ class RecDataModule(LightningDataModule):
         return WarmChunkSampler(self.table, self.parts.warm, self.history_window, seed=self.seed)
 
     def _read(self) -> None:
-        self.table, self.catalogue, name, self.report = samples_of(self.source)
+        samples = samples_of(self.source)
+        self.table, self.catalogue, self.report = samples.table, samples.catalogue, samples.report
+        self._keep(samples)
         self.parts, self.split = split_table(self.table, self.split_by, self.warm_fraction, self.window)
         seeds = (self.seed, self.seed, _EVALUATION_SEED, _EVALUATION_SEED)
         self.warm_ids, self.pool_ids, self.val_ids, self.test_ids = (
             random_part(rows[self.table.eligible[rows]], size, seed)
             for rows, size, seed in zip(self.parts, self.sizes, seeds, strict=True)
         )
-        self.item_popularity = self.table.item_counts(np.concatenate([self.parts.warm, self.parts.pool]))
-        self._check_parts(name)
+        train = np.concatenate([self.parts.warm, self.parts.pool])
+        self.item_popularity = self.table.item_counts(train)
+        self.catalogue.interactions = partial(self.table.interactions, train)
+        self._check_parts(samples.name)
 
     def _check_parts(self, source: str) -> None:
         train = ("pool", self.pool_ids) if self.train_on == "pool" else ("warm-start", self.warm_ids)
@@ -201,7 +251,8 @@ class RecDataModule(LightningDataModule):
             batch_size = self.warm_batch_size
         else:
             ids, part = (self.pool_ids, "the pool") if self.train_on == "pool" else (self.warm_ids, "the warm part")
-            dataset = SampleDataset(self.table, self.history_window, ids, part)
+            stride = -(-self.history_window // 2) if self.whole_sequences else 1
+            dataset = SampleDataset(self.table, self.history_window, ids, part, stride)
             module = None if self.trainer is None else self.trainer.lightning_module
             schedule = getattr(module, "generation_schedule", schedule)
             batch_size = round(self.batch_size * schedule.oversample)
@@ -217,9 +268,6 @@ class RecDataModule(LightningDataModule):
         loader.steps, loader.iterations = schedule.steps, schedule.iterations
         if self.trainer is not None and self.trainer.state.status == TrainerStatus.RUNNING:
             loader.progress = self.trainer.fit_loop.epoch_loop.batch_progress
-            # Lightning builds the iterator of a resumed run before it calls set_epoch, and workers read ahead at once.
-            progress: Any = self.trainer.fit_loop.epoch_progress.current
-            sampler.set_epoch(progress.processed)
             loader.batches_per_epoch = limited(len(loader), self.trainer.limit_train_batches)
         return loader
 
@@ -245,13 +293,18 @@ class RecDataModule(LightningDataModule):
         dataset = SampleDataset(
             self.table, self.history_window, np.flatnonzero(self.table.eligible), "the eligible samples"
         )
-        return DataLoader(
+        return SampleLoader(
             dataset,
             batch_size=batch_size or self.eval_batch_size,
             sampler=OrderedSampler(sample_ids),
             collate_fn=identity,
             num_workers=self.num_workers,
         )
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Ends the workers of a run that fails or is interrupted."""
+        if self.trainer is not None:
+            end_workers(self.trainer)
 
     def users_and_items(self, sample_ids: IntArray) -> pd.DataFrame:
         """Looks up external user and target item of samples: columns sample_id, user_id and item_id, [n] rows."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from minirec_pl.data.loader import ResumableLoader, in_hand, limited
+from minirec_pl.data.loader import ResumableLoader, in_hand, limited, shut_down
 from minirec_pl.data.sampler import CurriculumSampler
 from minirec_pl.data.samples import IntArray
 from minirec_pl.utils.errors import InputError
@@ -95,7 +95,9 @@ class ForeignLoader(ResumableLoader):
         limit: Lightning's `limit_train_batches`.
 
     Attributes:
+        given: the user's loader.
         foreign_sampler: the sampler.
+        renewed: whether it replaces one that was reloaded; a checkpoint holds generators and workers of that one.
         random_state: what the global generators are put to before the next epoch is begun, once; None leaves them.
         random_before: where the global generators stood before the last batch was asked for.
     """
@@ -104,7 +106,7 @@ class ForeignLoader(ResumableLoader):
         names = _KEPT + (_KEPT_OF_WORKERS if loader.num_workers else ())
         super().__init__(loader.dataset, sampler=sampler, **{name: getattr(loader, name) for name in names})
         self.pin_memory_device, self.in_order = loader.pin_memory_device, loader.in_order
-        self.foreign_sampler = sampler
+        self.given, self.foreign_sampler, self.renewed = loader, sampler, False
         self.limit = limit
         own = (self.generator, getattr(sampler.own, "generator", None))
         self._own_generators = [g for i, g in enumerate(own) if g is not None and g not in own[:i]]
@@ -147,9 +149,13 @@ class ForeignLoader(ResumableLoader):
         if self._yielded:
             self._winder.wind()
             self._set_generators(now)
-        for batch in self._count(iterator):
-            yield batch
-            self.random_before = random_state()
+        try:
+            for batch in self._count(iterator):
+                yield batch
+                self.random_before = random_state()
+        finally:
+            if not self.persistent_workers:
+                shut_down(iterator)
 
     def _generator_states(self) -> list[Tensor]:
         return [torch.get_rng_state(), *(generator.get_state() for generator in self._own_generators)]
@@ -175,7 +181,7 @@ class ForeignLoader(ResumableLoader):
 
     def load_generators(self, state: dict[str, Any]) -> None:
         """Restores the part of the state that differs between ranks; changes no position."""
-        if len(state.get("own_generators", ())) == len(self._own_generators):
+        if not self.renewed and len(state.get("own_generators", ())) == len(self._own_generators):
             self._set_generators([torch.get_rng_state(), *state["own_generators"]])
             self._replay = state["start"]
             self._reused_before = state["workers_reused"] and self.persistent_workers
@@ -265,7 +271,9 @@ def rebuild(loader: object, limit: int | float = 1.0, sampler: ForeignSampler | 
             f"{len(sampler.sample_ids)}): selection needs the same sample_ids throughout a run"
         )
     sampler.own = own
-    return ForeignLoader(loader, sampler, limit)
+    made = ForeignLoader(loader, sampler, limit)
+    made.renewed = True
+    return made
 
 
 def _lightning_seed() -> int:

@@ -1,11 +1,12 @@
 """A loader that can resume inside an epoch and yields batches as often as they are used."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torch.utils.data.distributed import DistributedSampler
 
 from minirec_pl.data.sampler import ShardedSampler
@@ -39,6 +40,47 @@ def limited(n_batches: int, limit: int | float) -> int:
     return min(limit, n_batches) if isinstance(limit, int) else int(n_batches * limit)
 
 
+def shut_down(iterator: Any) -> None:
+    """Ends the workers of an iterator over a DataLoader and closes their pipes, whoever still holds the iterator.
+
+    Without it they live as long as the traceback of an exception that went through the iterator.
+    """
+    if isinstance(iterator, Generator):
+        iterator.close()
+    elif isinstance(iterator, _Iteration):
+        shut_down(iterator.iterator)
+    elif isinstance(iterator, _MultiProcessingDataLoaderIter):
+        iterator._shutdown_workers()
+        if iterator._shutdown:  # not so while Python itself exits
+            for worker in iterator._workers:
+                worker.close()
+            results: Any = iterator._worker_result_queue
+            results._reader.close()
+            results._writer.close()
+
+
+class _Iteration(Iterator[Any]):
+    def __init__(self, iterator: Any) -> None:
+        self.iterator = iterator
+
+    def __next__(self) -> Any:
+        try:
+            return next(self.iterator)
+        except BaseException:
+            shut_down(self.iterator)
+            raise
+
+    def __del__(self) -> None:
+        shut_down(self.iterator)
+
+
+class SampleLoader(DataLoader[Any]):
+    """A DataLoader for evaluation and scoring, whose workers end with each iteration over it, however that ends."""
+
+    def __iter__(self) -> Any:
+        return _Iteration(super().__iter__())
+
+
 class _Skipping:
     """The (batch) sampler of a loader, without the entries that the loader wants skipped at the time of ``iter``."""
 
@@ -59,6 +101,8 @@ class ResumableLoader(DataLoader[Any]):
     ``load_state_dict`` makes the next ``iter`` skip the batches that were already consumed, once, without loading
     their data. A state taken after the last batch of an epoch means the start of the next. The sampler's epoch
     travels along, because Lightning builds the iterator of a resumed run before it calls ``set_epoch``.
+
+    Workers start when the first batch is asked for, and end with the iteration, however it ends, unless they persist.
 
     With ``steps`` or ``iterations`` above 1, ``steps`` batches (what is left at the end of an epoch) are read ahead,
     and the round of them is yielded ``iterations`` times. Each is then a dictionary with the further key
@@ -98,8 +142,16 @@ class ResumableLoader(DataLoader[Any]):
     def __iter__(self) -> Any:
         self._yielded, self._skip = self._skip, 0
         self._length = self.batches_per_epoch or len(self)
-        batches = self._marked(super().__iter__(), self._first_entry())
-        return self._count(batches) if self.steps * self.iterations == 1 else self._generations(batches)
+        return self._begin()
+
+    def _begin(self) -> Iterator[Any]:
+        iterator = super().__iter__()
+        try:
+            batches = self._marked(iterator, self._first_entry())
+            yield from self._count(batches) if self.steps * self.iterations == 1 else self._generations(batches)
+        finally:
+            if not self.persistent_workers:
+                shut_down(iterator)
 
     def _marked(self, iterator: Any, start: int) -> Iterator[Any]:
         last = super().__len__() - 1

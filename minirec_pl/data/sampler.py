@@ -116,6 +116,8 @@ class CurriculumSampler(ShardedSampler[int]):
         rank: The own rank; None: that of torch.distributed when initialised, else 0.
         ragged: A plan that does not divide by the ranks has its start repeated at its end (``repeat``) or its end
             dropped.
+        together: Ids of one value here, [n] int64, follow each other where the first of them would come; None leaves
+            the order alone.
 
     Raises:
         InputError: No ids.
@@ -135,8 +137,12 @@ class CurriculumSampler(ShardedSampler[int]):
         num_replicas: int | None = None,
         rank: int | None = None,
         ragged: Literal["repeat", "drop"] = "repeat",
+        together: IntArray | None = None,
     ) -> None:
         self.sample_ids: IntArray = np.array(sample_ids, dtype=np.int64)
+        self._together = (
+            None if together is None else dict(zip(self.sample_ids.tolist(), together.tolist(), strict=True))
+        )
         if len(self.sample_ids) == 0:
             raise InputError("there is no sample to train on: give at least one sample_id")
         self._plan: IntArray | None = None
@@ -171,10 +177,14 @@ class CurriculumSampler(ShardedSampler[int]):
         self._plan = plan
 
     def order(self) -> Sequence[int]:
-        """Returns the plan, or all ids shuffled by (seed, epoch)."""
+        """Returns the plan, or all ids shuffled by (seed, epoch), those that belong together brought together."""
         order = self._plan
         if order is None:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(self.sample_ids)
+        if self._together is not None:
+            group = [self._together[sample_id] for sample_id in order.tolist()]
+            _, first, inverse = np.unique(group, return_index=True, return_inverse=True)
+            order = order[np.argsort(first[inverse], kind="stable")]
         return cast(list[int], order.tolist())
 
     def order_length(self) -> int:

@@ -1,7 +1,7 @@
 """The table of samples and the catalogue of items: pure numpy and pandas."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import TypeVar
 
@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from minirec_pl.data.columns import Columns
 from minirec_pl.utils.errors import InputError
 
 IntArray = npt.NDArray[np.int64]
@@ -56,6 +55,7 @@ class Catalogue:
 
     Attributes:
         texts: A text for each item, never empty.
+        interactions: Gives user and item of the train part, [n, 2] int64; None where there is no log.
 
     Raises:
         InputError: No item, an id that comes twice, or another number of titles or texts.
@@ -65,6 +65,8 @@ class Catalogue:
         >>> len(catalogue), catalogue.index_of("a"), catalogue.titles[1]
         (2, 1, 'Ape')
     """
+
+    interactions: Callable[[], IntArray] | None = None
 
     def __init__(
         self, item_ids: Sequence[str], titles: Sequence[str] | None = None, texts: Sequence[str] | None = None
@@ -84,6 +86,9 @@ class Catalogue:
         )
         names = self.titles or self.item_ids
         self.texts = [*names] if texts is None else [text or name for text, name in zip(texts, names, strict=True)]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Catalogue":
+        return self  # never changed, and shared by a policy and its reference
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -207,34 +212,12 @@ class SampleTable:
         self.seen_begin = distinct_before[self.history_begin]
         self.seen_end = distinct_before[self.history_end]
 
-    @classmethod
-    def from_interactions(
-        cls, frame: pd.DataFrame, catalogue: Catalogue, *, source: str = "the interactions"
-    ) -> "SampleTable":
-        """Builds the table from a frame with the columns user_id, item_id (external ids) and timestamp (unix seconds).
-
-        A column rating (float, NaN where unknown) is kept where there is one.
-
-        Raises:
-            InputError: An item is not in the catalogue; names ``source``, the line (row + 2) and the item id.
-        """
-        items = catalogue.indices_of(frame[Columns.ITEM_ID].tolist())
-        if (items < 0).any():
-            row = int(np.argmax(items < 0))
-            raise InputError(
-                f"{source}, line {row + 2}: the item {frame[Columns.ITEM_ID].iloc[row]!r} is not in the item file: add "
-                "it there or remove the interaction"
-            )
-        return cls(
-            frame[Columns.USER_ID].tolist(),
-            items,
-            frame[Columns.TIMESTAMP].to_numpy(dtype=np.float64),
-            len(catalogue),
-            frame[Columns.RATING].to_numpy(dtype=np.float64) if Columns.RATING in frame else None,
-        )
-
     def __len__(self) -> int:
         return len(self.user)
+
+    def interactions(self, sample_ids: IntArray) -> IntArray:
+        """User and item of each of these samples, [n, 2] int64."""
+        return np.stack([self.user[sample_ids], self.item[sample_ids]], axis=1)
 
     def item_counts(self, sample_ids: IntArray) -> IntArray:
         """Counts how often each item is the target of these samples, [n_items] int64."""

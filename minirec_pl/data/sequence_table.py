@@ -82,16 +82,18 @@ class SequenceTable(SampleTable):
         self.repeated = np.array([item in history for item, history in zip(self.item, histories, strict=True)])
         self.eligible = (self.n_earlier > 0) & ~self.repeated
 
-    def item_counts(self, sample_ids: IntArray) -> IntArray:
-        """Counts the users that have each item as target or in the history of these samples, [n_items] int64."""
+    def interactions(self, sample_ids: IntArray) -> IntArray:
+        """User and item of each target and history item of these samples, each pair once, [n, 2] int64."""
         n_earlier = self.n_earlier[sample_ids]
         begin, end = self.history_begin[sample_ids], self.history_end[sample_ids]
         history = gather_padded(self.grouped_item, begin, end, left=False)
         users = np.concatenate([self.user[sample_ids].repeat(n_earlier), self.user[sample_ids]])
         items = np.concatenate([history[history >= 0], self.item[sample_ids]])
-        return np.bincount(np.unique(users * self.n_items + items) % self.n_items, minlength=self.n_items).astype(
-            np.int64
-        )
+        return np.stack(np.divmod(np.unique(users * self.n_items + items), self.n_items), axis=1).astype(np.int64)
+
+    def item_counts(self, sample_ids: IntArray) -> IntArray:
+        """Counts the users that have each item as target or in the history of these samples, [n_items] int64."""
+        return np.bincount(self.interactions(sample_ids)[:, 1], minlength=self.n_items).astype(np.int64)
 
     @cached_property
     def fingerprint(self) -> str:

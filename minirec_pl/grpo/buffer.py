@@ -162,7 +162,12 @@ def step_totals(batches: Sequence[RolloutBatch], positions: int, accumulate: int
     Returns:
         float64 [ceil(positions / accumulate), 3].
     """
-    sizes = [[int(batch.mask.sum()), batch.items.numel(), len(batch)] for batch in batches]
+    sizes = [(int(batch.mask.sum()), batch.items.numel(), len(batch)) for batch in batches]
+    return totals_of(sizes, positions, accumulate)
+
+
+def totals_of(sizes: Sequence[tuple[int, int, int]], positions: int, accumulate: int) -> Tensor:
+    """See `step_totals`, of micro-batches of these sizes."""
     used = [sizes[position % len(sizes)] for position in range(positions)]
     steps = [used[start : start + accumulate] for start in range(0, positions, accumulate)]
     return torch.tensor([[sum(column) for column in zip(*step, strict=True)] for step in steps], dtype=torch.float64)

@@ -17,9 +17,11 @@ from torch import Tensor
 from minirec_pl.utils.errors import InputError
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
-ScaleRewards = Literal["group", "batch", "none"]
+ScaleRewards = Literal["group", "batch", "none", "mean"]
 Baseline = Literal["mean", "leave_one_out"]
 ImportanceSamplingLevel = Literal["token", "sequence"]
+
+ADVANTAGE_EPS = 1e-4  # added to a deviation, as in TRL
 
 # exp(20) is far outside every clip range; without a bound, exp overflows and 0 * inf makes the loss NaN.
 _MAX_LOG_RATIO = 20.0
@@ -49,13 +51,14 @@ def group_advantages(
     scale_rewards: ScaleRewards = "group",
     baseline: Baseline = "mean",
     applies: Tensor | None = None,
-    eps: float = 1e-4,
+    eps: float = ADVANTAGE_EPS,
 ) -> Tensor:
     """Advantages relative to the group: A_bg = (r_bg - m_bg) / (s_b + eps).
 
     m_bg is the mean of the group for `mean` (GRPO) and the mean of the other G - 1 rewards for `leave_one_out` (RLOO),
     which is G / (G - 1) times as large an advantage. s_b is the sample standard deviation (divisor n - 1) of the group
-    for `group` (GRPO) and of all B * G rewards for `batch`; `none` divides by 1 (Dr. GRPO). A group whose rewards are
+    for `group` (GRPO) and of all B * G rewards for `batch`; `none` divides by 1 (Dr. GRPO). `mean` divides by the mean
+    of the group, A_bg = (r_bg - m_bg) / mean_g r_bg, without eps (MaxRL, arXiv 2602.02710). A group whose rewards are
     all equal gets exactly 0. Only `leave_one_out` with `none` is an unbiased estimate of the policy gradient: a mean or
     deviation that contains the completion's own reward depends on its action.
 
@@ -71,15 +74,16 @@ def group_advantages(
         [B, G], float32 or the wider dtype of `rewards`.
 
     Raises:
-        InputError: If the shape is not [B, G >= 2], a reward that applies is not finite or an option is unknown.
+        InputError: If the shape is not [B, G >= 2], a reward that applies is not finite, one is negative with `mean`,
+            or an option is unknown.
 
     Example:
         >>> group_advantages(torch.tensor([[1.0, 0.0], [0.1, 0.1]]), scale_rewards="none")
         tensor([[ 0.5000, -0.5000],
                 [ 0.0000,  0.0000]])
     """
-    _check_choice("scale_rewards", scale_rewards, ScaleRewards)
-    _check_choice("baseline", baseline, Baseline)
+    check_choice("scale_rewards", scale_rewards, ScaleRewards)
+    check_choice("baseline", baseline, Baseline)
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise InputError(
             f"rewards have shape {tuple(rewards.shape)}: give [B, G] with num_generations (G) of at least 2"
@@ -89,6 +93,12 @@ def group_advantages(
     if bool(wrong.any()):
         rows = wrong.nonzero().flatten().tolist()
         raise InputError(f"rewards of groups {rows[:5]} are NaN or infinite: fix the reward function")
+    if scale_rewards == "mean" and bool((known & (rewards < 0)).any()):
+        rows = (known & (rewards < 0)).any(dim=1).nonzero().flatten().tolist()
+        raise InputError(
+            f"rewards of groups {rows[:5]} are negative, and scale_rewards='mean' divides by their mean: use group or "
+            "none, or rewards of at least 0"
+        )
     rewards = rewards.to(_at_least_float32(rewards.dtype))
     if not len(rewards):
         return rewards
@@ -99,10 +109,12 @@ def group_advantages(
     flat = flat_groups(rewards, known)
     centred = (rewards - mean).masked_fill(flat[:, None] | ~known, 0.0)
     if baseline == "leave_one_out":
-        others = (known.sum(dim=1, keepdim=True) - 1).clamp(min=1)
+        others = (known.sum(dim=1, keepdim=True) - 1).clamp(min=1).to(rewards.dtype)
         centred = centred * ((others + 1) / others)
     if scale_rewards == "none":
         return centred
+    if scale_rewards == "mean":
+        return centred / mean.masked_fill(flat[:, None], 1.0)
     if scale_rewards == "batch":
         std = rewards[known].std() if int(known.sum()) > 1 else torch.zeros_like(std)
     return centred / (std + eps)
@@ -295,8 +307,8 @@ def check_objective(
     Raises:
         InputError: naming the option.
     """
-    _check_choice("loss_type", loss_type, LossType)
-    _check_choice("importance_sampling_level", level, ImportanceSamplingLevel)
+    check_choice("loss_type", loss_type, LossType)
+    check_choice("importance_sampling_level", level, ImportanceSamplingLevel)
     high = epsilon if epsilon_high is None else epsilon_high
     for name, value in (("epsilon", epsilon), ("epsilon_high", high), ("beta", beta)):
         if not (math.isfinite(value) and value >= 0):
@@ -309,7 +321,12 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _check_choice(name: str, value: str, literal: object) -> None:
+def check_choice(name: str, value: str, literal: object) -> None:
+    """Refuses a value that is not one of a Literal's.
+
+    Raises:
+        InputError: naming the option and its values.
+    """
     if value not in get_args(literal):
         raise InputError(f"{name} is {value!r}: choose one of {', '.join(get_args(literal))}")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minirec_pl.grpo.buffer import RolloutBatch
 from minirec_pl.grpo.loss import (
+    ADVANTAGE_EPS,
     Baseline,
     ImportanceSamplingLevel,
     LossType,
@@ -96,7 +97,7 @@ class Objective:
                 torch.stack([torch.ones_like(known).sum(), known.sum(), known.square().sum()])
             )
             variance = (squares - total.square() / count.clamp(min=1)).clamp(min=0) / (count - 1).clamp(min=1)
-            advantages = advantages / (variance.sqrt().to(advantages.dtype) + 1e-4)
+            advantages = advantages / (variance.sqrt().to(advantages.dtype) + ADVANTAGE_EPS)
         for batch, part in zip(batches, torch.split(advantages, [len(b) for b in batches]), strict=True):
             batch.advantages = part
 

@@ -106,7 +106,8 @@ class RolloutSampler:
     def _rewarded(self, batch: Batch, drawn: DrawnGroups) -> tuple[Tensor, dict[str, Tensor]]:
         """Rewards float32 [B, G], NaN where none applies, and the single ones by name."""
         words = None if drawn.texts is None else self.policy.words(drawn.texts)
-        columns = None if drawn.ranking is None else ranking_columns(*drawn.ranking, self.rewards.item_ids)
+        ranking = drawn.ranking
+        columns = None if ranking is None else ranking_columns(ranking.rank, ranking.probability)
         return self.rewards(batch, drawn.items, drawn.logps.sum(dim=-1), words, columns)
 
     def reference_logps(self, policy: Policy, rollouts: RolloutBatch) -> Tensor:
@@ -136,7 +137,7 @@ class RolloutSampler:
             rewards, _ = self._rewarded(batch, drawn)
             advantages = group_advantages(
                 rewards.nan_to_num(nan=0.0),
-                scale_rewards="none" if self.objective.scale_rewards == "none" else "group",
+                scale_rewards="group" if self.objective.scale_rewards == "batch" else self.objective.scale_rewards,
                 baseline=self.objective.baseline,
                 applies=~rewards.isnan(),
             )

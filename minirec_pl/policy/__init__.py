@@ -9,6 +9,7 @@ from minirec_pl.policy.language_models.pretrained import LanguageModel
 from minirec_pl.policy.language_models.sampling import Rollouts, rollout_generator
 from minirec_pl.policy.prompt import PromptTemplate
 from minirec_pl.policy.retrieval import RetrievalPolicy
+from minirec_pl.policy.semantic_ids import SemanticIds
 
 __all__ = [
     "Completions",
@@ -20,6 +21,7 @@ __all__ = [
     "RetrievalPolicy",
     "Rollouts",
     "Sampling",
+    "SemanticIds",
     "TokenLogps",
     "completion_logps",
     "generate",

@@ -20,7 +20,7 @@ from minirec_pl.policy.catalogue_text import Text, joined
 from minirec_pl.policy.item_index import ItemIndex
 from minirec_pl.policy.language_models.adapters import Lora
 from minirec_pl.policy.language_models.pretrained import LanguageModel, save_language_model
-from minirec_pl.policy.language_models.tiny import item_tokenizer
+from minirec_pl.policy.language_models.tiny import item_tokenizer, word_tokenizer
 from minirec_pl.policy.prompt import PromptTemplate
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import replace_folder
@@ -55,7 +55,8 @@ class StoredPolicy(NamedTuple):
         catalogue: the items it recommends.
         item_tokens: int64 [n_items, L], padded with -1.
         training_cost: `Cost.state_dict()` of the runs that made it, or empty.
-        chat: for a pretrained language model; None for one with a token for each item and nothing else.
+        chat: for a pretrained language model; None for one whose tokens are those of item ids and nothing else.
+        words: of the latter, the names of these tokens; None where each item has one.
     """
 
     model: Any
@@ -63,6 +64,7 @@ class StoredPolicy(NamedTuple):
     item_tokens: Tensor
     training_cost: dict[str, Any]
     chat: Chat | None = None
+    words: list[str] | None = None
 
 
 def read_policy(folder: Path) -> StoredPolicy:
@@ -76,7 +78,7 @@ def read_policy(folder: Path) -> StoredPolicy:
         raise InputError(
             f"no policy in '{folder}' ({SIDE_FILE} is missing): train one first, for example with "
             "`minirec fit --config configs/ml-100k/warm-start.yaml`, or give its folder as "
-            "policy.init_args.pretrained"
+            "--model.policy.pretrained"
         )
     try:
         stored = json.loads(side.read_text(encoding="utf-8"))
@@ -94,7 +96,8 @@ def read_policy(folder: Path) -> StoredPolicy:
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, InputError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"the policy in '{folder}' cannot be read ({reason}): train or copy it again") from error
-    return StoredPolicy(model.train(), catalogue, item_tokens, stored.get("training_cost", {}), chat)
+    cost, words = stored.get("training_cost", {}), stored.get("words")
+    return StoredPolicy(model.train(), catalogue, item_tokens, cost, chat, words)
 
 
 def _read_plain(folder: Path) -> Any:
@@ -133,6 +136,8 @@ def write_policy(folder: Path, policy: StoredPolicy) -> None:
         "item_tokens": policy.item_tokens.tolist(),
         "training_cost": policy.training_cost,
     }
+    if policy.words is not None:
+        side["words"] = policy.words
     if chat is not None:
         side |= {
             "texts": catalogue.texts,
@@ -145,7 +150,9 @@ def write_policy(folder: Path, policy: StoredPolicy) -> None:
     def write(new: Path) -> None:
         if chat is None:
             policy.model.save_pretrained(new)
-            item_tokenizer(catalogue.item_ids).save_pretrained(new)
+            words = policy.words
+            tokenizer = item_tokenizer(catalogue.item_ids) if words is None else word_tokenizer(words)
+            tokenizer.save_pretrained(new)
         else:
             save_language_model(policy.model, chat.tokenizer, new)
         (new / SIDE_FILE).write_text(json.dumps(side), encoding="utf-8")

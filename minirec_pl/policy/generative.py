@@ -21,10 +21,11 @@ from minirec_pl.policy.interface import (
     RolloutOptions,
     SignalOptions,
     SupervisedLoss,
+    TargetPass,
     uniform_numbers,
 )
 from minirec_pl.policy.item_id_generator import ItemIdGenerator
-from minirec_pl.policy.item_ids import IdKind, check_id_options, load_with_ids
+from minirec_pl.policy.item_ids import IdKind, built_ids, check_id_options, load_with_ids
 from minirec_pl.policy.language_models.causal_lm import head_of
 from minirec_pl.policy.language_models.decoding import decode_beams
 from minirec_pl.policy.language_models.model_config import text_setting
@@ -34,7 +35,7 @@ from minirec_pl.policy.language_models.sampling import Prompt, Rollouts
 from minirec_pl.policy.language_models.tiny import SPECIAL_TOKENS, build_tiny, check_model
 from minirec_pl.policy.prompt import PromptTemplate
 from minirec_pl.policy.semantic_ids import SemanticIds
-from minirec_pl.policy.supervised import sequence_nll, sequence_tokens
+from minirec_pl.policy.supervised import sequence_nll, sequence_tokens, shared_states
 from minirec_pl.policy.target_signals import target_signals
 from minirec_pl.policy.trie import TokenTrie, TrieHead
 from minirec_pl.utils.errors import InputError
@@ -48,15 +49,16 @@ class GenerativePolicy(ItemIdGenerator):
     """A causal language model that generates an item id constrained to the catalogue.
 
     Give one of `pretrained`, a folder that `save_pretrained` wrote; `language_model`, which is prompted in words by its
-    chat template and gets the ids of `item_ids`; and `config`, from which a small model with one token per item is
-    built. The last two wait until the catalogue is known (`bind`).
+    chat template and gets the ids of `item_ids`; and `config`, from which a small model is built whose only tokens are
+    those of the items. The last two wait until the catalogue is known (`bind`).
 
     Args:
         pretrained: a Hugging Face folder with the side file `minirec.json` (catalogue, item ids, prompt).
         config: `model_type` (default "llama") and keys of that model's transformers config, e.g. `hidden_size`.
         language_model: any causal language model of the hub or of a folder.
         item_ids: what a language model writes for an item: its `title`, the new tokens of a `semantic` id, or one new
-            `token` of its own, with which a single forward pass ranks the whole catalogue.
+            `token` of its own, with which a single forward pass ranks the whole catalogue. A model of a `config` writes
+            `semantic` ids, with codes from the log, or else one token.
         semantic_ids: how semantic ids are made; the defaults of `SemanticIds` if None.
         prompt: what a language model is asked; the defaults of `PromptTemplate` if None.
         evaluation_beams: rank only the items that a beam search of this width ends with; None ranks all of them
@@ -87,7 +89,7 @@ class GenerativePolicy(ItemIdGenerator):
                 "GenerativePolicy takes exactly one of `pretrained` (a folder), `config` (a new model) and "
                 "`language_model`"
             )
-        check_id_options(language_model is not None, item_ids, semantic_ids, prompt)
+        check_id_options(language_model is not None, config is not None, item_ids, semantic_ids, prompt)
         if evaluation_beams is not None and evaluation_beams < 1:
             raise InputError(f"evaluation_beams is {evaluation_beams}: give at least 1, or null for an exact ranking")
         self.config, self.language_model = config, language_model
@@ -96,6 +98,7 @@ class GenerativePolicy(ItemIdGenerator):
         self.prompt = prompt or PromptTemplate()
         self.evaluation_beams = evaluation_beams
         self.chat = None
+        self.id_words: list[str] | None = None
         if pretrained is not None:
             self._take(read_policy(Path(pretrained)))
 
@@ -111,7 +114,7 @@ class GenerativePolicy(ItemIdGenerator):
         start = text_setting(self.model, "bos_token_id")
         self.pad_token_id = int(text_setting(self.model, "pad_token_id"))
         self.bos_token_id = self.pad_token_id if start is None else int(start)
-        self.catalogue = stored.catalogue
+        self.catalogue, self.id_words = stored.catalogue, stored.words
 
     def bind(self, catalogue: Catalogue) -> None:
         """Ties the policy to a catalogue: builds or loads its model, or checks that a loaded one fits.
@@ -131,9 +134,11 @@ class GenerativePolicy(ItemIdGenerator):
             self._take(load_with_ids(self.language_model, catalogue, self.item_ids, semantic, self.prompt))
         else:
             assert self.config is not None
-            model = build_tiny(self.config, len(SPECIAL_TOKENS) + len(catalogue))
+            tokens, words = built_ids(catalogue, self.item_ids, self.semantic_ids or SemanticIds())
+            model = build_tiny(self.config, len(SPECIAL_TOKENS) + len(words))
             try_untrained(model)
-            self._take(StoredPolicy(model, catalogue, torch.arange(len(catalogue))[:, None] + len(SPECIAL_TOKENS), {}))
+            tokens = tokens.where(tokens < 0, tokens + len(SPECIAL_TOKENS))
+            self._take(StoredPolicy(model, catalogue, tokens, {}, words=words if tokens.shape[1] > 1 else None))
 
     def save_pretrained(self, folder: str | Path, training_cost: Mapping[str, Any] | None = None) -> None:
         """Writes model, or its adapters, tokenizer and side file as one folder, replacing it whole or not at all.
@@ -148,7 +153,8 @@ class GenerativePolicy(ItemIdGenerator):
         if self.catalogue is None:
             raise InputError("the policy has no catalogue yet: fit it, or call bind(catalogue), before saving")
         cost = dict(training_cost or self.training_cost)
-        write_policy(Path(folder), StoredPolicy(self.model, self.catalogue, self.trie.item_tokens, cost, self.chat))
+        stored = StoredPolicy(self.model, self.catalogue, self.trie.item_tokens, cost, self.chat, self.id_words)
+        write_policy(Path(folder), stored)
 
     def item_logps(self, batch: Batch, chunk: int = 4096) -> Tensor:
         """Log-probability of every item, float32 [B, n_items]; seen items get the lowest finite value.
@@ -248,6 +254,17 @@ class GenerativePolicy(ItemIdGenerator):
         if not with_target:
             return CompletionPass(logps, entropy, tokens)
         return CompletionPass(logps[:, 1:], entropy[:, 1:], tokens, target_logps=logps[:, 0])
+
+    def target_pass(self, batch: Batch, temperature: float) -> TargetPass:
+        """See `Policy.target_pass`: with ids of one token, prompts that others begin with are not run again."""
+        target = batch["target"]
+        if self.id_length > 1:
+            logps, _, _ = self.completion_logps(batch, target[:, None], temperature)
+            tokens = self.prompt_tokens(batch) + self.fed_tokens(target)
+            return TargetPass(logps[:, 0].sum(dim=1), self.id_length, tokens)
+        states, tokens = shared_states(self, batch)
+        every = self.root_logps(states, batch["seen"], temperature)
+        return TargetPass(every.gather(1, self.trie.child_of[target])[:, 0], 1, tokens, every)
 
     def signals(
         self, batch: Batch, drawn: DrawnGroups | None, advantages: Tensor | None, options: SignalOptions

@@ -21,8 +21,9 @@ from minirec_pl.selection.probes.trajectory import Trajectory
 from minirec_pl.utils.errors import InputError
 
 Batch = Mapping[str, Tensor]
-RolloutKind = Literal["sample", "beam"]
-ROLLOUTS: tuple[RolloutKind, ...] = ("sample", "beam")
+RolloutKind = Literal["sample", "beam", "expected", "supervised"]
+ROLLOUTS: tuple[RolloutKind, ...] = ("sample", "beam", "expected", "supervised")
+WITHOUT_ROLLOUTS = ("expected", "supervised")
 ITEM_OPTIONS = frozenset({"rollouts", "distinct_rollouts", "wasted_groups"})
 TEXT_OPTIONS = frozenset(
     {"max_completion_length", "mask_truncated_completions", "relabel_topk", "negatives_across_ranks"}
@@ -70,6 +71,11 @@ class RolloutOptions:
             )
         if self.rollouts not in ROLLOUTS:
             raise InputError(f"rollouts is {self.rollouts!r}: choose one of {', '.join(ROLLOUTS)}")
+        if self.rollouts in WITHOUT_ROLLOUTS and (self.distinct_rollouts or self.narrowed):
+            raise InputError(
+                f"rollouts='{self.rollouts}' draws nothing: set distinct_rollouts to false, top_k "
+                "and top_p to null, or rollouts to sample"
+            )
         if self.distinct_rollouts and self.narrowed:
             raise InputError("distinct_rollouts draws from the whole distribution: set top_k and top_p to null")
         if self.rollouts == "beam" and (self.distinct_rollouts or self.narrowed):
@@ -166,6 +172,23 @@ class CompletionPass(NamedTuple):
     tokens: int
     target_logps: Tensor | None = None
     rank_target: Callable[[Tensor, Tensor], tuple[Tensor, int]] | None = None
+
+
+class TargetPass(NamedTuple):
+    """What an update without rollouts needs of the targets under the present policy, with gradient.
+
+    Attributes:
+        logp: float [B], log-probability in nats of the whole id of each target; the lowest finite value or less where
+            it cannot be generated.
+        length: tokens that an average over tokens divides by: those of the longest id.
+        tokens: run forward and backward.
+        distribution: float [B, V], log-probabilities of all that may be generated, where an id is one token; else None.
+    """
+
+    logp: Tensor
+    length: int
+    tokens: int
+    distribution: Tensor | None = None
 
 
 class SupervisedLoss(NamedTuple):
@@ -302,6 +325,11 @@ class Policy(ExactBuffers, ABC):
         Raises:
             InputError: naming the option.
         """
+        if options.rollouts in WITHOUT_ROLLOUTS and type(self).target_pass is Policy.target_pass:
+            raise InputError(
+                f"rollouts='{options.rollouts}' needs the exact probability of the target, and a {type(self).__name__} "
+                "does not give it: set rollouts to sample, or take a GenerativePolicy"
+            )
         for name in sorted(options.given - self.extra_options):
             others = "generate an item" if name in ITEM_OPTIONS else "reason in text"
             raise InputError(
@@ -344,6 +372,23 @@ class Policy(ExactBuffers, ABC):
             temperature: divides the logits.
             with_target: whether the log-probabilities of the target are asked for.
         """
+
+    def target_pass(self, batch: Batch, temperature: float) -> TargetPass:
+        """The targets under the present policy, in the mode that it is in, for training without rollouts.
+
+        Args:
+            batch: the prompts.
+            temperature: divides the logits.
+
+        Raises:
+            InputError: if the policy does not know the exact probability of a target.
+        """
+        raise InputError(f"{type(self).__name__} has no `target_pass(batch, temperature)`: set rollouts to sample")
+
+    @property
+    def equal_lengths(self) -> bool:
+        """Whether the ids of all items have as many tokens, see `GRPORecModule`."""
+        return True
 
     @abstractmethod
     def signals(

@@ -140,10 +140,15 @@ class ItemIdGenerator(Policy):
             if not shared and self.id_length > 1:
                 raise InputError(
                     f"{type(self.model).__name__} has no cache under gradient checkpointing: set "
-                    "language_model.gradient_checkpointing to false"
+                    "--model.policy.language_model.gradient_checkpointing to false"
                 )
             states = self.completion_states(self.run_prompt(batch), items)
         return self.head_logps(states, items, batch["seen"], temperature)
+
+    @property
+    def equal_lengths(self) -> bool:
+        """See `Policy.equal_lengths`."""
+        return bool((self.trie.item_tokens >= 0).all())
 
     def generate(
         self,

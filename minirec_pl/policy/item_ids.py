@@ -18,7 +18,7 @@ from minirec_pl.policy.language_models.model_support import check_support
 from minirec_pl.policy.language_models.pretrained import LanguageModel, grow
 from minirec_pl.policy.language_models.tiny import item_token
 from minirec_pl.policy.prompt import PromptTemplate
-from minirec_pl.policy.semantic_ids import SemanticIds, code_names, read_embeddings, residual_codes
+from minirec_pl.policy.semantic_ids import SemanticIds, code_names, item_factors, read_embeddings, residual_codes
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.modules import evaluation_mode
 
@@ -43,12 +43,13 @@ class ItemIds(NamedTuple):
 
 
 def check_id_options(
-    in_words: bool, kind: str, semantic_ids: SemanticIds | None, prompt: PromptTemplate | None
+    in_words: bool, built: bool, kind: str, semantic_ids: SemanticIds | None, prompt: PromptTemplate | None
 ) -> None:
     """Refuses options that do not go together.
 
     Args:
         in_words: whether there is a language model to be loaded.
+        built: whether a small model is built from a config.
         kind: of the ids.
         semantic_ids: as given.
         prompt: as given.
@@ -58,8 +59,8 @@ def check_id_options(
     """
     if kind not in ID_KINDS:
         raise InputError(f"item_ids is {kind!r}: choose one of {', '.join(ID_KINDS)}")
-    if semantic_ids is not None and not (in_words and kind == "semantic"):
-        raise InputError("semantic_ids goes with a language_model and item_ids 'semantic': leave it out")
+    if semantic_ids is not None and not ((in_words or built) and kind == "semantic"):
+        raise InputError("semantic_ids goes with a language_model or a config and item_ids 'semantic': leave it out")
     if prompt is not None and not in_words:
         raise InputError("prompt goes with a language_model; a folder of `pretrained` has its own: leave it out")
 
@@ -115,6 +116,46 @@ def added_ids(
     tokens = [[new[name] for name in row] for row in names]
     _start_rows(model, tokens, [row or [tokenizer.eos_token_id] for row in text_tokens])
     return ItemIds(_padded(tokens), ["".join(row) for row in names]), sorted(new.values())
+
+
+class BuiltIds(NamedTuple):
+    """The ids of a small model of their own vocabulary.
+
+    Attributes:
+        tokens: int64 [n_items, L], padded with -1, from 0.
+        words: names of the tokens, in order.
+    """
+
+    tokens: Tensor
+    words: list[str]
+
+
+def built_ids(catalogue: Catalogue, kind: IdKind, options: SemanticIds) -> BuiltIds:
+    """Makes the ids of a model that is built from a config: one token an item, or several of shared codes.
+
+    Args:
+        catalogue: whose log gives the codes where `options` names no embeddings.
+        kind: `semantic` for codes; one token otherwise.
+        options: of `semantic`.
+
+    Raises:
+        InputError: if there is neither a log nor a file of embeddings.
+    """
+    if kind != "semantic":
+        return BuiltIds(torch.arange(len(catalogue))[:, None], [item_token(item_id) for item_id in catalogue.item_ids])
+    if options.embeddings is not None:
+        embeddings = read_embeddings(Path(options.embeddings), len(catalogue))
+    elif catalogue.interactions is not None:
+        embeddings = item_factors(catalogue.interactions(), len(catalogue), options.seed)
+    else:
+        raise InputError(
+            "item_ids 'semantic' of a config takes its codes from the log: fit with a RecDataModule, or give "
+            "semantic_ids.embeddings"
+        )
+    names = code_names(residual_codes(embeddings, options.levels, options.codes, options.seed))
+    words = sorted({name for row in names for name in row})
+    place = {word: number for number, word in enumerate(words)}
+    return BuiltIds(_padded([[place[name] for name in row] for row in names]), words)
 
 
 def _padded(ids: Sequence[Sequence[int]]) -> Tensor:

@@ -157,22 +157,30 @@ class PromptTemplate:
                 if not unknown:
                     text.format(**known)
             except ValueError as error:
-                raise InputError(f"prompt.{name} cannot be read ({error}): write {{{{ for a brace") from error
+                raise InputError(
+                    f"--model.policy.prompt.{name} cannot be read ({error}): write {{{{ for a brace"
+                ) from error
             if unknown:
                 takes = ", ".join(f"{{{field}}}" for field in known) or "no placeholder"
-                raise InputError(f"prompt.{name} has the placeholder {{{unknown[0]}}}: it takes {takes}")
+                raise InputError(f"--model.policy.prompt.{name} has the placeholder {{{unknown[0]}}}: it takes {takes}")
             places += "history" in found
         if places != 1:
-            where = "both prompt.user and prompt.answer hold" if places else "neither prompt.user nor prompt.answer has"
+            where = (
+                "both --model.policy.prompt.user and --model.policy.prompt.answer hold"
+                if places
+                else "neither --model.policy.prompt.user nor --model.policy.prompt.answer has"
+            )
             raise InputError(f"{where} the history: put {{history}} into one of them")
         if self.longest_title < 1:
-            raise InputError(f"prompt.longest_title is {self.longest_title}: keep at least 1 character")
+            raise InputError(f"--model.policy.prompt.longest_title is {self.longest_title}: keep at least 1 character")
         try:
             is_date = datetime.date.fromisoformat(self.date).isoformat() == self.date
         except (TypeError, ValueError):
             is_date = False
         if not is_date:
-            raise InputError(f"prompt.date is {self.date!r}: give a day as YYYY-MM-DD, for example 2026-01-01")
+            raise InputError(
+                f"--model.policy.prompt.date is {self.date!r}: give a day as YYYY-MM-DD, for example 2026-01-01"
+            )
 
     def history_text(
         self, batch: Mapping[str, Tensor], row: int, catalogue: Catalogue, ids: Sequence[str] | None = None
@@ -349,7 +357,7 @@ class PromptTemplate:
             name = f" of sample {int(batch['sample_id'][sample])}" if "sample_id" in batch else ""
             raise InputError(
                 f"the prompt{name} has {width} tokens and {longest} fit before what is generated: lower "
-                "data.history_window or prompt.longest_title"
+                "--data.history_window or --model.policy.prompt.longest_title"
             )
         device = batch["history"].device
         input_ids, mask = pad_left(tokens, tokenizer.pad_token_id, "cpu")

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from minirec_pl.utils.errors import InputError
 
+_FACTORS = 64
 _MOST_LEVELS = len(string.ascii_lowercase) - 1  # one more letter tells items of the same codes apart
 
 
@@ -27,7 +29,8 @@ class SemanticIds:
         levels: number of codes of an item.
         codes: number of clusters at each level.
         embeddings: `.npy` or `.safetensors` with one array [n_items, D], rows in the order of the catalogue, of any
-            sentence encoder; None for the mean last hidden states of the items' texts in the language model itself.
+            sentence encoder; None for the mean last hidden states of the items' texts in the language model itself, or,
+            of a policy that is built from a `config`, for `item_factors` of the log.
         seed: seed of the clusters' first centres.
 
     Raises:
@@ -78,6 +81,40 @@ def read_embeddings(path: Path, n_items: int) -> Tensor:
         row = int((~values.isfinite()).any(dim=1).nonzero()[0])
         raise InputError(f"'{path}', row {row}: the embedding is not finite; compute it again")
     return values.float()
+
+
+def item_factors(interactions: npt.NDArray[np.int64], n_items: int, seed: int) -> Tensor:
+    """Factors of items by who had them: a truncated SVD of the users x items matrix.
+
+    Rows are divided by the root of the user's items and columns by that of the item's users, so that neither the active
+    nor the popular decide. Items that nobody had are 0.
+
+    Args:
+        interactions: [n, 2], user and item.
+        n_items: size of the catalogue.
+        seed: of the randomized SVD.
+
+    Returns:
+        float32 [n_items, D], D at most 64.
+
+    Raises:
+        InputError: if there are fewer than two users or items with interactions.
+    """
+    from scipy.sparse import csr_array
+    from sklearn.decomposition import TruncatedSVD
+
+    pairs = np.unique(interactions, axis=0)
+    users, user = np.unique(pairs[:, 0], return_inverse=True)
+    item = pairs[:, 1]
+    if len(users) < 2 or len(np.unique(item)) < 2:
+        raise InputError("item factors need at least two users and two items in the train part: give more data")
+    by_user, by_item = np.bincount(user), np.bincount(item, minlength=n_items)
+    values = 1 / np.sqrt(by_user[user] * by_item[item])
+    matrix = csr_array((values, (user, item)), shape=(len(users), n_items))
+    width = min(_FACTORS, len(users) - 1, n_items - 1)
+    found = TruncatedSVD(width, random_state=seed).fit(matrix)
+    factors = (found.components_ * found.singular_values_[:, None]).T
+    return torch.from_numpy(factors).float()
 
 
 def residual_codes(embeddings: Tensor, levels: int, codes: int, seed: int) -> Tensor:

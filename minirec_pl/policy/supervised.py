@@ -83,6 +83,28 @@ def _stretches(policy: ItemIdGenerator, batch: Mapping[str, Tensor]) -> Stretche
     return stretches(policy.encode(pairs_as_prompts(batch)), position_rules(decoder_of(policy.model)).switch)
 
 
+def shared_states(policy: ItemIdGenerator, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    """The last hidden state of each prompt, float [B, D], and the tokens run: a prompt that another begins with is not.
+
+    Args:
+        policy: with ids of one token.
+        batch: of single samples.
+    """
+    prompts = policy.encode(batch)
+    tokens, mask, row, column = stretches(prompts, position_rules(decoder_of(policy.model)).switch)
+    if len(tokens) == len(prompts.input_ids):
+        return policy.run_prompt(batch).states, int(mask.sum())
+    width, lengths = mask.shape[1], mask.sum(dim=1)
+    inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": places(mask)}
+    if policy.chat is None:  # padded on the right, where no token sees it, as in `sequence_nll`
+        spot = torch.arange(width, device=mask.device) + (width - lengths)[:, None]
+        inside = spot < width
+        inputs = {"input_ids": tokens.gather(1, spot.clamp(max=width - 1)).where(inside, policy.pad_token_id)}
+        column = column - (width - lengths)[row]
+    states = body_of(policy.model)(use_cache=False, **inputs).last_hidden_state
+    return states.flatten(0, 1).index_select(0, row * width + column), int(mask.sum())
+
+
 def sequence_nll(policy: ItemIdGenerator, batch: Mapping[str, Tensor], dropout: float) -> Tensor:
     """See `GenerativePolicy.sequence_nll`."""
     sequence, row, position, target = (batch[key] for key in ("sequence", "row", "position", "target"))

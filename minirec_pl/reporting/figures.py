@@ -20,10 +20,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from minirec_pl.reporting.plots import plot_map, plot_plan
+from minirec_pl.reporting.plots import BLUE, HIGHER, VERMILION, plot_map, plot_plan
 
 Floats = npt.NDArray[np.float64]
-BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"  # of the palette of Okabe and Ito
+GREEN = "#009E73"  # as BLUE and VERMILION of the palette of Okabe and Ito
 COLOURS = (BLUE, VERMILION, GREEN, "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -39,6 +39,7 @@ _STYLE: Any = {
 }
 _SIZE, _WIDE = (4.6, 3.1), (5.6, 3.1)  # inches
 _BINS = 30
+FIGURE_WORDS = {"hit_rate@10": "HR@10", "ndcg@10": "NDCG@10"}
 
 
 @dataclass(frozen=True)
@@ -83,29 +84,42 @@ def _literal(name: str) -> str:
 def quality(evaluations: Mapping[str, pd.DataFrame], figure_name: str, over: str, label: str) -> Picture:
     """Draws a figure of validation over what was spent, a line per run that spent anything.
 
+    The bars are one standard error with users as the unit. The axis holds at least two of them on either side, or,
+    where none is known, a tenth of the value.
+
     Args:
         evaluations: of each run, see `minirec_pl.callbacks.run_folder.RunFolder`.
-        figure_name: a column of them.
+        figure_name: a column of them; `<figure_name>_se_users` has its errors.
         over: another: rollouts, tokens or seconds.
         label: the x axis in words.
     """
     figure, axes = _axes()
     styles = zip(cycle(COLOURS), cycle(DASHES), cycle(MARKERS), strict=False)
-    ends = []
+    ends: list[str] = []
+    low, high, bars, words = math.inf, -math.inf, False, FIGURE_WORDS.get(figure_name, figure_name)
     for (name, table), (colour, dash, marker) in zip(evaluations.items(), styles, strict=False):
         if table[over].iloc[-1] == 0:
             continue
+        values = table[figure_name]
+        error = table.get(f"{figure_name}_se_users", values * math.nan)
         look: dict[str, Any] = {"color": colour, "linestyle": dash, "marker": marker, "markersize": 4}
-        axes.plot(table[over], table[figure_name], label=_literal(name), **look)
-        ends.append(f"{name} ends at {table[figure_name].iloc[-1]:.4f} after {table[over].iloc[-1]:,.0f}")
-    axes.set(xlabel=label, ylabel=f"validation {figure_name}")
-    axes.margins(y=0.15)
+        caps = 2 + 2 * len(ends)  # so that bars over each other can be told apart
+        axes.errorbar(table[over], values, error, capsize=caps, elinewidth=0.8, label=_literal(name), **look)
+        room = np.where(error.notna(), 2 * error, 0.1 * values.abs())
+        low, high = min(low, float((values - room).min())), max(high, float((values + room).max()))
+        bars |= bool(error.notna().any())
+        ends.append(f"{name} ends at {values.iloc[-1]:.4f} after {table[over].iloc[-1]:,.0f}")
+    axes.set(xlabel=label, ylabel=f"{words} on validation", xlim=(0, None))
+    if low < high:
+        axes.set_ylim(max(0.0, low), high)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(axis="y", color="0.9", linewidth=0.6)
     if len(evaluations) > 1:
         columns = 2 if max(map(len, evaluations)) < 25 else 1
         figure.legend(loc="outside upper left", ncols=columns, fontsize=8)
-    return Picture(_uri(figure), f"Validation {figure_name} over {label}: {'; '.join(ends)}.", f"Over {label}.")
+    errors = "Bars: ± one standard error, users as the unit." if bars else "No errors are stored."
+    caption = f"Over {label}. {errors}"
+    return Picture(_uri(figure), f"{words} on validation over {label}: {'; '.join(ends)}.", caption)
 
 
 def pool_and_picks(pool: Floats, picks: Floats, label: str, caption: str, *, logarithmic: bool = False) -> Picture:
@@ -138,19 +152,20 @@ def pool_and_picks(pool: Floats, picks: Floats, label: str, caption: str, *, log
         share = np.full(len(picks), 1 / len(picks))
         look = {"histtype": "step", "color": VERMILION, "linewidth": 1.6, "hatch": "////"}
         axes.hist(picks, bins, weights=share, label=f"picks, {len(picks):,}", **look)
-    axes.set(xlabel=label, ylabel="share of samples")
+    axes.set(xlabel=label, ylabel="share of its samples")
     figure.legend(loc="outside upper left", ncols=2, fontsize=8)
     parts = [f"median {np.median(of):.3g} in the {name}" for name, of in (("pool", pool), ("picks", picks)) if len(of)]
     return Picture(_uri(figure), f"Histogram of {label}: {', '.join(parts)}.", caption)
 
 
-def learnability_curve(difficulty: Floats, learnability: Floats, gate: tuple[float, float]) -> Picture:
+def learnability_curve(difficulty: Floats, learnability: Floats, gate: tuple[float, float], name: str) -> Picture:
     """Draws the histogram of the difficulty in use, with the learnability of each value.
 
     Args:
         difficulty: [n] of the scored pool.
         learnability: [n], scaled to [0, 1].
         gate: lowest and highest difficulty that may be picked; infinite where open.
+        name: what the difficulty is, in words.
     """
     figure, axes = _axes(_WIDE)
     order = np.argsort(difficulty)
@@ -166,28 +181,28 @@ def learnability_curve(difficulty: Floats, learnability: Floats, gate: tuple[flo
                 "alpha": 0.6,
             }
             axes.axvspan(start, end, label="outside the gate", **shut)
-    axes.set(xlabel="difficulty in use (higher is easier)", ylabel="samples")
+    axes.set(xlabel=f"{name} ({HIGHER})", ylabel="samples of the pool")
     right = axes.twinx()
     right.spines["right"].set_visible(True)
     right.plot(difficulty[order], learnability[order], color=BLUE, linewidth=2, label="learnability L")
-    right.set(ylabel="learnability L", ylim=(0, 1.05))
+    right.set(ylabel="learnability L, scaled to 0 to 1", ylim=(0, 1.05))
     figure.legend(loc="outside upper left", ncols=3, fontsize=8)
     peak = float(difficulty[int(learnability.argmax())])
     alt = (
-        f"Histogram of the difficulty of {len(difficulty):,} samples, median {np.median(difficulty):.3g}, with the "
+        f"Histogram of the {name} of {len(difficulty):,} samples, median {np.median(difficulty):.3g}, with the "
         f"learnability curve, which is highest at {peak:.3g}."
     )
-    caption = "Bars count samples (left axis), the line is what learnability makes of their difficulty (right axis)."
+    caption = f"Bars count samples (left axis), the line is what learnability makes of their {name} (right axis)."
     return Picture(_uri(figure), alt, caption, wide=True)
 
 
-def value_by_rank(value: Floats) -> Picture:
-    """Draws the value of each pick, in the order of the pick."""
+def value_by_rank(value: Floats, words: str) -> Picture:
+    """Draws the value of each pick, in the order of the pick; `words` say what the value is."""
     figure, axes = _axes()
     axes.plot(np.arange(1, len(value) + 1), value, color=GREEN, linewidth=1.6)
-    axes.set(xlabel="rank of the pick", ylabel="value when it was picked", ylim=(min(0.0, value.min()), None))
+    axes.set(xlabel="rank of the pick, from 1", ylabel=f"value, {words}", ylim=(min(0.0, value.min()), None))
     alt = f"Value by rank: {value[0]:.3g} of the first pick, {value[-1]:.3g} of the last, {len(value):,}."
-    return Picture(_uri(figure), alt, "What a pick was worth when its turn came: novelty times score.")
+    return Picture(_uri(figure), alt, f"What a pick was worth when its turn came: {words}.")
 
 
 def vector_map(vectors: torch.Tensor, sample_id: torch.Tensor, plan: pd.DataFrame, what: str) -> Picture:
@@ -208,14 +223,17 @@ def vector_map(vectors: torch.Tensor, sample_id: torch.Tensor, plan: pd.DataFram
 
 
 def plan(table: pd.DataFrame) -> Picture:
-    """Draws the easiness along a plan, see `SelectionSession.plan_table`."""
+    """Draws the easiness along a plan, see `SelectionSession.plan_table`; older ones lack its `measure`."""
     figure, axes = _axes(_WIDE)
     starts = np.flatnonzero(np.diff(table["fold"], prepend=-1)).tolist()
-    plot_plan(axes, table["easiness"].tolist(), starts)
+    measure = table["measure"].iloc[0] if "measure" in table else "easiness"
+    plot_plan(axes, table["easiness"].tolist(), starts, measure)
+    figure.legend(loc="outside upper left", ncols=2, fontsize=8)
     folds = f" in {len(starts)} folds, told apart by shade" if len(starts) > 1 else ""
     when = f" of epoch {table['epoch'].iloc[0]}" if "epoch" in table else ""
     caption = f"The last plan{when}: {len(table):,} samples{folds}."
-    return Picture(_uri(figure), f"Easiness of each sample in the order of training. {caption}", caption, wide=True)
+    alt = f"{measure.capitalize()} of each sample in the order of training. {caption}"
+    return Picture(_uri(figure), alt, caption, wide=True)
 
 
 def stacked(cost: Mapping[str, Mapping[str, float]], phases: Sequence[str], label: str) -> Picture:
@@ -230,6 +248,8 @@ def stacked(cost: Mapping[str, Mapping[str, float]], phases: Sequence[str], labe
     names, left = list(cost), np.zeros(len(cost))
     for phase, colour, hatch in zip(phases, cycle(COLOURS), cycle(HATCHES), strict=False):
         widths = np.array([cost[name].get(phase, 0.0) for name in names])
+        if not widths.any():
+            continue
         words = phase.replace("_", " ")
         axes.barh(
             [_literal(name) for name in names],

@@ -30,8 +30,9 @@ class Run:
     """One run; a part that it did not leave is None or empty.
 
     Attributes:
-        name: how the report calls it.
+        name: how the report calls it, its folder and that around it.
         folder: where it is.
+        method: what trained on which samples, in words.
         rows: of the headline table, as `results.json` has them, each with `label` and `part` (test or validation).
         evaluations: a row per validation, see `minirec_pl.callbacks.run_folder.RunFolder`.
         ledger: of the last selection.
@@ -45,6 +46,7 @@ class Run:
 
     name: str
     folder: Path
+    method: str = ""
     rows: list[Row] = field(default_factory=list)
     evaluations: pd.DataFrame | None = None
     ledger: SelectionLedger | None = None
@@ -78,7 +80,10 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Row], list[Run]]:
         if "rows" in results:
             rows += [{"label": row["method"], "part": "test", **row} for row in results["rows"]]
             methods = [(row["method"], place / row["method"] / "latest") for row in results["rows"]]
-            runs += [_read(path.resolve(), name, _results(path)) for name, path in methods if path.is_dir()]
+            for method, latest in methods:
+                if latest.is_dir():
+                    resolved = latest.resolve()
+                    runs.append(_read(resolved, f"{method}/{resolved.name}", _results(latest)))
         else:
             resolved = place.resolve()
             run = _read(resolved, f"{resolved.parent.name}/{resolved.name}".strip("/"), results)
@@ -143,9 +148,33 @@ def _read(folder: Path, name: str, results: Row) -> Run:
         run.warnings = _json(folder / DIAGNOSTICS).get("warnings", [])
     if (folder / CONFIG).is_file():
         run.config = (folder / CONFIG).read_text(encoding="utf-8", errors="replace")
+        run.method = _method(run.config)
     run.cost = _cost(folder, results)
     run.rows = _rows(run, results)
     return run
+
+
+def _method(config: str) -> str:
+    """What a config trains, in words: "GRPO on picks of MiniRec", "warm start"; empty where it does not say."""
+    try:
+        parts = yaml.safe_load(config)
+        module = _class(parts["model"])
+        if module != "GRPORecModule":
+            return {"WarmStartModule": "warm start"}.get(module, module)
+        selection = parts.get("selection")
+        if selection is None:
+            return "GRPO on the whole pool"
+        options = selection.get("init_args") or {}
+        if options.get("ledger"):
+            return f"GRPO on {options['ledger']}"
+        selector = options.get("selector")
+        return f"GRPO on picks of {_class(selector).removesuffix('Selector') if selector else 'MiniRec'}"
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return ""
+
+
+def _class(part: Row) -> str:
+    return str(part["class_path"]).rpartition(".")[2]
 
 
 def _cost(folder: Path, results: Row) -> dict[str, dict[str, float]]:
@@ -177,7 +206,8 @@ def _rows(run: Run, results: Row) -> list[Row]:
     tested = _test_beside(run.folder, results.get("best_checkpoint"))
     if tested is not None:
         return [{**counts, **tested, "label": run.name, "part": "test"}]
-    figures = {name: results["validation"][name] for name in FIGURES if name in results["validation"]}
+    shown = [*FIGURES, *(f"{name}_se_users" for name in FIGURES)]
+    figures = {name: results["validation"][name] for name in shown if name in results["validation"]}
     return [{**counts, **figures, "label": run.name, "part": "validation"}]
 
 

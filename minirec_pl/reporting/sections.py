@@ -13,6 +13,7 @@ import pandas as pd
 from minirec_pl.metrics.evaluation import FIGURES
 from minirec_pl.reporting import figures
 from minirec_pl.reporting.figures import Floats, Picture
+from minirec_pl.reporting.plots import HIGHER
 from minirec_pl.reporting.runs import Row, Run
 from minirec_pl.selection.diagnostics import ease_of, notable
 from minirec_pl.selection.reasons import TOO_EASY, TOO_HARD
@@ -102,7 +103,7 @@ def sections(rows: Sequence[Row], runs: Sequence[Run]) -> list[Section]:
 
     with figures.style():
         return [
-            Section("headline", "Headline", _HEADLINE, [_headline(rows)]),
+            Section("headline", "Headline", _HEADLINE, [_headline(rows, runs)]),
             Section("quality", "Quality over what was spent", _QUALITY, _quality(runs)),
             Section("rewards", "Rewards of pool and picks", _REWARDS, each(_rewards)),
             Section("learnability", "Learnability", _LEARNABILITY, each(_learnability)),
@@ -119,10 +120,14 @@ _HEADLINE = (
     "The whole catalogue is ranked for each sample, without what the user had before. ± is one standard error with "
     "users as the unit. Tokens and seconds include warm start, scoring and selection; evaluation is not counted."
 )
-_QUALITY = "Each point is a validation. What was spent counts all phases, the warm start too."
+_QUALITY = (
+    "Each point is a validation. What was spent counts all phases, the warm start too. Runs are validated on the same "
+    "samples; whether one method is better than another, several seeds tell (`minirec compare`)."
+)
 _REWARDS = "How the policy does on the samples of the pool, and on those that were picked."
 _LEARNABILITY = (
-    "A sample teaches most where the policy is neither hopeless nor sure: L is a Gaussian of the difficulty."
+    "A sample teaches most where the policy is neither hopeless nor sure: L is a Gaussian of the difficulty in use, "
+    "which is high for easy samples."
 )
 _TERMS = "A pick has the largest value = novelty × (alpha × learnability + beta × representativeness) of all left."
 _MAP = (
@@ -152,9 +157,11 @@ def _pair(value: Any, joint: str, other: Any, form: str) -> Cell:
     return replace(first, joint=joint, other=_number(other, form)) if _known(other) else first
 
 
-def _headline(rows: Sequence[Row]) -> Part:
+def _headline(rows: Sequence[Row], runs: Sequence[Run]) -> Part:
+    names = [[Cell(run.name), Cell(run.method or UNKNOWN), Cell(str(run.folder))] for run in runs]
+    known = [Grid("Runs", ["run", "method", "folder"], names)] if runs else []
     if not rows:
-        return Part(sentences=["There is no results.json, so quality and cost are not known."])
+        return Part(sentences=["There is no results.json, so quality and cost are not known."], grids=known)
     columns = ["run", "part", *("HR@10" if "hit" in name else "NDCG@10" for name in FIGURES), "samples per epoch"]
     columns += ["rollouts scoring + training", "tokens forward + backward", "seconds"]
     lines = []
@@ -168,7 +175,7 @@ def _headline(rows: Sequence[Row]) -> Part:
             _number(sum(row["seconds"].values()), ",.1f"),
         ]
         lines.append([Cell(row["label"]), Cell(row["part"]), *quality, *cost])
-    return Part(grids=[Grid("Quality and cost", columns, lines)])
+    return Part(grids=[Grid("Quality and cost", columns, lines), *known])
 
 
 def _quality(runs: Sequence[Run]) -> list[Part]:
@@ -177,7 +184,11 @@ def _quality(runs: Sequence[Run]) -> list[Part]:
     known = {run.name: run.evaluations for run in runs if run.evaluations is not None and name in run.evaluations}
     if absent := [run.name for run in runs if run.name not in known]:
         part.sentences.append(f"{', '.join(absent)}: no validations are stored (evaluations.csv is missing).")
-    for over, label in (("rollouts", "rollouts"), ("tokens", "tokens, forward and backward"), ("seconds", "seconds")):
+    for over, label in (
+        ("rollouts", "rollouts drawn so far"),
+        ("tokens", "tokens so far, forward and backward"),
+        ("seconds", "seconds so far, without evaluation"),
+    ):
         none = [run for run, table in known.items() if table[over].iloc[-1] == 0]
         if len(none) < len(known):
             part.pictures.append(figures.quality(known, name, over, label))
@@ -199,19 +210,21 @@ def _rewards(run: Run) -> Part | str:
             *(f"Warning: {text}" for text in run.warnings),
         ]
     )
-    values, label = ease_of(ledger).to_numpy(), "difficulty in use, higher is easier"
+    ease = ease_of(ledger)
+    values, label = ease.to_numpy(), str(ease.name)
     if signals is not None and signals.sample_id.tolist() == ledger.columns["sample_id"].tolist():
         exact = signals.solve_probability
-        values, label = signals.reward_mean.numpy(), "mean reward of the rollouts"
+        values, label = signals.reward_mean.numpy(), "mean reward of the rollouts of a sample"
         if exact is not None and np.isnan(values).any():  # as the curriculum orders, see SelectionSession.easiness
-            values, label = exact.numpy(), "exact solve probability"
+            values, label = exact.numpy(), "solve probability of a rollout, exact"
     elif ledger.table["difficulty"].isna().all():
-        label = "mean reward of the rollouts that were drawn"
+        label = "mean reward of the rollouts of a sample"
     if np.isnan(values).all():
         part.sentences.append("No reward was measured, so there is no distribution to show.")
         return part
     caption = "Shares of the pool and of the picks."
-    part.pictures.append(figures.pool_and_picks(values, values[picked], label, caption, logarithmic=True))
+    named = f"{label} ({HIGHER})"
+    part.pictures.append(figures.pool_and_picks(values, values[picked], named, caption, logarithmic=True))
     return part
 
 
@@ -225,7 +238,8 @@ def _learnability(run: Run) -> Part | str:
     difficulty, reason = columns["difficulty"], columns["reason"]
     hard, easy = difficulty[reason == TOO_HARD], difficulty[reason == TOO_EASY]
     gate = (hard.max() if len(hard) else -math.inf, easy.min() if len(easy) else math.inf)
-    return Part(pictures=[figures.learnability_curve(difficulty[known], columns["learnability"][known], gate)])
+    name = str(ease_of(run.ledger).name)
+    return Part(pictures=[figures.learnability_curve(difficulty[known], columns["learnability"][known], gate, name)])
 
 
 def _terms(run: Run) -> Part | str:
@@ -239,17 +253,19 @@ def _terms(run: Run) -> Part | str:
         ("representativeness", "R, the cosine with the mean gradient, scaled to 0 to 1 over the pool."),
     ):
         if not np.isnan(columns[term]).all():
-            part.pictures.append(figures.pool_and_picks(columns[term], columns[term][picked], term, caption))
-    for term, draw in (("novelty", _novelty), ("value", figures.value_by_rank)):
-        of_picks: Floats = columns[term][picked][np.argsort(columns["rank"][picked])]
-        if len(of_picks) and not np.isnan(of_picks).any():
-            part.pictures.append(draw(of_picks))
+            label = f"{term} {term[0].upper()}, scaled to 0 to 1"
+            part.pictures.append(figures.pool_and_picks(columns[term], columns[term][picked], label, caption))
+    of_picks: dict[str, Floats] = {
+        term: columns[term][picked][np.argsort(columns["rank"][picked])] for term in ("novelty", "value")
+    }
+    known = {term: values for term, values in of_picks.items() if len(values) and not np.isnan(values).any()}
+    if "novelty" in known:
+        caption, label = "Distance of a pick to the nearest earlier pick.", "novelty, 1 - cosine to the nearest pick"
+        part.pictures.append(figures.pool_and_picks(known["novelty"][:0], known["novelty"], label, caption))
+    if "value" in known:
+        words = "by which this selector picks" if np.isnan(columns["score"]).all() else "novelty × score"
+        part.pictures.append(figures.value_by_rank(known["value"], words))
     return part if part.pictures else "the selector used none of these terms."
-
-
-def _novelty(of_picks: Floats) -> Picture:
-    caption = "Distance of a pick to the nearest earlier pick, 1 - cosine."
-    return figures.pool_and_picks(of_picks[:0], of_picks, "novelty", caption)
 
 
 def _map(run: Run) -> Part | str:
@@ -281,33 +297,34 @@ def _samples(run: Run) -> Part | str:
         return _NO_SELECTION
     if run.examples is None:
         return "no texts of samples are stored (examples.parquet is missing)."
-    kinds = notable(run.ledger)
+    kinds, ease = notable(run.ledger), str(ease_of(run.ledger).name)
     part = Part()
     for kind in ("easiest", "hardest"):
         if len(kinds[kind]):
-            part.grids.append(_sample_grid(f"The {kind} picks", kinds[kind], run.examples))
+            end = {"easiest": "highest", "hardest": "lowest"}[kind]
+            caption = f"The {kind} picks: those of the {end} {ease}"
+            part.grids.append(_sample_grid(caption, kinds[kind], run.examples, ease))
     if not part.grids:
-        part.sentences.append("No pick has a measured difficulty.")
+        part.sentences.append("No reward or solve probability of a pick was measured.")
     redundant, twins = kinds["redundant"], kinds["twins"]
     if len(redundant):
         both = pd.concat([redundant, twins]).iloc[np.arange(2 * len(redundant)).reshape(2, -1).T.ravel()]
         caption = "The most redundant samples, each followed by the pick that it is like"
-        part.grids.append(_sample_grid(caption, both, run.examples))
+        part.grids.append(_sample_grid(caption, both, run.examples, ease))
     else:
         part.sentences.append("No sample was passed over as redundant.")
     return part
 
 
-def _sample_grid(caption: str, rows: pd.DataFrame, examples: pd.DataFrame) -> Grid:
+def _sample_grid(caption: str, rows: pd.DataFrame, examples: pd.DataFrame, ease: str) -> Grid:
     lines = []
-    ease = "mean reward" if rows["difficulty"].isna().all() else "difficulty"
     for row in rows.to_dict("records"):
         sample_id, novelty = row["sample_id"], _number(row["novelty"], ".3g")
         text = examples.loc[sample_id] if sample_id in examples.index else {"history": [], "target": UNKNOWN}
         rank = _number(None if pd.isna(row["rank"]) else row["rank"], ",")
         words = Cell(" → ".join(map(str, text["history"])) or UNKNOWN), Cell(str(text["target"]))
         lines.append([Cell(str(sample_id)), rank, _number(row["ease"], ".3g"), novelty, *words])
-    return Grid(caption, ["sample", "rank", ease, "novelty", "history", "target"], lines)
+    return Grid(caption, ["sample", "rank", f"{ease} ({HIGHER})", "novelty", "history", "target"], lines)
 
 
 def _cost(runs: Sequence[Run]) -> list[Part]:
@@ -323,7 +340,8 @@ def _cost(runs: Sequence[Run]) -> list[Part]:
         if "tokens_forward" in cost
     }
     seconds: dict[str, Mapping[str, float]] = {name: cost["seconds"] for name, cost in known.items()}
-    part.pictures = [figures.stacked(of, PHASES, unit) for unit, of in (("tokens", tokens), ("seconds", seconds)) if of]
+    units = (("tokens, forward and backward", tokens), ("seconds", seconds))
+    part.pictures = [figures.stacked(of, PHASES, unit) for unit, of in units if of]
     kinds = {"rollouts": ",", "tokens_forward": ",", "tokens_backward": ",", "seconds": ",.1f"}
     lines = [
         [

@@ -10,6 +10,13 @@ NAME = "MiniRec"
 TOKENS, ROLLOUTS, SECONDS, STEP = "cost/tokens", "cost/rollouts", "cost/seconds", "trainer/global_step"
 LEDGER, PLAN = "selection/ledger", "curriculum/plan"
 TERMS = ("difficulty", "learnability", "representativeness", "novelty")
+_AXES = {
+    TOKENS: "tokens so far, forward and backward",
+    ROLLOUTS: "rollouts so far",
+    SECONDS: "seconds so far, without evaluation",
+    STEP: "optimizer steps",
+}
+_IN_WORDS = {"difficulty": "Difficulty in use (higher is easier)"}
 
 # Section: what it shows, then its lines as (title, x, [y, ...]).
 LINES: dict[str, tuple[str, list[tuple[str, str, list[str]]]]] = {
@@ -30,9 +37,9 @@ LINES: dict[str, tuple[str, list[tuple[str, str, list[str]]]]] = {
             ("Mean reward", ROLLOUTS, ["reward"]),
             ("Spread of the reward in a group", ROLLOUTS, ["reward_std"]),
             ("Groups without reward variance", ROLLOUTS, ["frac_reward_zero_std"]),
-            ("Entropy", ROLLOUTS, ["entropy"]),
-            ("Share clipped", ROLLOUTS, ["clip_ratio/low_mean", "clip_ratio/high_mean"]),
-            ("Length of a completion", ROLLOUTS, ["completions/mean_length"]),
+            ("Entropy [nats]", ROLLOUTS, ["entropy"]),
+            ("Share of tokens clipped", ROLLOUTS, ["clip_ratio/low_mean", "clip_ratio/high_mean"]),
+            ("Length of a completion [tokens]", ROLLOUTS, ["completions/mean_length"]),
         ],
     ),
     "Selection": (
@@ -99,23 +106,29 @@ def views(entity: str, project: str) -> dict[str, Any]:
 
 def _panels(section: str) -> list[Any]:
     wr = _packages()[1]
-    made = [wr.LinePlot(title=title, x=x, y=y) for title, x, y in LINES[section][1]]
+    made = [
+        wr.LinePlot(title=title, x=x, y=y, title_x=_AXES[x], title_y=title.partition(" over ")[0])
+        for title, x, y in LINES[section][1]
+    ]
     if section == "Selection":
         for term in TERMS:
             keys = [f"selection/{term}/{group}" for group in ("pool", "picks")]
-            made.append(wr.MediaBrowser(title=f"{term.capitalize()} of pool and picks", media_keys=keys))
-        made += [_scatter(LEDGER, "difficulty", "learnability"), _table(LEDGER)]
+            title = f"{_IN_WORDS.get(term, term.capitalize())} of pool and picks"
+            made.append(wr.MediaBrowser(title=title, media_keys=keys))
+        title = "Learnability over the difficulty in use (higher is easier)"
+        made += [_scatter(LEDGER, "difficulty", "learnability", title), _table(LEDGER)]
     if section == "Curriculum":
-        made += [_scatter(PLAN, "position", "easiness"), _table(PLAN)]
+        title = "Easiness (mean reward or solve probability, see measure) over the position in the epoch"
+        made += [_scatter(PLAN, "position", "easiness", title), _table(PLAN)]
     return made
 
 
-def _scatter(table: str, x: str, y: str) -> Any:
+def _scatter(table: str, x: str, y: str, title: str) -> Any:
     return _packages()[1].CustomChart(
         query={"summaryTable": {"tableKey": table}},
         chart_name="wandb/scatter/v0",
         chart_fields={"x": x, "y": y},
-        chart_strings={"title": f"{y.capitalize()} over {x}"},
+        chart_strings={"title": title},
     )
 
 

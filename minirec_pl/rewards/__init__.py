@@ -8,5 +8,14 @@ from minirec_pl.rewards.functions import (
     hit,
     rank_penalty,
 )
+from minirec_pl.rewards.hit_or_miss import hit_or_miss
 
-__all__ = ["FormatReward", "NDCGReward", "ReciprocalRankReward", "SoftmaxMixReward", "hit", "rank_penalty"]
+__all__ = [
+    "FormatReward",
+    "NDCGReward",
+    "ReciprocalRankReward",
+    "SoftmaxMixReward",
+    "hit",
+    "hit_or_miss",
+    "rank_penalty",
+]

@@ -2,25 +2,40 @@
 
 A reward is any callable `reward(completions, **columns) -> list[float | None]`, which gets the columns that its
 signature names. `completions` are external item ids, or texts, flat, group after group; the columns are as long
-(`item_columns` lists them). None says that the reward does not apply.
+(`BUILT_IN` lists them; `minirec_pl.data.own_columns` has those of the data). None says that the reward does not apply.
 """
 
 import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from minirec_pl.data.own_columns import OwnColumns, Place, values_at
+from minirec_pl.data.samples import IntArray
 from minirec_pl.utils.errors import InputError
 
 RewardFunction = Callable[..., Sequence[float | None]]
 Columns = Mapping[str, Callable[[], Sequence[Any]]]
+BUILT_IN: Final = (
+    "completions",
+    "recommended",
+    "target",
+    "history",
+    "prompts",
+    "sample_id",
+    "user",
+    "group",
+    "logp",
+    "target_rank",
+    "target_probability",
+)
 
 
 def reward_name(fn: RewardFunction) -> str:
@@ -51,14 +66,48 @@ def checked_rewards(rewards: Sequence[RewardFunction]) -> list[RewardFunction]:
     return given
 
 
-def call_reward(fn: RewardFunction, name: str, completions: Sequence[str], columns: Columns) -> Tensor:
+def asked_for(fns: Sequence[RewardFunction]) -> frozenset[str]:
+    """Lists the names in the signatures of rewards."""
+    return frozenset(parameter.name for fn in fns for parameter in _parameters(fn))
+
+
+def check_columns(fns: Sequence[RewardFunction], own: OwnColumns) -> None:
+    """Refuses rewards that ask for a column that there is not, or by a name that may mean two.
+
+    Args:
+        fns: the rewards.
+        own: columns of the data.
+
+    Raises:
+        InputError: naming the reward, the column and those there are.
+    """
+    for fn in fns:
+        for parameter in _parameters(fn):
+            name, places = parameter.name, own.places(parameter.name)
+            if name in BUILT_IN:
+                places = [] if _is_shipped(fn) else [place for place in places if place.column == name]
+                places = [Place("sample", name), *places] if places else [Place("sample", name)]
+            if len(places) > 1:
+                raise InputError(_unclear(fn, name, places))
+            if not places and parameter.default is parameter.empty:
+                described = own.described()
+                raise InputError(
+                    f"reward {reward_name(fn)} asks for {name!r}: ask by keyword for one of {', '.join(BUILT_IN)}"
+                    f"{'; or for a column ' if described else ''}{described}"
+                )
+
+
+def call_reward(
+    fn: RewardFunction, name: str, completions: Sequence[str], columns: Columns, own: Columns | None = None
+) -> Tensor:
     """Calls one reward with the columns its signature names, and check what it returns.
 
     Args:
-        fn: Any callable; with `**kwargs` it gets every column.
+        fn: Any callable; with `**kwargs` it gets every one of `columns`.
         name: Name for messages.
         completions: [n] external item ids.
         columns: Functions that make the columns, [n] each; only those asked for are called.
+        own: Likewise, columns of the data, which only a signature that names them gets.
 
     Returns:
         [n] float32 on the CPU, NaN where the reward said None.
@@ -67,8 +116,9 @@ def call_reward(fn: RewardFunction, name: str, completions: Sequence[str], colum
         InputError: If the reward wants an unknown column, or returns something else than n finite numbers or None.
             Names the reward and the sample_id.
     """
-    available: Columns = {"completions": lambda: completions, **columns}
-    values = fn(**{column: available[column]() for column in _wanted(fn, name, available)})
+    given: Columns = {"completions": lambda: completions, **columns}
+    available = {**(own or {}), **given}
+    values = fn(**{column: available[column]() for column in _wanted(fn, name, given, own or {})})
     if isinstance(values, (Tensor, np.ndarray)):
         values = values.tolist()
     if not isinstance(values, (list, tuple)):
@@ -90,8 +140,17 @@ def call_reward(fn: RewardFunction, name: str, completions: Sequence[str], colum
     return rewards
 
 
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
+
+
 def combine_rewards(
-    fns: Sequence[RewardFunction], weights: Sequence[float] | None, completions: Sequence[str], columns: Columns
+    fns: Sequence[RewardFunction],
+    weights: Sequence[float] | None,
+    completions: Sequence[str],
+    columns: Columns,
+    own: Columns | None = None,
+    warn: Callable[[str], None] = _warn,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sums the rewards with their weights, r_n = sum_f w_f r_fn over the rewards f that apply to completion n.
 
@@ -101,6 +160,8 @@ def combine_rewards(
         completions: [n] external item ids, flat, group after group.
         columns: Functions that make the columns (`prompts`, `target`, `sample_id`, ...), [n] each; one is called at
             most once, and only if a reward asks for it or a message needs it.
+        own: Likewise, columns of the data, see `call_reward`.
+        warn: Shows a warning.
 
     Returns:
         The sum, [n] float32, and each reward by name, [n] float32; NaN in both where none applies, which a warning
@@ -126,17 +187,18 @@ def combine_rewards(
         raise InputError(f"reward weights are {list(weights)}: give finite numbers")
 
     once = {column: functools.cache(make) for column, make in columns.items()}
+    own_once = {column: functools.cache(make) for column, make in (own or {}).items()}
     by_name: dict[str, Tensor] = {}
     total = torch.zeros(len(completions), dtype=torch.float64)
     applies = torch.zeros(len(completions), dtype=torch.bool)
     for fn, weight in zip(fns, weights, strict=True):
         name = _free_name(reward_name(fn), by_name)
-        rewards = call_reward(fn, name, completions, once)
+        rewards = call_reward(fn, name, completions, once, own_once)
         by_name[name] = rewards
         total += weight * rewards.nan_to_num(nan=0.0)
         applies |= ~rewards.isnan()
     if not bool(applies.all()):
-        warnings.warn(f"no reward of {', '.join(by_name)} applies to some completions: they are left out", stacklevel=2)
+        warn(f"no reward of {', '.join(by_name)} applies to some completions: they are left out")
     return total.masked_fill(~applies, math.nan).float(), by_name
 
 
@@ -184,11 +246,15 @@ class Rewarder:
         fns: at least one reward.
         weights: one per reward; None weighs each with 1.
         item_ids: [n_items] object array of external ids.
+        own: columns of the data.
+        warn: shows a warning.
     """
 
     fns: Sequence[RewardFunction]
     weights: Sequence[float] | None
     item_ids: Any
+    own: OwnColumns = field(default_factory=OwnColumns)
+    warn: Callable[[str], None] = _warn
 
     def __call__(
         self,
@@ -207,45 +273,102 @@ class Rewarder:
             texts: [B * G], the completions; the items' ids if None.
             more: columns beside those of `item_columns`.
         """
-        completions = self.item_ids[items.flatten().cpu().numpy()].tolist() if texts is None else texts
-        columns = {**item_columns(batch, items, logps, self.item_ids), **(more or {})}
-        total, by_name = combine_rewards(self.fns, self.weights, completions, columns)
+        recommended = self.item_ids[items.flatten().cpu().numpy()].tolist()
+        completions = recommended if texts is None else texts
+        columns = {
+            **item_columns(batch, items, logps, self.item_ids),
+            **(more or {}),
+            "recommended": lambda: recommended,
+        }
+        own = own_columns(batch, items, self.own, asked_for(self.fns))
+        total, by_name = combine_rewards(self.fns, self.weights, completions, columns, own, self.warn)
         return total.view_as(items).to(items.device), {
             name: given.view_as(items).to(items.device) for name, given in by_name.items()
         }
 
 
-def ranking_columns(rank: Tensor, probability: Tensor, best: Tensor, item_ids: Any) -> Columns:
+def own_columns(batch: Mapping[str, Tensor], items: Tensor, own: OwnColumns, names: Collection[str]) -> Columns:
+    """Makes the columns of the data that rewards ask for, None where a value is missing.
+
+    Args:
+        batch: the prompts, [B, ...] each.
+        items: int64 [B, G], what is recommended, item index.
+        own: columns of the data.
+        names: what is asked for; what is no column is left out.
+    """
+    group = items.shape[1]
+    histories = [row[row >= 0] for row in batch["history"].cpu().numpy()] if "history" in batch else []
+    rows: dict[str, Callable[[], IntArray]] = {
+        "interaction": lambda: batch["sample_id"].cpu().numpy().repeat(group),
+        "target": lambda: batch["target"].cpu().numpy().repeat(group),
+        "recommended": lambda: items.flatten().cpu().numpy(),
+    }
+
+    def make(place: Place) -> Callable[[], list[Any]]:
+        if place.owner == "history":
+            lists = [values_at(own.items[place.column], row) for row in histories]
+            return lambda: [values for values in lists for _ in range(group)]
+        kept = own.interactions if place.owner == "interaction" else own.items
+        return lambda: values_at(kept[place.column], rows[place.owner]())
+
+    return {name: make(own.places(name)[0]) for name in names if name not in BUILT_IN and own.places(name)}
+
+
+def ranking_columns(rank: Tensor, probability: Tensor) -> Columns:
     """Makes the columns that rewards get beside those of `item_columns` from a policy that ranks for each rollout.
 
     * `target_rank`: of the target among the unseen items, from 1; None where the user has seen it.
     * `target_probability`: its softmax probability over the unseen items.
-    * `recommended`: external id of the item ranked first.
 
     Args:
         rank: int64 [B, G], 0 for None.
         probability: float [B, G].
-        best: int64 [B, G], item index.
-        item_ids: [n_items] object array of external ids.
     """
     return {
         "target_rank": lambda: [place or None for place in rank.flatten().tolist()],
         "target_probability": lambda: probability.flatten().tolist(),
-        "recommended": lambda: item_ids[best.flatten().cpu().numpy()].tolist(),
     }
 
 
-def _wanted(fn: RewardFunction, name: str, available: Columns) -> list[str]:
+def _wanted(fn: RewardFunction, name: str, given: Columns, own: Columns) -> list[str]:
     parameters = inspect.signature(fn).parameters.values()
+    names = [parameter.name for parameter in parameters if parameter.name in {*given, *own}]
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return list(available)
+        return [*given, *(column for column in names if column not in given)]
     for parameter in parameters:
         required = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL
-        if required and (parameter.name not in available or parameter.kind is parameter.POSITIONAL_ONLY):
+        if required and (parameter.name not in names or parameter.kind is parameter.POSITIONAL_ONLY):
             raise InputError(
-                f"reward {name} asks for {parameter.name!r}: ask by keyword for one of {', '.join(available)}"
+                f"reward {name} asks for {parameter.name!r}: ask by keyword for one of {', '.join({**given, **own})}"
             )
-    return [parameter.name for parameter in parameters if parameter.name in available]
+    return names
+
+
+def _parameters(fn: RewardFunction) -> list[inspect.Parameter]:
+    several = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return [parameter for parameter in inspect.signature(fn).parameters.values() if parameter.kind not in several]
+
+
+def _is_shipped(fn: RewardFunction) -> bool:
+    """Whether a reward is of this library, where names mean what the library says, whatever the data call theirs."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return str(getattr(fn, "__module__", "")).startswith("minirec_pl.rewards.")
+
+
+def _unclear(fn: RewardFunction, name: str, places: Sequence[Place]) -> str:
+    meanings = {
+        "sample": "what every reward gets",
+        "interaction": "a column of the interactions",
+        "target": "a column of the items",
+        "recommended": "that of the recommended item",
+        "history": "that of the history's items",
+    }
+    clear = dict.fromkeys(f"{place.owner}_{place.column}" for place in places if place.owner != "sample")
+    return (
+        f"reward {reward_name(fn)} asks for {name!r}, which is both {meanings[places[0].owner]} and "
+        f"{meanings[places[1].owner]}: ask for {' or '.join(n for n in clear if n != name)}, or rename one in the data"
+    )
 
 
 def _floats(values: Sequence[Any], name: str, columns: Columns) -> list[float]:

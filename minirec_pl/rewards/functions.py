@@ -8,12 +8,14 @@ import math
 import re
 from collections.abc import Sequence
 
+from minirec_pl.rewards.hit_or_miss import HitValues, hit_or_miss
 from minirec_pl.utils.errors import InputError
 
 Completion = str | Sequence[str]
 Ranks = Sequence[int | None]
 
 
+@hit_or_miss()
 def hit(completions: Sequence[Completion], target: Sequence[str]) -> list[float]:
     """Rewards 1 where the recommended item is the target or the recommended list holds it, else 0.
 
@@ -51,6 +53,8 @@ class NDCGReward:
         [0.6309297535714575, 1.0, 0.0]
     """
 
+    hit_values = HitValues()  # of a completion that is one item
+
     def __init__(self, k: int = 10) -> None:
         self.k = _at_least_one(k)
         self.__name__ = f"ndcg@{k}"
@@ -75,6 +79,8 @@ class ReciprocalRankReward:
         >>> ReciprocalRankReward()([["7", "50"], "50", "7"], target=["50", "50", "50"])
         [0.5, 1.0, 0.0]
     """
+
+    hit_values = HitValues()  # of a completion that is one item
 
     def __init__(self, k: int = 10) -> None:
         self.k = _at_least_one(k)

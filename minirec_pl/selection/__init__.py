@@ -11,7 +11,8 @@ from minirec_pl.selection.curriculum import (
     target_curriculum,
 )
 from minirec_pl.selection.diagnostics import Diagnostics, diagnose
-from minirec_pl.selection.learnability import group_difficulty, learnability
+from minirec_pl.selection.expected_update import GroupMoments, expected_update, group_moments
+from minirec_pl.selection.learnability import group_difficulty, learnability, update_learnability
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.maxmin.greedy import Selection, maxmin_select
 from minirec_pl.selection.merge import merge_stores
@@ -22,6 +23,7 @@ from minirec_pl.selection.selectors.protocol import Selector
 from minirec_pl.selection.selectors.score_based import (
     DEALRecSelector,
     EL2NSelector,
+    ExpectedUpdateSelector,
     GraNdSelector,
     LearnAlignSelector,
     RewardVarianceSelector,
@@ -34,8 +36,10 @@ __all__ = [
     "DEALRecSelector",
     "Diagnostics",
     "EL2NSelector",
+    "ExpectedUpdateSelector",
     "FullSelector",
     "GraNdSelector",
+    "GroupMoments",
     "KCenterSelector",
     "KMeansSelector",
     "LearnAlignSelector",
@@ -51,10 +55,12 @@ __all__ = [
     "Signals",
     "default_folds",
     "diagnose",
+    "expected_update",
     "fold_curriculum",
     "fold_starts",
     "gaussian_curriculum",
     "group_difficulty",
+    "group_moments",
     "hard_to_easy_curriculum",
     "learnability",
     "maxmin_select",
@@ -64,4 +70,5 @@ __all__ = [
     "session_of",
     "shuffled_curriculum",
     "target_curriculum",
+    "update_learnability",
 ]

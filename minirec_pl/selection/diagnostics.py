@@ -13,13 +13,12 @@ import pandas as pd
 
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.reasons import BELOW_BUDGET, NEVER_SCORED, REDUNDANT, SELECTED
+from minirec_pl.selection.remedies import MOST, NEAR_ZERO, Remedies, Situation
 from minirec_pl.utils.errors import InputError
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Bools: TypeAlias = npt.NDArray[np.bool_]
-NEAR_ZERO = 0.05  # below it a reward, a difficulty or a scaled learnability says "no"
-_MOST = 0.9  # shares from which on there is a warning
-_MANY = 0.25
+_MANY = 0.25  # share of hopeless picks from which on there is a warning
 
 
 @dataclass
@@ -60,13 +59,17 @@ class Diagnostics:
         return {name: _no_nan(value) for name, value in asdict(self).items()}
 
 
-def diagnose(ledger: SelectionLedger, samples: pd.DataFrame | None = None) -> Diagnostics:
+def diagnose(
+    ledger: SelectionLedger, samples: pd.DataFrame | None = None, situation: Situation | None = None
+) -> Diagnostics:
     """Computes the figures of a selection and warns of what makes it worth less than it seems.
 
     Args:
         ledger: of the selection.
         samples: what else is known of the pool: a column `sample_id`, and `user_id`, `item_id` or others, of which the
             coverage is stated.
+        situation: how the selection came about, so that the warnings advise what helps there; None knows the ledger
+            alone.
 
     Raises:
         InputError: If `samples` lacks `sample_id` or a sample of the ledger.
@@ -94,40 +97,40 @@ def diagnose(ledger: SelectionLedger, samples: pd.DataFrame | None = None) -> Di
         novelty_share=_novelty_share(columns),
         coverage={} if samples is None else _coverage(ledger, samples),
     )
-    found.warnings = _warnings(found, learn, represent)
+    name = str(ease_of(ledger).name)
+    found.warnings = _warnings(found, learn, represent, name, Remedies(ledger, situation or Situation()))
     return found
 
 
-def _warnings(found: Diagnostics, learn: Floats, represent: Floats) -> list[str]:
+def _warnings(found: Diagnostics, learn: Floats, represent: Floats, name: str, remedies: Remedies) -> list[str]:
     said: list[str] = []
     if not len(learn):
         return said
-    if found.learnability_near_zero >= _MOST:
+    if remedies.uses_learnability and found.learnability_near_zero >= MOST:
         said.append(
             f"learnability is below {NEAR_ZERO} for {found.learnability_near_zero:.0%} of the scored pool and "
-            f"separates {found.n_separated} of {len(learn)} samples; rewards are far from mu, so "
-            "representativeness and novelty decide: set difficulty='pass_at_group', calibrate='quantile' or a mu "
-            "nearer to the difficulties"
+            f"separates {found.n_separated} of {len(learn)} samples; the {name} of most is far from mu, so "
+            f"representativeness and novelty decide: {remedies.against_flat_learnability(equal=False)}"
         )
-    elif len(learn) > 1 and _flat(learn):
+    elif remedies.uses_learnability and len(learn) > 1 and _flat(learn):
         said.append(
-            "learnability is the same for all samples, so it decides nothing; all difficulties are equal: draw more "
-            "rollouts or use a finer reward"
+            f"learnability is the same for all samples, so it decides nothing; their {name} tells none from another: "
+            f"{remedies.against_flat_learnability(equal=True)}"
         )
-    if len(represent) > 1 and _flat(represent):
+    if remedies.uses_representativeness and len(represent) > 1 and _flat(represent):
         said.append(
             "representativeness is the same for all samples, so it decides nothing; there are no gradients, or they "
-            "are all equal or zero: return `gradient` from sample_signals, or use other rewards"
+            f"are all equal or zero: {remedies.against_flat_representativeness()}"
         )
     if found.share_near_zero >= _MANY:
         said.append(
-            f"{found.share_near_zero:.0%} of the picks have a reward or difficulty below {NEAR_ZERO}; most of their "
-            "rollouts will teach nothing: use mode='paper' with its gate, or difficulty='pass_at_group'"
+            f"{found.share_near_zero:.0%} of the picks have a {name} below {NEAR_ZERO}, and most of their rollouts "
+            f"will teach nothing: {remedies.against_hard_picks()}"
         )
-    if found.novelty_share >= _MOST and found.n_selected > 1:
+    if found.novelty_share >= MOST and found.n_selected > 1:
         said.append(
             f"novelty decides {found.novelty_share:.0%} of the picks; nearly all of the samples with the best scores "
-            "were passed over for being alike: check that the embeddings are the policy's own, or raise the budget"
+            f"were passed over for being alike: {remedies.against_much_novelty()}"
         )
     return said
 
@@ -187,10 +190,25 @@ def _no_nan(value: Any) -> Any:
 def ease_of(ledger: SelectionLedger) -> pd.Series:
     """Returns how easy each sample is, [N] float64 in the order of the ledger, NaN where not known.
 
-    It is the difficulty in use or, where the selector used none, the mean reward. The name of the series says which.
+    It is the difficulty in use or, where the selector used none, the mean reward. The name of the series says in words
+    what it is.
     """
     table = ledger.table
-    return table["difficulty"] if table["difficulty"].notna().any() else table["reward_mean"]
+    if table["difficulty"].notna().any():
+        return table["difficulty"].rename(ledger.difficulty_name)
+    return table["reward_mean"].rename("mean reward")
+
+
+def easiness_of(ledger: SelectionLedger) -> pd.Series:
+    """Returns what a plan made from a ledger alone orders by, [N] float64 by sample_id, NaN where not known.
+
+    It is the mean reward if rollouts were drawn for every sample that the selector knew, else `ease_of`: never some
+    values of one and some of the other.
+    """
+    table, ease = ledger.table, ease_of(ledger)
+    if bool((table["n_rollouts"][ease.notna()] > 0).all()):
+        ease = table["reward_mean"].rename("mean reward")
+    return ease.set_axis(table["sample_id"])
 
 
 def notable(ledger: SelectionLedger, n: int = 5) -> dict[str, pd.DataFrame]:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from minirec_pl.selection.expected_update import expected_update, group_moments
 from minirec_pl.selection.signals import Array
 from minirec_pl.utils.errors import InputError
 
@@ -125,3 +126,46 @@ def learnability(rewards: Array, *, mu: float = 0.5, sigma: float | None = None,
         return torch.exp(-((away / sigma) ** 2) / 2)
     nearest = away.min()  # L relative to the largest: the factor cancels, and no tiny L underflows
     return min_max(torch.exp(-((away - nearest) / sigma) * ((away + nearest) / sigma) / 2))
+
+
+def update_learnability(
+    solve_probability: Array,
+    num_generations: int,
+    *,
+    scale_rewards: str = "group",
+    baseline: str = "mean",
+    lengths: Array | None = None,
+) -> Tensor:
+    """Computes the size of a sample's expected GRPO update for a hit reward, relative to the largest (ours).
+
+    L_i = w_G(p_i) p_i (1 - p_i), see `minirec_pl.selection.group_moments`: a sample's expected update is
+    w_G(p) p grad log p, and the length of grad log p goes as 1 - p. It is (G - 1) / G of the expected deviation within
+    a group where rewards are divided by that, p (1 - p) for `none` with `leave_one_out`, and
+    (1 - p) (1 - (1 - p)^(G - 1)) for `mean`. With `lengths` it is w_G(p_i) times the measured length of grad p.
+
+    Args:
+        solve_probability: [N] float in [0, 1], the probability p that one rollout solves the sample.
+        num_generations: Rollouts in a group, G, at least 2.
+        scale_rewards: `group`, `none` or `mean`.
+        baseline: `mean` or `leave_one_out`.
+        lengths: [N] float, |grad p| of each sample; None takes p (1 - p).
+
+    Returns:
+        [N] float64 in [0, 1]; 0 where p is 0 or 1, and for all where no sample has an update.
+
+    Raises:
+        InputError: If an option is out of range or a probability is outside [0, 1].
+
+    Example:
+        >>> update_learnability(torch.tensor([0.0, 0.5, 1.0]), 8).tolist()
+        [0.0, 1.0, 0.0]
+    """
+    p = torch.as_tensor(solve_probability).detach().to("cpu", torch.float64)
+    if ((p < 0) | (p > 1)).any():
+        raise InputError("solve_probability has a value outside [0, 1]: give probabilities")
+    weight = group_moments(p.log(), num_generations, scale_rewards=scale_rewards, baseline=baseline).weight
+    size = expected_update(p.log(), weight)
+    if lengths is not None:
+        size = (weight * torch.as_tensor(lengths).detach().to("cpu", torch.float64)).masked_fill(size == 0, 0.0)
+    largest = size.max() if len(size) else size.new_zeros(())
+    return size / largest if largest > 0 else size

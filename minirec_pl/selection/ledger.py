@@ -37,6 +37,8 @@ COLUMNS = tuple(_DTYPES)
 _OPTIONAL = ("score", "difficulty", "redundant_with")
 _MISSING = {"rank": 0, "redundant_with": -1}  # of the columns that can miss a number, in `columns` and a checkpoint
 _UNFINISHED = "unfinished"
+_SAID = ("fingerprints", "difficulty_name", "options")  # attributes that a file and a checkpoint keep
+DIFFICULTY = "difficulty in use"
 
 
 class SelectionLedger:
@@ -64,10 +66,18 @@ class SelectionLedger:
         columns: [N] arrays by column, without a copy; 0 for a missing rank, -1 for a missing `redundant_with`, and the
             redundant may still be among those below the budget.
         fingerprints: What the signals were measured with, by name ("model", "data", "seed"); written into the file.
+        difficulty_name: What the column `difficulty` holds, in words; written into the file.
+        options: Those of the `MiniRecSelector` that made it, by name; empty of others; written into the file.
     """
 
     def __init__(
-        self, table: pd.DataFrame, *, source: str = "the ledger", fingerprints: Mapping[str, str] | None = None
+        self,
+        table: pd.DataFrame,
+        *,
+        source: str = "the ledger",
+        fingerprints: Mapping[str, str] | None = None,
+        difficulty_name: str = DIFFICULTY,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         """Checks and keeps a table.
 
@@ -75,26 +85,37 @@ class SelectionLedger:
             table: The columns above, rows in any order; score, difficulty and redundant_with may be left out.
             source: How error messages call it.
             fingerprints: See the attribute.
+            difficulty_name: See the attribute.
+            options: See the attribute.
 
         Raises:
             InputError: If a column is missing or mistyped, ids repeat, ranks are not 1..n, or a reason is unknown.
         """
         self.fingerprints = dict(fingerprints or {})
+        self.difficulty_name, self.options = difficulty_name, dict(options or {})
         self._embedding: torch.Tensor | None = None
         self._table: pd.DataFrame | None = _checked(table, source)
         whole = self._table.fillna(_MISSING).astype(dict.fromkeys(_MISSING, "int64") | {"reason": "object"})
         self.columns: dict[str, npt.NDArray[Any]] = {name: whole[name].to_numpy(copy=True) for name in _DTYPES}
 
     @classmethod
-    def of(cls, columns: Mapping[str, npt.NDArray[Any]], embedding: torch.Tensor | None = None) -> SelectionLedger:
+    def of(
+        cls,
+        columns: Mapping[str, npt.NDArray[Any]],
+        embedding: torch.Tensor | None = None,
+        difficulty_name: str = DIFFICULTY,
+        options: Mapping[str, Any] | None = None,
+    ) -> SelectionLedger:
         """Makes the ledger of a selector, whose columns need no check.
 
         Args:
             columns: See the attribute; rows ascending by sample_id.
             embedding: [N, E], if redundant samples are still to be told from those below the budget.
+            difficulty_name: See the attribute.
+            options: See the attribute.
         """
         ledger = cls.__new__(cls)
-        ledger.fingerprints = {}
+        ledger.fingerprints, ledger.difficulty_name, ledger.options = {}, difficulty_name, dict(options or {})
         ledger.columns, ledger._table, ledger._embedding = dict(columns), None, embedding
         return ledger
 
@@ -202,7 +223,7 @@ class SelectionLedger:
         return {
             **state,
             "reason": self.columns["reason"].tolist(),
-            "fingerprints": dict(self.fingerprints),
+            **{name: getattr(self, name) for name in _SAID},
             _UNFINISHED: later,
         }
 
@@ -218,12 +239,12 @@ class SelectionLedger:
             InputError: If it is not a ledger.
         """
         columns = {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
-        fingerprints: Any = columns.pop("fingerprints", {})
+        said: dict[str, Any] = {name: columns.pop(name) for name in _SAID if name in columns}
         later = columns.pop(_UNFINISHED, False)
         table = pd.DataFrame(columns)
         for name in _MISSING.keys() & set(table.columns):
             table[name] = table[name].astype("Int64").where(table[name] != _MISSING[name])
-        ledger = cls(table, source="the saved ledger", fingerprints=fingerprints)
+        ledger = cls(table, source="the saved ledger", **said)
         if later:
             ledger._table, ledger._embedding = None, embedding
         return ledger
@@ -241,7 +262,7 @@ class SelectionLedger:
             InputError: If it cannot be written.
         """
         table = self.table.copy(deep=False)
-        table.attrs = {"fingerprints": self.fingerprints}
+        table.attrs = {name: getattr(self, name) for name in _SAID}
         return write_atomically(Path(path), lambda temporary: table.to_parquet(temporary, index=False))
 
     @classmethod
@@ -264,7 +285,7 @@ class SelectionLedger:
             table = pd.read_parquet(path)
         except (OSError, ValueError) as error:  # pyarrow's errors derive from these
             raise InputError(f"{path} is not a readable parquet file: copy it again or select again") from error
-        return cls(table, source=str(path), fingerprints=table.attrs.get("fingerprints"))
+        return cls(table, source=str(path), **{name: table.attrs[name] for name in _SAID if name in table.attrs})
 
 
 def _checked(table: pd.DataFrame, source: str) -> pd.DataFrame:

@@ -226,6 +226,16 @@ class Signals:
     def __len__(self) -> int:
         return len(self.sample_id)
 
+    def solve_chance(self) -> Tensor:
+        """Returns the probability that one rollout solves a sample: exact where known, else the share that did.
+
+        Returns:
+            [N] float64 in [0, 1], NaN where neither is known.
+        """
+        share, exact = self.solve_share, self.solve_probability
+        chance = torch.full((len(self),), torch.nan, dtype=torch.float64) if share is None else share
+        return chance if exact is None else exact.where(~exact.isnan(), chance)
+
     def take(self, rows: Tensor) -> Signals:
         """Takes the rows at these positions, in this order.
 

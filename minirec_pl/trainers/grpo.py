@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -13,18 +14,22 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from minirec_pl.data.loader import GENERATION, GenerationSchedule, in_hand
-from minirec_pl.grpo.buffer import Generation, RolloutBatch, figures_of, signals_of
+from minirec_pl.data.loader import GENERATION, REPEATED, GenerationSchedule, in_hand
+from minirec_pl.data.own_columns import OwnColumns
+from minirec_pl.grpo.buffer import Generation, RolloutBatch, figures_of, signals_of, take_rows, totals_of
 from minirec_pl.grpo.collector import RolloutCollector
+from minirec_pl.grpo.expected import Expectation
 from minirec_pl.grpo.loss import Baseline, ImportanceSamplingLevel, LossType, ScaleRewards
 from minirec_pl.grpo.objective import WASTED_GROUPS, Objective, WastedGroups
 from minirec_pl.grpo.reference import adapters_off, check_sync, frozen_copy, is_fresh_lora, mix_into
 from minirec_pl.grpo.sampler import RolloutSampler
-from minirec_pl.policy.interface import Policy, RolloutKind, RolloutOptions
-from minirec_pl.rewards.calls import Rewarder, RewardFunction, checked_rewards
+from minirec_pl.policy.interface import WITHOUT_ROLLOUTS, Policy, RolloutKind, RolloutOptions
+from minirec_pl.rewards.calls import Rewarder, RewardFunction, asked_for, check_columns, checked_rewards
+from minirec_pl.rewards.hit_or_miss import check_hit_values, hit_values
 from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace
 from minirec_pl.selection.probes.trajectory import Trajectory
 from minirec_pl.selection.session.resume import position as batch_position
+from minirec_pl.selection.session.session import session_of
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.trainers.recommender import EVALUATION_K, RecModule
 from minirec_pl.utils.errors import InputError
@@ -40,6 +45,10 @@ class GRPORecModule(RecModule):
     update per rollout (the default) the ratio is 1 when the gradient is taken. Groups that the loss does not depend on
     are not trained on. A policy that reasons and ranks is trained by RecPO, see `minirec_pl.grpo.item_loss`.
 
+    Where the reward is a function of hit or miss and the policy knows the probability of its target exactly,
+    `rollouts="expected"` needs none: its gradient is the expectation of the sampled one, see
+    `minirec_pl.selection.group_moments`, at the price of one supervised step.
+
     Args:
         policy: the recommender, usually a warm start.
         rewards: reward functions, TRL's contract (see `minirec_pl.rewards.calls`); in YAML by dotted path. None takes
@@ -48,6 +57,10 @@ class GRPORecModule(RecModule):
         num_generations: G, rollouts per prompt, at least 2.
         rollouts: `sample` draws them; `beam` takes the items that a beam search of width G ends with (ReRe, arXiv
             2510.12211), for a GenerativePolicy. They say little of a mean reward, see `distinct_rollouts`.
+            `expected` draws none and takes the expectation of the gradient over all groups of `num_generations`, for a
+            GenerativePolicy and rewards of hit or miss (`minirec_pl.rewards.hit_or_miss`); `supervised` takes the
+            log-likelihood of the target instead, the rival of both. Item ids of unequal length take `expected` with
+            `loss_type: dr_grpo` only, and `beta` goes with ids of one token.
         temperature: divides the logits in sampling and in every other pass.
         top_k: sample among the k most likely tokens; None for all.
         top_p: sample among the smallest set of tokens with this mass; None for all.
@@ -67,8 +80,8 @@ class GRPORecModule(RecModule):
         loss_type: how token losses are averaged: `grpo`, `bnpo`, `dr_grpo` or `dapo`, see
             `minirec_pl.grpo.policy_loss`.
         importance_sampling_level: `token`, or `sequence` for one ratio per completion (GSPO).
-        scale_rewards: what divides the centred rewards: the standard deviation of the `group` or of the `batch`, or
-            `none`, see `minirec_pl.grpo.group_advantages`.
+        scale_rewards: what divides the centred rewards: the standard deviation of the `group` or of the `batch`, the
+            `mean` of the group (MaxRL), or `none`, see `minirec_pl.grpo.group_advantages`.
         baseline: what is subtracted from a reward: the `mean` of the group, or of the others, `leave_one_out`.
         num_iterations: how often each rollout is trained on.
         steps_per_generation: training batches that rollouts are made for at once, a multiple of the Trainer's
@@ -153,6 +166,7 @@ class GRPORecModule(RecModule):
                 f"reward_weights has {len(reward_weights)} numbers for {len(self.rewards)} rewards: give one each"
             )
         self.reward_weights = reward_weights
+        self.own_columns = OwnColumns()
         self.num_generations = num_generations
         self.rollouts = rollouts
         self.temperature = temperature
@@ -172,6 +186,7 @@ class GRPORecModule(RecModule):
         self.ref_model_mixup_alpha = ref_model_mixup_alpha
         self.scoring_generations = scoring_generations
         policy.check_options(self.rollout_options, self.rewards)
+        self.expectation = self._expectation() if rollouts in WITHOUT_ROLLOUTS else None
         self.rollout_seed = torch.initial_seed()
         self.rollout_step = 0
         self.reference: Policy | None = None
@@ -181,17 +196,54 @@ class GRPORecModule(RecModule):
         self._generated_at = (-1, -1)
 
     @property
+    def reward_arguments(self) -> frozenset[str]:
+        """What the rewards ask for by name; the DataModule keeps those of its columns."""
+        return asked_for(self.rewards)
+
+    def use_columns(self, own: OwnColumns) -> None:
+        """Takes the columns of the data that rewards ask for.
+
+        Raises:
+            InputError: if a reward asks for a column that there is not.
+        """
+        check_columns(self.rewards, own)
+        self.own_columns = own
+
+    @property
     def rollout_options(self) -> RolloutOptions:
         """How groups of rollouts are drawn."""
         names = [field.name for field in fields(RolloutOptions) if field.name != "preference_pairs"]
         options = {name: getattr(self, name) for name in names}
         return RolloutOptions(**options, preference_pairs=self.wasted_groups == "preference_pairs")
 
+    def _expectation(self) -> Expectation:
+        check_without_rollouts(self.rollouts, self.num_iterations, self.steps_per_generation, self.wasted_groups)
+        return Expectation(
+            self.num_generations,
+            self.objective.scale_rewards,
+            self.objective.baseline,
+            hit_values(self.rewards, self.reward_weights),
+            self.objective.beta,
+            self.objective.use_bias_correction_kl,
+            likelihood=self.rollouts == "supervised",
+        )
+
+    @property
+    def rewarder(self) -> Rewarder:
+        """Calls the rewards."""
+        return Rewarder(self.rewards, self.reward_weights, self.item_ids, self.own_columns, self._warn)
+
     @property
     def sampler(self) -> RolloutSampler:
         """Draws and rewards groups of rollouts, with the options as they are now."""
-        rewarder = Rewarder(self.rewards, self.reward_weights, self.item_ids)
-        return RolloutSampler(self.policy, self.rollout_options, rewarder, self.objective, self.cost, self.trajectory)
+        options = self.rollout_options
+        return RolloutSampler(self.policy, options, self.rewarder, self.objective, self.cost, self.trajectory)
+
+    def _warn(self, text: str) -> None:
+        if self._trainer is None:
+            warnings.warn(text, stacklevel=3)
+        else:
+            session_of(self.trainer).warn_once(self.trainer, text, text)
 
     @property
     def generation_schedule(self) -> GenerationSchedule:
@@ -202,6 +254,7 @@ class GRPORecModule(RecModule):
     def setup(self, stage: str) -> None:
         """Checks what depends on the Trainer."""
         if stage == "fit":
+            self.use_columns(getattr(getattr(self.trainer, "datamodule", None), "own_columns", self.own_columns))
             check_schedule(self.num_iterations, self.steps_per_generation, self.trainer.accumulate_grad_batches)
             if self.distinct_rollouts or self.rollouts == "beam":
                 check_selectors(self.trainer.callbacks)  # type: ignore[attr-defined]
@@ -209,6 +262,8 @@ class GRPORecModule(RecModule):
     def configure_model(self) -> None:
         """Binds the policy; with `beta` above 0 keeps a frozen copy, unless a new adapter can be switched off."""
         super().configure_model()
+        if self.expectation is not None:
+            check_ids(self.rollouts, self.policy, self.rollout_options, self.objective)
         if self.objective.beta > 0 and self.reference is None and not self._adapter_is_new:
             self._adapter_is_new = is_fresh_lora(self.policy) and not self.sync_ref_model
             self.reference = None if self._adapter_is_new else frozen_copy(self.policy)
@@ -241,15 +296,32 @@ class GRPORecModule(RecModule):
         if self.generation is not None:
             self.generation.to(self.device)
 
+    def weights_replaced(self) -> None:
+        """Starts the trajectory anew and encodes the items again; for weights that are set once samples were scored."""
+        self.trajectory.start.clear()
+        self.cost.add("scoring", forward=self.policy.refresh_items())
+
     def _generator(self) -> torch.Generator:
         """Random numbers of a generation, which depend on (seed, rank, generations so far) alone."""
         words = np.random.SeedSequence([self.rollout_seed, self.global_rank, self.rollout_step])
         return torch.Generator(device=self.device).manual_seed(int(words.generate_state(1, np.uint64)[0]) & (2**63 - 1))
 
-    def _reference_logps(self, rollouts: RolloutBatch) -> Tensor:
+    @contextmanager
+    def _as_reference(self) -> Iterator[Policy]:
         policy = self.policy if self.reference is None else self.reference
         with evaluation_mode(policy), adapters_off(policy) if self._adapter_is_new else nullcontext():
+            yield policy
+
+    def _reference_logps(self, rollouts: RolloutBatch) -> Tensor:
+        with self._as_reference() as policy:
             return self.sampler.reference_logps(policy, rollouts)
+
+    def _reference_distribution(self, batch: Mapping[str, Tensor]) -> Tensor:
+        with self._as_reference() as policy:
+            passed = policy.target_pass(batch, self.temperature)
+        self.cost.add("training", forward=passed.tokens)
+        assert passed.distribution is not None
+        return passed.distribution
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
         """One forward pass of the objective; the first of a generation makes its rollouts.
@@ -265,7 +337,8 @@ class GRPORecModule(RecModule):
             check_single(self.generation_schedule)
         place = batch.get(GENERATION, {"position": 0, "positions": 1, "batches": [batch]})
         if place["position"] == 0:
-            signals = self._generate(place["batches"], place["positions"])
+            begin = self._generate if self.expectation is None else self._count_groups
+            signals = begin(place["batches"], place["positions"])
             output |= {} if signals is None else {"signals": signals}
         generation, position = self.generation, place["position"]
         if generation is None or not position - 1 <= generation.position <= position:
@@ -275,8 +348,10 @@ class GRPORecModule(RecModule):
             )
         generation.position = position
         accumulate = self.trainer.accumulate_grad_batches
-        rollouts = generation.at(position)
         shares = generation.totals[position // accumulate] / (accumulate * self.trainer.world_size)
+        if self.expectation is not None:
+            return self._expected_step(self.expectation, batch, shares[2])
+        rollouts = generation.at(position)
         update = self.objective.update(self.policy, rollouts, shares, self.temperature)
         self.cost.add("training", forward=update.tokens, backward=update.tokens)
         values = {
@@ -289,6 +364,36 @@ class GRPORecModule(RecModule):
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=len(rollouts))
         first_time = position < len(generation.batches)
         return {**output, "loss": update.loss, "trained": rollouts.batch["sample_id"][: None if first_time else 0]}
+
+    def _expected_step(self, expectation: Expectation, batch: Mapping[str, Any], groups: Tensor) -> dict[str, Any]:
+        own = without_repeats(batch)
+        update = expectation.update(self.policy, self._reference_distribution, own, groups, self.temperature)
+        self.cost.add("training", forward=update.tokens, backward=update.tokens)
+        ids = own["sample_id"]
+        if not len(ids):
+            return {"loss": update.loss, "trained": ids}
+        self.log_dict(update.figures, on_step=True, on_epoch=False, batch_size=len(ids))
+        reward = update.figures["reward"]
+        self.log("train/reward", reward, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(ids))
+        signals = SampleSignals(ids, solve_probability=update.solve_probability)
+        return {"loss": update.loss, "trained": ids, "signals": signals}
+
+    def _count_groups(self, batches: Sequence[Mapping[str, Any]], positions: int) -> None:
+        """Finds what the losses of an optimizer step are averaged over, before the first of them."""
+        accumulate = self.trainer.accumulate_grad_batches
+        check_schedule(self.num_iterations, self.generation_schedule.steps, accumulate)
+        if self.rollout_step == 0:
+            check_hit_values(self.rewarder, batches[0])
+        sizes = [len(without_repeats(batch)["sample_id"]) for batch in batches]
+        totals = totals_of(
+            [(size * self.policy.rollout_length(self.rollout_options), size, size) for size in sizes],
+            positions,
+            accumulate,
+        )
+        if self.trainer.world_size > 1:
+            totals = self._sum_over_ranks(totals)
+        self.generation = Generation([], positions, totals)
+        self.rollout_step, self._generated_at = self.rollout_step + 1, batch_position(self.trainer)
 
     def _generate(self, batches: Sequence[Mapping[str, Tensor]], positions: int) -> SampleSignals | None:
         accumulate = self.trainer.accumulate_grad_batches
@@ -380,6 +485,53 @@ def check_schedule(num_iterations: int, steps_per_generation: int | None, accumu
             f"steps_per_generation is {steps_per_generation} and trainer.accumulate_grad_batches {accumulate}: "
             "rollouts are made for whole optimizer steps, so give a multiple, or null"
         )
+
+
+def check_without_rollouts(
+    rollouts: str, num_iterations: int, steps_per_generation: int | None, wasted_groups: str
+) -> None:
+    """Refuses options that are about rollouts where none are drawn.
+
+    Raises:
+        InputError: naming the option.
+    """
+    for name, value, usual in (
+        ("num_iterations", num_iterations, 1),
+        ("steps_per_generation", steps_per_generation or 1, 1),
+        ("wasted_groups", wasted_groups, "keep"),
+    ):
+        if value != usual:
+            kept = "null" if name == "steps_per_generation" else usual
+            raise InputError(
+                f"{name} is {value} and rollouts='{rollouts}' draws none, so that every step is on policy and no group "
+                f"is wasted: set {name} to {kept}, or rollouts to sample"
+            )
+
+
+def check_ids(rollouts: str, policy: Policy, options: RolloutOptions, objective: Objective) -> None:
+    """Refuses item ids for which the expectation of the objective is not known.
+
+    Raises:
+        InputError: naming the option.
+    """
+    several = policy.rollout_length(options) > 1
+    if several and objective.beta > 0:
+        raise InputError(
+            f"beta is {objective.beta} and rollouts='{rollouts}' knows the KL divergence of ids of one token only: set "
+            "beta to 0, or rollouts to sample"
+        )
+    if rollouts == "expected" and not policy.equal_lengths and objective.loss_type != "dr_grpo":
+        raise InputError(
+            f"the item ids have unequal lengths, for which loss_type='{objective.loss_type}' has another expectation: "
+            "set loss_type to dr_grpo, or rollouts to sample"
+        )
+
+
+def without_repeats(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The samples of a batch but for one that is there to make the ranks equal."""
+    repeated = batch.get(REPEATED)
+    rows = torch.arange(len(batch["sample_id"]), device=batch["sample_id"].device)
+    return take_rows(batch, rows if repeated is None else rows[~repeated])
 
 
 def check_single(schedule: GenerationSchedule) -> None:

@@ -51,13 +51,15 @@ class RecModule(LightningModule):
         predict_k: length of the lists of `predict`, at least 1.
 
     Attributes:
-        test_ranks: int64 [n, 2], sample_id and rank of the target of each sample of the last test.
+        val_ranks: int64 [n, 2], sample_id and rank of the target of each sample of the last validation.
+        test_ranks: int64 [n, 2], of the last test.
         mask_seen: leave what the user knows out of the lists of `predict`.
         candidates: bool [n_items], what may be in the lists of `predict`; None for all items.
         keep_reasoning: let `predict` return the text that a recommendation rests on.
     """
 
     training_phase: Phase
+    val_ranks: Tensor
     test_ranks: Tensor
 
     def __init__(
@@ -138,21 +140,25 @@ class RecModule(LightningModule):
         for rows in torch.split(torch.arange(len(batch["sample_id"]), device=batch["sample_id"].device), size):
             yield take_rows(batch, rows)
 
-    def _log_evaluation(self, stage: str) -> None:
+    def _log_evaluation(self, stage: str) -> Tensor:
+        """Logs the figures of a part and returns the rank of each sample."""
         values = {**self.metrics.compute(), f"coverage@{EVALUATION_K}": self.coverage.compute()}
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, prog_bar=stage == "val")
+        ranks: Tensor = self.sample_ranks.compute().cpu()
         # States made in inference mode could not be updated by a later fit, which validates without it.
         with torch.inference_mode(False):
             self.metrics.reset()
             self.coverage.reset()
+            self.sample_ranks.reset()
+        return ranks
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Ranks the whole catalogue for each sample."""
-        self._evaluate(batch)
+        self.sample_ranks.update(self._evaluate(batch), batch["sample_id"])
 
     def on_validation_epoch_end(self) -> None:
-        """Logs `val/ndcg@10`, `val/hit_rate@10`, `val/mrr` and `val/coverage@10`."""
-        self._log_evaluation("val")
+        """Logs `val/ndcg@10`, `val/hit_rate@10`, `val/mrr` and `val/coverage@10`, and keeps `val_ranks`."""
+        self.val_ranks = self._log_evaluation("val")
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Ranks the whole catalogue for each sample."""
@@ -160,10 +166,7 @@ class RecModule(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Logs the same metrics as validation, with the prefix `test/`, and keeps `test_ranks`."""
-        self._log_evaluation("test")
-        self.test_ranks = self.sample_ranks.compute().cpu()
-        with torch.inference_mode(False):
-            self.sample_ranks.reset()
+        self.test_ranks = self._log_evaluation("test")
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """The best `predict_k` items of each sample, see `mask_seen` and `candidates`.

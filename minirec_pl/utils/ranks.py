@@ -34,6 +34,11 @@ def gather_rows(rows: Tensor, device: torch.device) -> list[Tensor]:
     return [part.cpu() for part in gather_all_tensors(rows.to(device))]
 
 
+def on_any(flag: bool, device: torch.device) -> bool:
+    """Tells every rank whether the flag is set on any; every rank must call this at the same time."""
+    return flag if world()[0] == 1 else bool(torch.cat(gather_rows(torch.tensor([flag]), device)).any())
+
+
 def gather_states(state: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
     """Gathers what each rank holds, in the order of the ranks; every rank must call this at the same time.
 

@@ -6,11 +6,13 @@ import sys
 import grpo_models
 import grpo_sides
 import grpo_step
+import item_sides
 import pytest
 import torch
 from grpo_models import PeakMemory, prompts, rewards_of
 from grpo_report import write_report
 from grpo_sides import Work
+from item_sides import ITEM_SIDES, ItemWork
 from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
@@ -105,3 +107,46 @@ def test_the_command_writes_the_figures(tmp_path, monkeypatch):
     assert found["completions_per_second"] == {"ours": round(32 / 3, 3), "trl": round(32 / 15, 3)}
     assert found["peak_mb"] == {"ours": 30.0, "trl": 30.0}
     assert found["ours_seconds_by_phase"] == {"prefill": 1.5}
+
+
+@pytest.fixture
+def few_items(monkeypatch):
+    monkeypatch.setattr(item_sides, "N_ITEMS", 40)
+    monkeypatch.setattr(item_sides, "CODES", 3)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setattr(item_sides, "SIZES", sizes)
+
+
+@pytest.mark.parametrize("side", ["expected", "supervised", "sample", pytest.param("trl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("id_tokens", [1, 4])
+def test_generators_of_items_are_trained_by_every_side(few_items, side, id_tokens):
+    work = ItemWork(side, id_tokens, prompts=4, generations=4, steps=1)
+    assert side in ITEM_SIDES
+    if side == "trl":
+        pytest.importorskip("trl")
+    steps = list(item_sides.trl(work) if side == "trl" else item_sides.ours(work))
+    assert len(steps) == 2
+    assert all(seconds > 0 for seconds, *_ in steps)
+    assert [mixed is None for *_, mixed in steps] == [side != "sample"] * 2
+
+
+def test_both_kinds_of_ids_are_a_catalogue(few_items):
+    for id_tokens in (1, 4):
+        ids = item_sides.item_tokens(ItemWork("expected", id_tokens))
+        assert ids.shape == (40, id_tokens)
+        assert len(ids.unique(dim=0)) == 40
+
+
+def test_the_report_of_items_has_a_row_for_each_side(tmp_path):
+    machine = {"processor": "P", "cores": 2, "load_before": 0.1, "torch": "1", "transformers": "2", "trl": "3"}
+    found = {
+        "prompts_per_second": {"expected": 30.0, "supervised": 33.0, "sample": 10.0, "trl": 1.0},
+        "peak_mb": dict.fromkeys(ITEM_SIDES, 10.0),
+        "mixed_groups": 0.4,
+        "shape": {"prompts": 32, "generations": 16},
+    }
+    (tmp_path / "grpo_step_items.json").write_text(json.dumps({"machine": machine, "shapes": {"4 tokens": found}}))
+    write_report(tmp_path)
+    text = (tmp_path / "grpo_step.md").read_text()
+    assert "| 4 tokens | `sample` | 10.0 | 3.00 | 10 |" in text
+    assert "| 4 tokens | TRL | 1.0 | 30.00 | 10 |" in text

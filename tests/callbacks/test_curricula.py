@@ -151,7 +151,7 @@ def test_the_last_plan_is_drawn(fit, cls, tmp_path):
 def test_moving_target_without_training_rewards_is_refused(toy_data, tiny_policy, make_trainer):
     parts = [RescoreSamples(), SelectSamples(20, RandomSelector()), MovingTargetCurriculum()]
     module = GRPORecModule(tiny_policy(), num_generations=4, scoring_generations=0)
-    with pytest.raises(InputError, match=r"epoch 0 met none: add the callback RewardHistory\(\)"):
+    with pytest.raises(InputError, match=r"epoch 1 met none: add the callback RewardHistory\(\)"):
         make_trainer(callbacks=parts).fit(module, toy_data())
 
 

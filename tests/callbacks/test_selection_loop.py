@@ -385,7 +385,7 @@ def test_a_gate_that_nothing_passes_any_more_keeps_the_last_selection(make_train
 
     watch = Watch()
     module = Solved(CurriculumSampler(range(40)))
-    with pytest.warns(UserWarning, match="epoch 1 keeps the selection of the epoch before: none of 40"):
+    with pytest.warns(UserWarning, match="epoch 2 keeps the selection of the epoch before: none of 40"):
         make_trainer(callbacks=[MiniRec(10, rescore_fraction=1.0), watch]).fit(module)
     assert sorted(watch.ids[0]) == sorted(watch.ids[1])
 

@@ -49,7 +49,7 @@ FAULTS = {
     "one rollout": (["--model.num_generations=1"], ("options: ", "num_generations is 1", "at least 2")),
     "reset": (["--warm_start={epochs: 0}"], ("warm_start.epochs is 0",)),
     "budget": (["--selection.budget=100000"], ("budget is 100000 samples but the pool has",)),
-    "positions": (["--data.history_window=200"], ("positions: ", "lower data.history_window")),
+    "positions": (["--data.history_window=200"], ("positions: ", "lower --data.history_window")),
     "history window": (["--data.history_window=0"], ("history_window=0",)),
 }
 
@@ -99,7 +99,7 @@ def test_prompts_are_those_of_the_fit_and_their_date_is_said(command, tmp_path):
     preflight.run()
     (said,) = (finding for finding in preflight.findings if finding.what == "prompt date")
     assert said.level == "ok"
-    assert "1987-10-09 (prompt.date)" in said.text
+    assert "1987-10-09 (--model.policy.prompt.date)" in said.text
     text, tokenizer = preflight.prompts.text, AutoTokenizer.from_pretrained(folder)
     assert text.startswith("09 Oct 1987<|im_start|>")
     place = text.index("assistant\n") + len("assistant\n")

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import yaml
 from helpers.own_tables import item_frame, log_frame, sequence_frame
+from helpers.tiny_config import TINY
 
 from minirec_pl.cli.describe import facts_of, history_text, token_facts
 from minirec_pl.cli.main import main
@@ -55,9 +56,9 @@ def test_figures_equal_plain_counts(files):
         f"{sum(n > 7 for n in lengths)} "
     )
     missing = facts["not served, dropped or fixed"]
-    assert missing["interactions with an item that is not in the item table: dropped"] == "1"
-    assert missing["items without a title: the id stands in"] == "1"
-    assert missing["ratings that are missing: kept as unknown"] == "2"
+    assert missing["log.csv: interactions with an item that is not in the item table: dropped"] == "1"
+    assert missing["items.csv: items without a title: the id stands in"] == "1"
+    assert missing["log.csv: ratings that are missing: kept as unknown"] == "2"
     assert len(order) == len(log)
 
 
@@ -150,3 +151,32 @@ def test_bad_calls_are_one_sentence(files, capsys, tmp_path):
     path = str(config(folder, {**source, "init_args": good}))
     assert main(["data", "describe", "--config", path, "--tokenizer", str(tmp_path)]) == 2
     assert "no tokenizer in" in capsys.readouterr().err
+
+
+def test_what_was_dropped_is_printed_once_by_describe_and_by_a_fit(tmp_path, capsys):
+    log = pd.concat([log_frame(n=300), pd.DataFrame({"user_id": ["None"], "item_id": ["i1"], "timestamp": [5]})])
+    log.to_csv(tmp_path / "log.csv", index=False, sep=";")
+    (tmp_path / "items.csv").write_text(
+        "item_id|title\n" + "".join(f"{i}|Thing\n" for i in log["item_id"].unique()) + "|x\n"
+    )
+    source = {
+        "class_path": "minirec_pl.data.sources.InteractionTable",
+        "init_args": {"interactions": str(tmp_path / "log.csv"), "items": str(tmp_path / "items.csv")},
+    }
+    path = config(tmp_path, source, batch_size=8, warm_fraction=0.3)
+    assert main(["data", "describe", "--config", str(path)]) == 0
+    printed = capsys.readouterr().out
+    for what in ("log.csv: rows without user_id: dropped", "items.csv: rows without item_id: dropped"):
+        assert printed.count(what) == 1
+    model = {"policy": {"class_path": "minirec_pl.policy.GenerativePolicy", "init_args": {"config": TINY}}}
+    content = yaml.safe_load(path.read_text())
+    content["model"] = {"class_path": "minirec_pl.GRPORecModule", "init_args": model}
+    content["trainer"] = {"max_steps": 1, "logger": False, "limit_val_batches": 0, "accelerator": "cpu"}
+    path.write_text(yaml.safe_dump(content))
+    root = f"--trainer.default_root_dir={tmp_path / 'runs'}"
+    assert main(["fit", "--config", str(path), root]) == 0
+    printed = capsys.readouterr().out
+    for what in ("data: log.csv: rows without user_id: dropped 1", "data: items.csv: rows without item_id: dropped 1"):
+        assert printed.count(what) == 1
+    assert main(["fit", "--config", str(path), root, "--data.source.on_missing=error"]) == 2
+    assert "log.csv, line 302, column user_id: the id is missing ('None'): give it" in capsys.readouterr().err

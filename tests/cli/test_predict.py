@@ -1,5 +1,6 @@
 """`minirec predict`: whom it serves, what it may recommend, and how it goes on after an interruption."""
 
+import json
 import os
 import signal
 
@@ -11,8 +12,11 @@ from helpers.slow import slow
 
 from minirec_pl import GRPORecModule
 from minirec_pl.cli.main import main
+from minirec_pl.cli.predict import read_candidates, read_history
 from minirec_pl.data.datamodule import RecDataModule
+from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy import GenerativePolicy
+from minirec_pl.utils.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,68 @@ def test_users_unknown_to_training_are_served_from_a_log(checkpoint, policy, dat
     assert "2 of 21 history items are not in the catalogue: dropped" in out
     assert "1 of 4 users have no history item left: dropped" in out
     check_lists(pd.read_parquet(tmp_path / "top.parquet"), HISTORY, policy, data)
+
+
+FOREIGN = {"user_id": "customer", "item_id": "sku", "timestamp": "bought_at"}
+
+
+@pytest.mark.parametrize(
+    ("separator", "encoding", "options"),
+    [
+        (";", "utf-16", []),
+        slow("^", "cp1252", ["--history_separator=^", "--history_encoding=cp1252"]),
+    ],
+)
+def test_a_history_file_has_columns_separators_and_encodings_of_its_own(
+    separator, encoding, options, checkpoint, policy, data, tmp_path, capsys
+):
+    users = {"Zoë": HISTORY["new"], "7": HISTORY["7"], "long": HISTORY["long"]}
+    frame = pd.read_csv(write_log(tmp_path / "plain.csv", users), dtype=str)
+    lacking = pd.DataFrame(
+        {"user_id": ["None", "Zoë", "ghost"], "item_id": ["i3", "nan", "i3"], "timestamp": ["1", "2", "NULL"]}
+    )
+    frame = pd.concat([frame, lacking]).rename(columns=FOREIGN)
+    (tmp_path / "log.csv").write_bytes(frame.to_csv(index=False, sep=separator).encode(encoding))
+    options += ["--history", str(tmp_path / "log.csv")]
+    assert predict(checkpoint, tmp_path / "top.parquet", *options) == 2
+    said = sentence(capsys)
+    assert "no column 'user_id' among customer, sku, bought_at" in said
+    assert "say which one it is with --history_columns '{user_id: NAME}'" in said
+    options += ["--history_columns={user_id: customer, item_id: sku, timestamp: bought_at}"]
+    assert predict(checkpoint, tmp_path / "top.parquet", *options) == 0
+    out = capsys.readouterr().out
+    for name in ("user_id", "item_id", "timestamp"):
+        assert f"history: log.csv: rows without {name}: dropped 1" in out
+    check_lists(pd.read_parquet(tmp_path / "top.parquet"), users, policy, data)
+
+
+def test_json_lines_of_lists_leave_out_what_is_missing(checkpoint, policy, data, tmp_path, capsys):
+    rows = [{"user_id": user, "history_item_id": [*items, None, "NULL"]} for user, items in HISTORY.items()]
+    rows.append({"user_id": "nan", "history_item_id": ["i1"]})
+    (tmp_path / "lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert predict(checkpoint, tmp_path / "top.parquet", "--history", str(tmp_path / "lists.jsonl")) == 0
+    out = capsys.readouterr().out
+    assert "history: lists.jsonl: rows without user_id: dropped 1" in out
+    assert "history: lists.jsonl: history items without an id: dropped 6" in out
+    check_lists(pd.read_parquet(tmp_path / "top.parquet"), HISTORY, policy, data)
+
+
+def test_a_history_file_may_have_the_columns_of_the_training_data(tmp_path):
+    catalogue = Catalogue(["1", "2", "3"])
+    columns = {"user_id": "customer", "item_id": "sku", "timestamp": "bought_at", "rating": "stars"}
+    (tmp_path / "log.csv").write_text("customer|sku|bought_at\nann|2.0|20\nann|1|10\nbob|3|5\n")
+    for given, likely in ((None, columns), (dict(list(columns.items())[:3]), {})):
+        requests = read_history(tmp_path / "log.csv", catalogue, given, likely=likely)
+        assert requests.table.user_ids == ["ann", "bob"]
+        assert [requests.table.history(i).tolist() for i in range(2)] == [[0, 1], [2]]
+    (tmp_path / "log.csv").write_text("user_id|item_id|timestamp\nann|2|20\n")
+    assert read_history(tmp_path / "log.csv", catalogue, None, likely=columns).table.user_ids == ["ann"]
+    with pytest.raises(
+        InputError, match=r"no column 'stars' \(for rating\) among .*: fix the name in --history_columns"
+    ):
+        read_history(tmp_path / "log.csv", catalogue, {"rating": "stars"})
+    (tmp_path / "items.csv").write_text("sku;name\n3;c\n\n1;a\nNone;b\n")
+    assert read_candidates(tmp_path / "items.csv", catalogue, columns).tolist() == [True, False, True]
 
 
 def test_users_are_served_from_lists(checkpoint, policy, data, tmp_path):

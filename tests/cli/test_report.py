@@ -144,12 +144,11 @@ def test_headline_numbers_are_those_of_the_results(runs, pages):
     picked, full, warm = (results[name] for name in ("picked", "full", "warm"))
     stages = [[*with_errors(row), *spent(row)] for row in full["stages"][:-1]]
     last = [*with_errors(full["stages"][-1]), full["samples_per_epoch"], *spent(full["stages"][-1])]
-    validation = [warm["validation"][name] for name in ("hit_rate@10", "ndcg@10")]
     assert rows == [
         [*with_errors(tested), picked["samples_per_epoch"], *spent(picked)],
         *stages,
         last,
-        [*validation, warm["samples_per_epoch"], *spent(warm)],
+        [*with_errors(warm["validation"]), warm["samples_per_epoch"], *spent(warm)],
     ]
 
 
@@ -239,6 +238,31 @@ def test_the_folder_of_runs_stands_for_the_latest(runs):
     assert [run.name for run in of_root[1]] == ["report-picked/version_0"]
 
 
+def test_runs_are_named_by_their_real_folder_and_method(runs, tmp_path):
+    links = [tmp_path / name / "latest" for name in ("picked", "full", "warm")]
+    for link in links:
+        link.parent.mkdir()
+        link.symlink_to(runs[link.parent.name])
+    make(*links, "--to", tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    named = {
+        "report-picked/version_0": "GRPO on picks of MiniRec",
+        "report-full/version_0": "GRPO on the whole pool",
+        "warm/version_0": "warm start",
+    }
+    assert ", ".join(f"{name} ({method})" for name, method in named.items()) in page.text("")
+    assert "latest" not in page.text("") + page.text("headline")
+    for name, method in named.items():
+        assert f"{name} {method} {runs['picked'].parents[1]}" in page.text("headline")
+
+
+def test_easy_and_hard_picks_are_named_by_what_was_measured(pages):
+    text = Page(pages).text("samples")
+    for words in ("The easiest picks: those of the highest ", "The hardest picks: those of the lowest "):
+        assert re.search(rf"{words}(mean reward|solve probability of a group of \d+) ", text)
+    assert "(higher is easier)" in text
+
+
 def test_equal_names_become_paths(runs, tmp_path):
     for place in ("a", "b"):
         shutil.copytree(runs["warm"], tmp_path / place / "x" / "version_0")
@@ -324,7 +348,8 @@ def test_evaluations_end_with_the_results(runs):
         assert last["seconds"] <= sum(results["seconds"].values()) + 1e-2
         assert last["ndcg@10"] == pytest.approx(results["validation"]["ndcg@10"])
         assert (np.diff(table[["rollouts", "tokens", "seconds"]], axis=0) >= 0).all()
-        assert table["epoch"].tolist() == list(range(len(table)))
+        assert table["epoch"].tolist() == list(range(1, len(table) + 1))
+        assert last["ndcg@10_se_users"] == results["validation"]["ndcg@10_se_users"] > 0
 
 
 def test_the_plan_orders_the_picks_from_easy_to_hard(runs):
@@ -337,4 +362,5 @@ def test_the_plan_orders_the_picks_from_easy_to_hard(runs):
     assert plan["fold"].max() + 1 == config["selection"]["init_args"]["curriculum"]["init_args"]["n_folds"]
     for _, fold in plan.groupby("fold"):
         assert fold["easiness"].is_monotonic_decreasing
-    assert set(plan["epoch"]) == {1}
+    assert set(plan["epoch"]) == {2}
+    assert set(plan["measure"]) == {"solve probability"}

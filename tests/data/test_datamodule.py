@@ -148,6 +148,7 @@ def test_hyperparameters_are_primitives_and_datasets_pickle(toy):
         "val_samples": None,
         "test_samples": None,
         "window": None,
+        "whole_sequences": False,
     }
     dataset = copy.deepcopy(data.train_dataloader().dataset)
     assert dataset.__getitems__([data.pool_ids[0]])["sample_id"].item() == data.pool_ids[0]

@@ -1,5 +1,4 @@
 import numpy as np
-import pandas as pd
 import pytest
 from helpers.toy_data import known_before, random_rows
 from hypothesis import given, settings
@@ -16,8 +15,7 @@ ROWS = st.lists(
 def table_of(rows, item_ids=None):
     users, items, times = zip(*rows, strict=True)
     catalogue = Catalogue(item_ids or sorted(set(items)))
-    frame = pd.DataFrame({"user_id": list(users), "item_id": list(items), "timestamp": [float(time) for time in times]})
-    return SampleTable.from_interactions(frame, catalogue), catalogue
+    return SampleTable(list(users), catalogue.indices_of(items), [float(t) for t in times], len(catalogue)), catalogue
 
 
 @settings(max_examples=80, deadline=None)
@@ -42,12 +40,6 @@ def test_every_answer_equals_the_plain_loop(rows, window):
 def test_ties_keep_the_order_of_the_source():
     table, catalogue = table_of([("u", "c", 5), ("v", "a", 5), ("u", "b", 5), ("u", "d", 4)])
     assert [catalogue.item_ids[item] for item in table.item] == ["d", "c", "a", "b"]
-
-
-def test_item_outside_the_catalogue_is_named_with_file_line_and_id():
-    frame = pd.DataFrame({"user_id": ["u", "u"], "item_id": ["1", "9"], "timestamp": [1.0, 2.0]})
-    with pytest.raises(InputError, match=r"^here\.inter, line 3: the item '9' is not in the item file"):
-        SampleTable.from_interactions(frame, Catalogue(["1"]), source="here.inter")
 
 
 def test_table_without_rows():

@@ -33,7 +33,7 @@ LIMITS = {
     "selection.probes.gradients": {"_OWN_VECTORS": (1, 60, 5 * 2**19), "_LOGITS": (1, 30, 2**24)},
     "policy.target_signals": {"_TOKENS": (12, 30, 1024), "_VALUES": (1, 2**26)},
     "selection.representativeness": {"_BLOCK": (1, 9, 2**18)},
-    "selection.selectors.score_based": {"_ROWS": (1, 4, 16_384)},
+    "selection.selectors.picks": {"_ROWS": (1, 4, 16_384)},
     "selection.signals": {"_ROWS": (1, 4, 65_536)},
     "selection.maxmin.unit_rows": {"_BLOCK": (1, 40, 2**22)},
     "selection.maxmin.lazy": {"_CANDIDATES": (1, 40, 2**20)},

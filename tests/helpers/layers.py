@@ -18,8 +18,8 @@ FLOORS = (  # from the top; rooms of one floor do not import each other
     {"reporting", "trainers"},
     {"grpo", "metrics"},
     {"policy", "selection.session"},
-    {"policy.language_models", "selection.probes", "selection.selectors"},
-    {"data", "rewards", "selection"},
+    {"policy.language_models", "rewards", "selection.probes", "selection.selectors"},
+    {"data", "selection"},
     {"utils"},
 )
 PARTS = {"selection.maxmin": "selection", "data.sources": "data"}  # folders that belong to the room around them

@@ -191,9 +191,12 @@ def test_a_tokenizer_without_a_chat_template():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"user": "What next?"}, r"neither prompt.user nor prompt.answer has the history: put \{history\}"),
-        ({"user": "{{history}}"}, "neither prompt.user"),
-        ({"answer": "{history}"}, "both prompt.user and prompt.answer hold the history"),
+        (
+            {"user": "What next?"},
+            r"neither --model.policy.prompt.user nor --model.policy.prompt.answer has the history: put \{history\}",
+        ),
+        ({"user": "{{history}}"}, "neither --model.policy.prompt.user"),
+        ({"answer": "{history}"}, "both --model.policy.prompt.user and --model.policy.prompt.answer hold the history"),
         ({"user": "{history} {name}"}, r"prompt.user has the placeholder \{name\}: it takes \{history\}"),
         ({"item": "{title.__class__}"}, r"placeholder \{title.__class__\}"),
         ({"item": "{}"}, r"placeholder \{\}: it takes \{number\}, \{title\}, \{text\}, \{id\}"),

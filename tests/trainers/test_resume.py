@@ -72,6 +72,7 @@ def generative(kind):
         num_generations=4,
         num_iterations=2 if kind == "iterations" else 1,
         steps_per_generation=4 if kind == "generations" else None,
+        rollouts="expected" if kind == "expected" else "sample",
         optimizer=optimizer,
         lr_scheduler=scheduler,
     )
@@ -100,6 +101,8 @@ def retrieval(folder, kind):
 class PersistentData(RecDataModule):
     """Workers that stay, and seeds drawn from torch's global generator."""
 
+    persistent = 2
+
     def train_dataloader(self):
         made = super().train_dataloader()
         loader = ResumableLoader(
@@ -107,12 +110,18 @@ class PersistentData(RecDataModule):
             batch_size=made.batch_size,
             sampler=made.sampler,
             collate_fn=made.collate_fn,
-            num_workers=2,
-            persistent_workers=True,
+            num_workers=self.persistent,
+            persistent_workers=self.persistent > 0,
         )
         for name in ("steps", "iterations", "progress", "batches_per_epoch"):
             setattr(loader, name, getattr(made, name))
         return loader
+
+
+class DrawingData(PersistentData):
+    """No workers, and seeds drawn from torch's global generator all the same."""
+
+    persistent = 0
 
 
 @pytest.fixture
@@ -176,9 +185,10 @@ PLACES = [  # batches 3 and 6 are followed by a validation; 8, 10 and 13 are ins
 ]
 
 
+@pytest.mark.parametrize("kind", ["grpo", "expected"])
 @pytest.mark.parametrize("place", PLACES)
-def test_places_without_a_selection(compare, place):
-    compare(lambda: generative("grpo"), place)
+def test_places_without_a_selection(compare, place, kind):
+    compare(lambda: generative(kind), place)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +203,7 @@ def test_places_without_a_selection(compare, place):
         ("on_validation_batch_end", 2),
     ],
 )
-@pytest.mark.parametrize("kind", ["grpo", "warm"])
+@pytest.mark.parametrize("kind", ["grpo", "warm", "expected"])
 def test_a_batch_that_is_broken_off_is_trained_on_once(compare, kind, hook, visit):
     data = {"train_on": "warm", "warm_batch_size": 1} if kind == "warm" else {}
     compare(lambda: generative(kind), (hook, visit), True, data=data)
@@ -234,7 +244,7 @@ def test_a_retrieval_policy(compare, folder, kind, place, fail, selection):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", [("on_train_batch_end", 3), ("on_train_batch_end", 9), ("on_train_epoch_end", 1)])
-@pytest.mark.parametrize("kind", [RecDataModule, PersistentData])
+@pytest.mark.parametrize("kind", [RecDataModule, PersistentData, DrawingData])
 def test_workers(compare, kind, place):
     data = {"num_workers": 2}
     compare(lambda: generative("grpo"), place, kind=kind, data=data, reload_dataloaders_every_n_epochs=0)

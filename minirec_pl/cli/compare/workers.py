@@ -66,6 +66,7 @@ class Workers:
         except KeyboardInterrupt:
             for child in multiprocessing.active_children():
                 child.terminate()
+            self._pool.shutdown(wait=True, cancel_futures=True)
             raise
         finally:
             for name, value in self._before.items():

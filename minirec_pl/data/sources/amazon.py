@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,14 +12,26 @@ import pandas as pd
 
 from minirec_pl.data.columns import Columns
 from minirec_pl.data.samples import BoolArray, IntArray, SampleTable
-from minirec_pl.data.sources.assemble import Faults, Samples, make_catalogue
-from minirec_pl.data.sources.tables import Table, clean_text, read_table
+from minirec_pl.data.sources.assemble import Faults, OnMissing, Samples, make_catalogue, whole_rows
+from minirec_pl.data.sources.files import read_json_lines, read_table
+from minirec_pl.data.sources.tables import Table, as_id, clean_text, numbers_of, unique_ids
 from minirec_pl.utils.errors import InputError
 
 REPOSITORY: Final = "McAuley-Lab/Amazon-Reviews-2023"
 HOME: Final = "https://amazon-reviews-2023.github.io"
 _ASIN: Final = "parent_asin"
-_REVIEW_FIELDS: Final = (Columns.USER_ID, _ASIN, Columns.RATING, Columns.TIMESTAMP)
+_IDS: Final = (Columns.USER_ID, _ASIN, Columns.TIMESTAMP)
+_REVIEW_FIELDS: Final = (*_IDS, Columns.RATING, "helpful_vote", "verified_purchase")
+_ITEM_FIELDS: Final = (
+    _ASIN,
+    Columns.TITLE,
+    "price",
+    "main_category",
+    "average_rating",
+    "rating_number",
+    "store",
+    "categories",
+)
 _STEP_BACK: Final = pd.DateOffset(months=3)
 
 
@@ -57,6 +66,10 @@ class AmazonReviews2023:
         max_title_words: Longest title, in words.
         priced_only: Drop items without a price.
         item_text: Fields of the metadata that make up the text encoders read, joined by ", ".
+        on_missing: Drop reviews without a user, item or time and count them, or raise an ``error``.
+
+    Rewards may ask for helpful_vote and verified_purchase of raw reviews, and for price, main_category, average_rating,
+    rating_number, store, categories and what is in ``item_text`` of the metadata.
 
     Example:
         >>> AmazonReviews2023("CDs_and_Vinyl", folder="data/amazon").read()  # doctest: +SKIP
@@ -72,6 +85,7 @@ class AmazonReviews2023:
     max_title_words: int = 20
     priced_only: bool = True
     item_text: Sequence[str] = (Columns.TITLE,)
+    on_missing: OnMissing = "drop"
 
     def read(self) -> Samples:
         """Reads and filters the category.
@@ -81,14 +95,16 @@ class AmazonReviews2023:
         """
         faults = Faults()
         path = self._find(f"{self.category}.csv", f"{self.category}.jsonl")
-        reviews = self._core(self._reviews(path, faults), faults)
-        items = self._items(self._find(f"meta_{self.category}.jsonl"), set(reviews[_ASIN]), faults)
+        reviews = self._core(self._reviews(path, faults), path, faults)
+        metadata = self._find(f"meta_{self.category}.jsonl")
+        items = self._items(metadata, set(reviews[_ASIN]), faults)
         known = reviews[_ASIN].isin({item[_ASIN] for item in items})
-        faults["reviews of items without metadata, or whose metadata was dropped: dropped"] += int((~known).sum())
+        unknown = int((~known).sum())
+        faults[f"{path.name}: reviews of items without metadata, or whose metadata was dropped: dropped"] += unknown
         reviews = self._window(reviews[known], path, faults)
         used = set(reviews[_ASIN])
         frame = pd.DataFrame([item for item in items if item[_ASIN] in used]).rename(columns={_ASIN: Columns.ITEM_ID})
-        catalogue = make_catalogue(Table(f"the metadata of {self.category}", frame), (), self.item_text, faults)
+        catalogue, frame = make_catalogue(Table(str(metadata), frame), (), self.item_text, faults, self.on_missing)
         table = SampleTable(
             reviews[Columns.USER_ID].tolist(),
             catalogue.indices_of(reviews[_ASIN].tolist()),
@@ -96,7 +112,7 @@ class AmazonReviews2023:
             len(catalogue),
             reviews[Columns.RATING].to_numpy(),
         )
-        return Samples(table, catalogue, str(path), faults)
+        return Samples(table, catalogue, str(path), faults, reviews.rename(columns={_ASIN: Columns.ITEM_ID}), frame)
 
     def _find(self, *names: str) -> Path:
         if self.folder is not None:
@@ -124,40 +140,45 @@ class AmazonReviews2023:
     def _reviews(self, path: Path, faults: Faults) -> pd.DataFrame:
         if ".csv" in path.suffixes:
             table = read_table(path).select({}, (Columns.USER_ID, Columns.RATING, Columns.TIMESTAMP))
-            frame = table.frame
-            if _ASIN not in frame:
+            if _ASIN not in table.frame:
                 raise InputError(f"{path}, line 1: there is no column {_ASIN}: give the dump's rating_only file")
         else:
-            frame = pd.DataFrame(read_json_lines(path, _REVIEW_FIELDS), columns=list(_REVIEW_FIELDS))
-        if frame.empty:
+            rows = ([number, *(found.get(name) for name in _REVIEW_FIELDS)] for number, found in read_json_lines(path))
+            frame = pd.DataFrame(rows, columns=["", *_REVIEW_FIELDS])
+            table = Table(str(path), frame[[*_REVIEW_FIELDS]], True, frame[""].to_numpy(dtype=np.int64))
+        if table.frame.empty:
             raise InputError(f"{path} holds no reviews: give the file of another category than {self.category}")
-        for name in (Columns.RATING, Columns.TIMESTAMP):
-            frame[name] = pd.to_numeric(frame[name], errors="coerce")
-        faults["ratings that are missing: kept as unknown"] += int(frame[Columns.RATING].isna().sum())
-        whole = frame[[Columns.USER_ID, _ASIN, Columns.TIMESTAMP]].notna().all(axis=1)
-        faults["reviews without user, item or time: dropped"] += int((~whole).sum())
-        frame = frame[whole].assign(timestamp=lambda rows: rows[Columns.TIMESTAMP] / 1000)
+        table = whole_rows(table, _IDS, faults, self.on_missing)
+        ratings = numbers_of(table, Columns.RATING, required=False)
+        faults[f"{path.name}: ratings that are missing: kept as unknown"] += int(np.isnan(ratings).sum())
+        frame = table.frame.assign(
+            **{name: unique_ids(table.frame[name]) for name in (Columns.USER_ID, _ASIN)},
+            rating=ratings,
+            timestamp=numbers_of(table, Columns.TIMESTAMP, required=True) / 1000,
+        )
         earliest = frame.sort_values(Columns.TIMESTAMP, kind="stable")
         repeated = earliest.duplicated([Columns.USER_ID, _ASIN])
-        faults["reviews of an item that the user reviewed before: dropped"] += int(repeated.sum())
+        faults[f"{path.name}: reviews of an item that the user reviewed before: dropped"] += int(repeated.sum())
         return earliest[~repeated].sort_index()
 
-    def _core(self, reviews: pd.DataFrame, faults: Faults) -> pd.DataFrame:
-        kept = _in_core(reviews, self.category_core)
-        faults[f"reviews outside of the {self.category_core}-core of the category: dropped"] += int((~kept).sum())
+    def _core(self, reviews: pd.DataFrame, path: Path, faults: Faults) -> pd.DataFrame:
+        kept, k = _in_core(reviews, self.category_core), self.category_core
+        faults[f"{path.name}: reviews outside of the {k}-core of the category: dropped"] += int((~kept).sum())
         return reviews[kept]
 
     def _items(self, path: Path, used: set[str], faults: Faults) -> list[dict[str, Any]]:
         kept: list[dict[str, Any]] = []
-        names = (_ASIN, Columns.TITLE, "price", *self.item_text)
-        for item in read_json_lines(path, tuple(dict.fromkeys(names))):
+        names = tuple(dict.fromkeys((*_ITEM_FIELDS, *self.item_text)))
+        for _, found in read_json_lines(path):
+            item = {name: found.get(name) for name in names}
+            item[_ASIN] = as_id(item[_ASIN])
             if item[_ASIN] not in used:
                 continue
             fault = self._fault(item)
             if fault is None:
                 kept.append({**item, Columns.TITLE: clean_text(item[Columns.TITLE]).strip('"')})
             else:
-                faults[f"items {fault}: dropped"] += 1
+                faults[f"{path.name}: items {fault}: dropped"] += 1
         return kept
 
     def _fault(self, item: dict[str, Any]) -> str | None:
@@ -187,8 +208,9 @@ class AmazonReviews2023:
             if kept[_ASIN].nunique() >= self.min_items or times.empty or start.year <= times.min().year:
                 break
             start -= _STEP_BACK
-        faults["reviews outside of start and end: dropped"] += len(reviews) - len(inside)
-        faults[f"reviews outside of the {self.k_core}-core between start and end: dropped"] += len(inside) - len(kept)
+        faults[f"{path.name}: reviews outside of start and end: dropped"] += len(reviews) - len(inside)
+        outside = f"{path.name}: reviews outside of the {self.k_core}-core between start and end: dropped"
+        faults[outside] += len(inside) - len(kept)
         if start != pd.Timestamp(self.start):
             months = (pd.Timestamp(self.start).to_period("M") - start.to_period("M")).n
             faults["months that start was moved back to reach min_items"] += months
@@ -198,30 +220,6 @@ class AmazonReviews2023:
                 f"{end:%Y-%m-%d} with k_core={self.k_core}: widen the time or lower k_core and category_core"
             )
         return kept
-
-
-def read_json_lines(path: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Reads some fields of each line of a JSON-lines file, None where a line lacks one.
-
-    Args:
-        path: The file, perhaps ``.gz``; it is read line by line.
-        names: The fields.
-
-    Raises:
-        InputError: A line is not a JSON object, or the file is truncated; names the line.
-    """
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for line in file:
-                number += 1
-                if line.strip():
-                    found = json.loads(line)
-                    yield {name: found.get(name) for name in names}
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{path}, line {number}: not a JSON object in UTF-8 ({error}): download it again") from None
-    except (EOFError, OSError, zlib.error) as error:
-        raise InputError(f"{path}, after line {number}: damaged or truncated ({error}): download it again") from None
 
 
 def _in_core(reviews: pd.DataFrame, k: int) -> BoolArray:

@@ -6,7 +6,7 @@ import inspect
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol, TypeVar
+from typing import Final, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,14 +15,17 @@ import pandas as pd
 from minirec_pl.data.columns import Columns
 from minirec_pl.data.samples import BoolArray, Catalogue, FloatArray, IntArray, SampleTable
 from minirec_pl.data.sequence_table import SequenceTable
+from minirec_pl.data.sources.files import TextFormat, read_table
 from minirec_pl.data.sources.tables import (
     Table,
     clean_text,
+    flat_values,
     ids_of,
     in_seconds,
+    is_missing,
     lengths_of,
     numbers_of,
-    read_table,
+    refuse_missing,
     times_of,
     unique_ids,
 )
@@ -30,6 +33,7 @@ from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.protocols import untyped
 
 Faults = Counter[str]
+OnMissing = Literal["drop", "error"]
 T = TypeVar("T", bound=np.generic)
 PARTS: Final = {
     "train": "train",
@@ -50,13 +54,17 @@ class Samples(NamedTuple):
         table: All samples.
         catalogue: All items.
         name: Where the samples come from, for messages.
-        report: What was dropped or fixed, in words, and how often.
+        report: What was dropped or fixed, by file and in words, and how often.
+        interactions: All columns of the interactions, a row for each in source order, as far as they are known.
+        items: All columns of the items, a row for each in the order of the catalogue, as far as they are known.
     """
 
     table: SampleTable
     catalogue: Catalogue
     name: str
     report: Faults
+    interactions: pd.DataFrame | None = None
+    items: pd.DataFrame | None = None
 
 
 @untyped
@@ -98,32 +106,36 @@ def samples_of(source: Source) -> Samples:
     return found
 
 
-def from_interactions(log: Table, items: Table | None, item_text: Sequence[str]) -> Samples:
+def from_interactions(
+    log: Table, items: Table | None, item_text: Sequence[str], on_missing: OnMissing = "drop"
+) -> Samples:
     """Makes samples of a log of interactions.
 
     Args:
-        log: Columns user_id, item_id and timestamp, perhaps rating and split; rows in any order.
+        log: Columns user_id, item_id and timestamp, perhaps rating, split and others; rows in any order.
         items: Column item_id, perhaps title and others; None: the catalogue is the log's items by first appearance.
         item_text: Columns of ``items`` that make up an item's text, in this order.
+        on_missing: Drop rows without an id or time and count them, or raise an ``error``.
 
     Raises:
         InputError: An empty log, a value that cannot be read, or no item of the log is in the catalogue.
     """
     faults = Faults()
-    _check_rows(log)
+    log = whole_rows(log, INTERACTION_COLUMNS, faults, on_missing)
     item_ids = ids_of(log, Columns.ITEM_ID)
-    catalogue = make_catalogue(items, item_ids, item_text, faults)
+    catalogue, item_frame = make_catalogue(items, item_ids, item_text, faults, on_missing)
     frame = pd.DataFrame({"user": ids_of(log, Columns.USER_ID), "item": catalogue.indices_of(item_ids)})
     frame["time"] = times_of(log, Columns.TIMESTAMP)
     frame["rating"], frame["part"] = _ratings(log, faults), _parts(log)
     known = frame["item"].to_numpy() >= 0
     _check_known(known, log, item_ids, items, catalogue)
-    faults["interactions with an item that is not in the item table: dropped"] += int((~known).sum())
+    faults[f"{log.file}: interactions with an item that is not in the item table: dropped"] += int((~known).sum())
     frame = frame[known]
     twice = frame.duplicated(["user", "item", "time"])
-    faults["interactions that repeat user, item and time of one before: dropped"] += int(twice.sum())
+    faults[f"{log.file}: interactions that repeat user, item and time of one before: dropped"] += int(twice.sum())
     frame = frame[~twice]
-    faults["interactions earlier than the row before: sorted by time"] += int((frame["time"].diff() < 0).sum())
+    unsorted = int((frame["time"].diff() < 0).sum())
+    faults[f"{log.file}: interactions earlier than the row before: sorted by time"] += unsorted
     table = SampleTable(
         frame["user"].tolist(),
         frame["item"].to_numpy(),
@@ -132,10 +144,12 @@ def from_interactions(log: Table, items: Table | None, item_text: Sequence[str])
         frame["rating"].to_numpy() if Columns.RATING in log.frame else None,
         frame["part"].tolist() if Columns.SPLIT in log.frame else None,
     )
-    return Samples(table, catalogue, log.name, faults)
+    return Samples(table, catalogue, log.name, faults, log.frame.iloc[frame.index], item_frame)
 
 
-def from_sequences(rows: Table, items: Table | None, item_text: Sequence[str]) -> Samples:
+def from_sequences(
+    rows: Table, items: Table | None, item_text: Sequence[str], on_missing: OnMissing = "drop"
+) -> Samples:
     """Makes samples of ready-made sequences.
 
     Args:
@@ -144,32 +158,43 @@ def from_sequences(rows: Table, items: Table | None, item_text: Sequence[str]) -
             the time order.
         items: As of :func:`from_interactions`; None: the items by first appearance.
         item_text: As of :func:`from_interactions`.
+        on_missing: As of :func:`from_interactions`; of a history only the missing item goes.
 
     Raises:
         InputError: No row, a history that is not a list, a value that cannot be read, or no target in the catalogue.
     """
     faults = Faults()
-    _check_rows(rows)
+    required = [name for name in INTERACTION_COLUMNS if name != Columns.TIMESTAMP or name in rows.frame]
+    rows = whole_rows(rows, required, faults, on_missing)
     lengths = lengths_of(rows, Columns.HISTORY_ITEM_ID)
-    flat_ids = unique_ids(_flat(rows, Columns.HISTORY_ITEM_ID))
+    owner = np.arange(len(lengths)).repeat(lengths)
+    flat_ids = unique_ids(flat_values(rows, Columns.HISTORY_ITEM_ID))
+    blank = np.array([item_id == "" for item_id in flat_ids], dtype=bool)
+    if blank.any() and on_missing == "error":
+        raise InputError(
+            f"{rows.where(int(owner[blank][0]))}, column {Columns.HISTORY_ITEM_ID}: an id in the list is missing: give "
+            "it, remove it, or set on_missing to drop"
+        )
     item_ids = ids_of(rows, Columns.ITEM_ID)
-    catalogue = make_catalogue(items, flat_ids + item_ids, item_text, faults)
+    used = [item_id for item_id in flat_ids if item_id] + item_ids
+    catalogue, item_frame = make_catalogue(items, used, item_text, faults, on_missing)
     flat, target = catalogue.indices_of(flat_ids), catalogue.indices_of(item_ids)
     beside = {
         name: _numbers_beside(rows, name, lengths)
         for name in (Columns.HISTORY_TIMESTAMP, Columns.HISTORY_RATING)
         if name in rows.frame
     }
-    owner = np.arange(len(lengths)).repeat(lengths)
     users = ids_of(rows, Columns.USER_ID)
     known = target >= 0
     _check_known(known, rows, item_ids, items, catalogue)
     times = times_of(rows, Columns.TIMESTAMP) if Columns.TIMESTAMP in rows.frame else None
     twice = _repeated_rows(users, target, np.split(flat, np.cumsum(lengths)[:-1]), times) & known
     kept, inside = known & ~twice, flat >= 0
-    faults["sequences whose target is not in the item table: dropped"] += int((~known).sum())
-    faults["sequences that repeat one before: dropped"] += int(twice.sum())
-    faults["history items that are not in the item table: dropped"] += int((~inside & kept[owner]).sum())
+    faults[f"{rows.file}: sequences whose target is not in the item table: dropped"] += int((~known).sum())
+    faults[f"{rows.file}: sequences that repeat one before: dropped"] += int(twice.sum())
+    faults[f"{rows.file}: history items without an id: dropped"] += int((blank & kept[owner]).sum())
+    unknown = ~inside & ~blank & kept[owner]
+    faults[f"{rows.file}: history items that are not in the item table: dropped"] += int(unknown.sum())
     borders = np.cumsum(np.bincount(owner[inside], minlength=len(lengths)))[:-1]
 
     def per_row(values: npt.NDArray[T]) -> list[npt.NDArray[T]]:
@@ -189,29 +214,73 @@ def from_sequences(rows: Table, items: Table | None, item_text: Sequence[str]) -
         history_times=None if history_times is None else per_row(in_seconds(history_times)),
         history_ratings=per_row(beside[Columns.HISTORY_RATING]) if Columns.HISTORY_RATING in beside else None,
     )
-    return Samples(table, catalogue, rows.name, faults)
+    return Samples(table, catalogue, rows.name, faults, rows.frame[kept], item_frame)
 
 
-def read_items(path: str | None, columns: Mapping[str, str]) -> Table | None:
+def read_items(
+    path: str | None, columns: Mapping[str, str], separator: str | None = None, encoding: str | None = None
+) -> Table | None:
     """Reads the table of items in a file; None without one."""
-    return None if path is None else read_table(Path(path)).select(columns, (Columns.ITEM_ID,))
+    if path is None:
+        return None
+    table = read_table(Path(path), TextFormat(separator, encoding, "item_"))
+    return table.select(columns, (Columns.ITEM_ID,), "item_columns")
 
 
-def make_catalogue(items: Table | None, used_ids: Sequence[str], item_text: Sequence[str], faults: Faults) -> Catalogue:
+def whole_rows(table: Table, columns: Sequence[str], faults: Faults, on_missing: OnMissing) -> Table:
+    """Keeps the rows that have all of some ids and times; what is missing says :func:`tables.as_id`.
+
+    Args:
+        table: The table, at least one row.
+        columns: The columns of ids and times.
+        faults: Where the others are counted, by file and column.
+        on_missing: Drop the others, or raise an ``error``.
+
+    Raises:
+        InputError: No row is left, a missing value with ``error`` (names the line), or another word in ``on_missing``.
+    """
+    if on_missing not in ("drop", "error"):
+        raise InputError(f"on_missing={on_missing!r}: give 'drop' or 'error'")
+    _check_rows(table)
+    n_rows = len(table.frame)
+    kept = np.ones(n_rows, dtype=bool)
+    for column in columns:
+        missing = is_missing(table, column) & kept
+        if missing.any() and on_missing == "error":
+            raise refuse_missing(table, column, int(np.argmax(missing)))
+        faults[f"{table.file}: rows without {column}: dropped"] += int(missing.sum())
+        kept &= ~missing
+    if not kept.any():
+        raise InputError(
+            f"{table.name}: each of its {n_rows} rows lacks one of {', '.join(columns)}: name the right columns"
+        )
+    return table if kept.all() else table.keep(kept)
+
+
+def make_catalogue(
+    items: Table | None,
+    used_ids: Sequence[str],
+    item_text: Sequence[str],
+    faults: Faults,
+    on_missing: OnMissing = "drop",
+) -> tuple[Catalogue, pd.DataFrame]:
     """Makes the catalogue of an item table; without one, of the used ids by first appearance.
 
     Titles and texts are cleaned by :func:`clean_text`. An item without a title gets its id for one, an item without
     text its title. Texts are left whole, however long: what a model reads of them is its own matter.
 
+    Returns:
+        The catalogue, and the rows of the table that it is made of.
+
     Raises:
-        InputError: No row, an empty id, or an unknown column in ``item_text``.
+        InputError: No row, a missing id with ``on_missing="error"``, or an unknown column in ``item_text``.
     """
     if items is None:
-        return Catalogue(list(dict.fromkeys(used_ids)))
-    _check_rows(items)
+        return Catalogue(list(dict.fromkeys(used_ids))), pd.DataFrame()
+    items = whole_rows(items, (Columns.ITEM_ID,), faults, on_missing)
     ids = ids_of(items, Columns.ITEM_ID)
     twice = pd.Series(ids).duplicated().to_numpy()
-    faults["rows of the item table whose item_id came before: dropped"] += int(twice.sum())
+    faults[f"{items.file}: rows whose item_id came before: dropped"] += int(twice.sum())
     frame = items.frame[~twice]
     ids = [item_id for item_id, again in zip(ids, twice, strict=True) if not again]
     absent = [name for name in item_text if name not in frame and name != Columns.TITLE]
@@ -222,11 +291,11 @@ def make_catalogue(items: Table | None, used_ids: Sequence[str], item_text: Sequ
         )
     texts = {name: [clean_text(value) for value in frame[name]] for name in {*item_text, Columns.TITLE} & {*frame}}
     if Columns.TITLE in texts:
-        faults["items without a title: the id stands in"] += texts[Columns.TITLE].count("")
+        faults[f"{items.file}: items without a title: the id stands in"] += texts[Columns.TITLE].count("")
     joined = [
         ", ".join(filter(None, parts)) for parts in zip(*(texts[n] for n in item_text if n in texts), strict=True)
     ]
-    return Catalogue(ids, texts.get(Columns.TITLE), joined or None)
+    return Catalogue(ids, texts.get(Columns.TITLE), joined or None), frame
 
 
 def _check_rows(table: Table) -> None:
@@ -248,7 +317,7 @@ def _ratings(table: Table, faults: Faults) -> FloatArray:
     if Columns.RATING not in table.frame:
         return np.full(len(table.frame), np.nan)
     ratings = numbers_of(table, Columns.RATING, required=False)
-    faults["ratings that are missing: kept as unknown"] += int(np.isnan(ratings).sum())
+    faults[f"{table.file}: ratings that are missing: kept as unknown"] += int(np.isnan(ratings).sum())
     return ratings
 
 
@@ -264,10 +333,6 @@ def _parts(table: Table) -> list[str]:
     return [PARTS[name] for name in given]
 
 
-def _flat(table: Table, column: str) -> list[object]:
-    return [value for values in table.frame[column] for value in values]
-
-
 def _numbers_beside(table: Table, column: str, lengths: IntArray) -> FloatArray:
     own = lengths_of(table, column)
     if (own != lengths).any():
@@ -276,7 +341,9 @@ def _numbers_beside(table: Table, column: str, lengths: IntArray) -> FloatArray:
             f"{table.where(row)}: {column} has {own[row]} values and {Columns.HISTORY_ITEM_ID} {lengths[row]}: give "
             "one for each item"
         )
-    return np.asarray(pd.to_numeric(pd.Series(_flat(table, column), dtype=object), errors="coerce"), dtype=np.float64)
+    return np.asarray(
+        pd.to_numeric(pd.Series(flat_values(table, column), dtype=object), errors="coerce"), dtype=np.float64
+    )
 
 
 def _repeated_rows(

@@ -11,15 +11,15 @@ import numpy as np
 import pandas as pd
 
 from minirec_pl.data.columns import Columns
-from minirec_pl.data.samples import Catalogue, SampleTable
-from minirec_pl.data.sources.assemble import INTERACTION_COLUMNS, Faults, Samples
+from minirec_pl.data.samples import BoolArray, Catalogue, SampleTable
+from minirec_pl.data.sources.assemble import INTERACTION_COLUMNS, Faults, OnMissing, Samples, whole_rows
+from minirec_pl.data.sources.files import TextFormat, read_text
+from minirec_pl.data.sources.tables import MISSING, Table, unique_ids
 from minirec_pl.utils.errors import InputError
 
 ColumnType = Literal["token", "token_seq", "float", "float_seq"]
 COLUMN_TYPES: Final[tuple[ColumnType, ...]] = ("token", "token_seq", "float", "float_seq")
-_NEVER_EMPTY: Final = (Columns.USER_ID, Columns.ITEM_ID)
-
-
+_USER: Final = (Columns.USER_ID,)
 TITLE_COLUMNS: Final = {"movie_title": Columns.TITLE}
 
 
@@ -28,12 +28,15 @@ class AtomicFiles:
     """RecBole atomic files: ``<path>/<dataset>/<dataset>.inter`` and, where they exist, ``.item`` and ``.user``.
 
     The catalogue is the ``.item`` file in its order, else the items by first appearance. An item's text is
-    ``title (release_year), class`` as far as the file has these columns. Nothing is dropped: such files are made by
-    programs, so what does not fit (an item or user that is not in its file, an item twice) is refused.
+    ``title (release_year), class`` as far as the file has these columns. Rows without an id or time are dropped and
+    counted, as of :class:`InteractionTable`. Such files are made by programs, so what else does not fit (an item or
+    user that is not in its file, an item twice) is refused.
 
     Args:
         path: Folder that holds a folder per dataset.
         dataset: Name of the dataset's folder and files.
+        encoding: Such as ``cp1252``; None takes what the byte order mark says, else UTF-8.
+        on_missing: Drop rows without an id or time and count them, or raise an ``error``.
 
     Example:
         >>> AtomicFiles("data", "ml-100k").read().catalogue.texts[0]  # doctest: +SKIP
@@ -42,6 +45,8 @@ class AtomicFiles:
 
     path: str
     dataset: str = "ml-100k"
+    encoding: str | None = None
+    on_missing: OnMissing = "drop"
 
     def read(self) -> Samples:
         """Reads the files.
@@ -55,37 +60,76 @@ class AtomicFiles:
             fetch = f"run 'minirec fetch {self.dataset} --to {self.path}'"
             other = f"put {self.dataset}.inter and {self.dataset}.item (RecBole atomic files) there"
             raise InputError(f"{interactions} is missing: {fetch if self.dataset == 'ml-100k' else other}")
-        frame = read_atomic(interactions, required=INTERACTION_COLUMNS)
+        faults = Faults()
+        log = self._whole(interactions, INTERACTION_COLUMNS, faults)
+        frame = log.frame
         if frame[Columns.TIMESTAMP].dtype != np.float64:
             raise InputError(
                 f"{interactions}, line 1, column timestamp: not a float: write 'timestamp:float', in unix seconds"
             )
         if Columns.RATING in frame and frame[Columns.RATING].dtype != np.float64:
             frame = frame.drop(columns=Columns.RATING)
-        catalogue = _atomic_catalogue(folder / f"{self.dataset}.item", frame[Columns.ITEM_ID].tolist())
-        _check_users(folder / f"{self.dataset}.user", interactions, frame[Columns.USER_ID].tolist())
-        table = SampleTable.from_interactions(frame, catalogue, source=str(interactions))
-        return Samples(table, catalogue, str(interactions), Faults())
+        if Columns.RATING in frame:
+            missing = int(frame[Columns.RATING].isna().sum())
+            faults[f"{log.file}: ratings that are missing: kept as unknown"] += missing
+        users, item_ids = (unique_ids(frame[name]) for name in (Columns.USER_ID, Columns.ITEM_ID))
+        catalogue, items = self._catalogue(folder / f"{self.dataset}.item", item_ids, faults)
+        indices = catalogue.indices_of(item_ids)
+        fault = "the item {!r} is not in the item file: add it there or remove the interaction"
+        _check_known(indices >= 0, log, item_ids, fault)
+        path = folder / f"{self.dataset}.user"
+        if path.is_file():
+            known = set(unique_ids(read_atomic(path, encoding=self.encoding, required=_USER)[Columns.USER_ID]))
+            inside = np.array([user in known for user in users], dtype=bool)
+            fault = f"the user {{!r}} is not in {path.name}: add it there or fix the order of the columns"
+            _check_known(inside, log, users, fault)
+        table = SampleTable(
+            users,
+            indices,
+            frame[Columns.TIMESTAMP].to_numpy(),
+            len(catalogue),
+            frame[Columns.RATING].to_numpy() if Columns.RATING in frame else None,
+        )
+        return Samples(table, catalogue, str(interactions), faults, frame, items)
+
+    def _whole(self, path: Path, columns: Sequence[str], faults: Faults) -> Table:
+        frame = read_atomic(path, TITLE_COLUMNS, required=columns, encoding=self.encoding)
+        return whole_rows(Table(str(path), frame, has_header=True), columns, faults, self.on_missing)
+
+    def _catalogue(self, path: Path, used_ids: Sequence[str], faults: Faults) -> tuple[Catalogue, pd.DataFrame]:
+        if not path.is_file():
+            return Catalogue(list(dict.fromkeys(used_ids))), pd.DataFrame()
+        table = self._whole(path, (Columns.ITEM_ID,), faults)
+        items, ids = table.frame, unique_ids(table.frame[Columns.ITEM_ID])
+        twice = pd.Series(ids).duplicated()
+        if twice.any():
+            row = int(np.argmax(twice))
+            raise InputError(f"{table.where(row)}: the item {ids[row]!r} comes twice: keep one row")
+        titles = items[Columns.TITLE].tolist() if Columns.TITLE in items else None
+        return Catalogue(ids, titles, _atomic_texts(items) if titles else None), items
 
 
-def read_atomic(path: Path, columns: Mapping[str, str] | None = None, *, required: Sequence[str] = ()) -> pd.DataFrame:
+def read_atomic(
+    path: Path, columns: Mapping[str, str] | None = None, *, required: Sequence[str] = (), encoding: str | None = None
+) -> pd.DataFrame:
     r"""Read one RecBole atomic file (``.inter``, ``.item``, ``.user``).
 
     The first line holds ``name:type`` fields, type being ``token``, ``token_seq``, ``float`` or ``float_seq``. Row
     ``i`` of the result is line ``i + 2`` of the file.
 
     Args:
-        path: The file, UTF-8, fields separated by tabs.
+        path: The file, fields separated by tabs.
         columns: New names for some columns, from the file's name to ours.
         required: Names (after renaming) that must be there.
+        encoding: None takes what the byte order mark says, else UTF-8.
 
     Returns:
-        A frame with the file's columns in the file's order: ``float`` as float64, all other types as str (sequences
-        stay separated by spaces).
+        A frame with the file's columns in the file's order: ``float`` as float64, NaN where it is missing, all other
+        types as str (sequences stay separated by spaces).
 
     Raises:
         InputError: No file, no typed header, a line with another number of fields, a float that is not a finite number,
-            an empty user or item id, a required column that is absent.
+            a required column that is absent.
 
     Example:
         >>> import tempfile
@@ -95,7 +139,7 @@ def read_atomic(path: Path, columns: Mapping[str, str] | None = None, *, require
         ...     read_atomic(file).to_dict("records")
         [{'user_id': 'ann', 'timestamp': 12.0}]
     """
-    lines, terminated = _read_lines(path)
+    lines, terminated = _read_lines(path, encoding)
     types = _parse_header(path, lines[0], columns or {}, required)
     body = lines[1:]
     _check_field_counts(path, body, list(types))
@@ -108,24 +152,17 @@ def read_atomic(path: Path, columns: Mapping[str, str] | None = None, *, require
         if kind == "float":
             data[name] = _parse_floats(path, name, values)
         else:
-            if name in _NEVER_EMPTY and "" in values:
-                raise InputError(
-                    f"{path}, line {values.index('') + 2}, column {name}: the id is empty: give it a value"
-                )
             data[name] = pd.Series(values, dtype="str")
     return pd.DataFrame(data, columns=list(types))
 
 
-def _read_lines(path: Path) -> tuple[list[str], bool]:
+def _read_lines(path: Path, encoding: str | None) -> tuple[list[str], bool]:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_text(path, TextFormat(encoding=encoding))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: check the path or put the file there") from None
     except IsADirectoryError:
         raise InputError(f"{path} is a folder: give the path of an atomic file") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}, line {line}: not UTF-8 text: save the file as UTF-8") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
     if not text:
@@ -178,6 +215,9 @@ def _check_field_counts(path: Path, body: list[str], names: list[str]) -> None:
 def _parse_floats(path: Path, name: str, values: list[str]) -> pd.Series:
     numbers = np.asarray(pd.to_numeric(np.asarray(values, dtype=object), errors="coerce"), dtype=np.float64)
     finite = np.isfinite(numbers)
+    for place in np.flatnonzero(~finite).tolist():
+        finite[place] = values[place].strip().lower() in MISSING
+    numbers[~np.isfinite(numbers)] = np.nan
     if not finite.all():
         row = int(np.argmin(finite))
         raise InputError(
@@ -197,20 +237,6 @@ def _check_last_value(path: Path, name: str, values: list[str]) -> None:
         )
 
 
-def _atomic_catalogue(path: Path, interacted: list[str]) -> Catalogue:
-    if not path.is_file():
-        return Catalogue(list(dict.fromkeys(interacted)))
-    items = read_atomic(path, TITLE_COLUMNS, required=(Columns.ITEM_ID,))
-    twice = items[Columns.ITEM_ID].duplicated()
-    if twice.any():
-        row = int(np.argmax(twice))
-        raise InputError(
-            f"{path}, line {row + 2}: the item {items[Columns.ITEM_ID].iloc[row]!r} comes twice: keep one row"
-        )
-    titles = items[Columns.TITLE].tolist() if Columns.TITLE in items else None
-    return Catalogue(items[Columns.ITEM_ID].tolist(), titles, _atomic_texts(items) if titles else None)
-
-
 def _atomic_texts(items: pd.DataFrame) -> list[str]:
     nothing = [""] * len(items)
     years = items["release_year"].astype(str).tolist() if "release_year" in items else nothing
@@ -221,13 +247,7 @@ def _atomic_texts(items: pd.DataFrame) -> list[str]:
     ]
 
 
-def _check_users(path: Path, interactions: Path, user_ids: list[str]) -> None:
-    if not path.is_file():
-        return
-    known = set(read_atomic(path, required=(Columns.USER_ID,))[Columns.USER_ID])
-    row = next((row for row, user_id in enumerate(user_ids) if user_id not in known), None)
-    if row is not None:
-        raise InputError(
-            f"{interactions}, line {row + 2}: the user {user_ids[row]!r} is not in {path.name}: add it there or "
-            "fix the order of the columns"
-        )
+def _check_known(known: BoolArray, log: Table, ids: Sequence[str], sentence: str) -> None:
+    if not known.all():
+        row = int(np.argmin(known))
+        raise InputError(f"{log.where(row)}: {sentence.format(ids[row])}")

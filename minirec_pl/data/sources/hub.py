@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 
 from minirec_pl.data.columns import Columns
-from minirec_pl.data.sources.assemble import PARTS, Samples, from_interactions, from_sequences
-from minirec_pl.data.sources.tables import Table, read_table
+from minirec_pl.data.sources.assemble import PARTS, OnMissing, Samples, from_interactions, from_sequences, read_items
+from minirec_pl.data.sources.tables import Table
 from minirec_pl.utils.errors import InputError
 
 
@@ -26,11 +26,15 @@ class HubDataset:
         name_or_folder: Hub id (``owner/name``) or folder.
         config: Configuration of a hub dataset that has several; None for the only one.
         split: Split to read; None for all of them, in their order, but not ``items``.
-        items: Split that holds the items (``item_info``), or a CSV or parquet file; None takes the items of the
+        items: Split that holds the items (``item_info``), or a file of another table; None takes the items of the
             data.
         columns: Names of columns in the data that differ from the library's: ``{user_id: customer, item_id: sku}``.
         item_columns: Names of columns of the items that differ from the library's.
         item_text: Columns of the items that make up the text encoders read, joined by ", ".
+        item_separator: What separates the values of a file in ``items``; None takes the one that its header holds most
+            often.
+        item_encoding: Of a file in ``items``, such as ``cp1252``; None takes what its byte order mark says, else UTF-8.
+        on_missing: Drop rows without an id or time and count them, or raise an ``error``.
 
     Example:
         >>> HubDataset("data/cds", items="item_info").read()  # doctest: +SKIP
@@ -43,6 +47,9 @@ class HubDataset:
     columns: Mapping[str, str] = field(default_factory=dict)
     item_columns: Mapping[str, str] = field(default_factory=dict)
     item_text: Sequence[str] = (Columns.TITLE,)
+    item_separator: str | None = None
+    item_encoding: str | None = None
+    on_missing: OnMissing = "drop"
 
     def read(self) -> Samples:
         """Reads the dataset, from the hub's cache where it is there already.
@@ -55,7 +62,7 @@ class HubDataset:
         for name in wanted:
             if name not in splits:
                 raise InputError(f"{self.name_or_folder} has no split {name!r}: give one of {', '.join(splits)}")
-        frames = [splits[name].to_pandas() for name in wanted]
+        frames = [_frame(splits[name]) for name in wanted]
         if len(wanted) > 1 and PARTS.keys() >= {*wanted} and not {Columns.SPLIT} & {*frames[0], *self.columns}:
             frames = [frame.assign(split=name) for frame, name in zip(frames, wanted, strict=True)]
         frame = pd.concat(frames, ignore_index=True)
@@ -63,21 +70,20 @@ class HubDataset:
         kind = (Columns.HISTORY_ITEM_ID,) if Columns.HISTORY_ITEM_ID in named else (Columns.TIMESTAMP,)
         table = Table(self.name_or_folder, frame).select(self.columns, (Columns.USER_ID, Columns.ITEM_ID, *kind))
         assemble = from_sequences if Columns.HISTORY_ITEM_ID in named else from_interactions
-        return assemble(table, self._items(splits), self.item_text)
+        return assemble(table, self._items(splits), self.item_text, self.on_missing)
 
     def _items(self, splits: Mapping[str, Any]) -> Table | None:
+        if self.items not in splits and self.items is not None and Path(self.items).suffix:
+            return read_items(self.items, self.item_columns, self.item_separator, self.item_encoding)
         if self.items is None:
             return None
-        if self.items in splits:
-            table = Table(f"{self.name_or_folder} ({self.items})", splits[self.items].to_pandas())
-        elif Path(self.items).suffix:
-            table = read_table(Path(self.items))
-        else:
+        if self.items not in splits:
             raise InputError(
                 f"items={self.items!r} is neither a split of {self.name_or_folder} ({', '.join(splits)}) nor a file: "
                 "name one of them"
             )
-        return table.select(self.item_columns, (Columns.ITEM_ID,))
+        table = Table(f"{self.name_or_folder} ({self.items})", _frame(splits[self.items]))
+        return table.select(self.item_columns, (Columns.ITEM_ID,), "item_columns")
 
     def _load(self) -> dict[str, Any]:
         try:
@@ -96,3 +102,9 @@ class HubDataset:
                 "run datasets.load_dataset(...).save_to_disk(FOLDER), copy the folder here and set name_or_folder to it"
             ) from error
         return dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "data"): loaded}
+
+
+def _frame(split: Any) -> pd.DataFrame:
+    """A split as a frame; whole numbers stay whole beside missing ones, so that long ids keep all their digits."""
+    frame: pd.DataFrame = split.with_format("arrow")[:].to_pandas(integer_object_nulls=True)
+    return frame

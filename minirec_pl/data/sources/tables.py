@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
+import datetime
 import html
-import io
 import re
 import unicodedata
-import warnings
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -17,11 +14,12 @@ import numpy as np
 import pandas as pd
 
 from minirec_pl.data.columns import Columns
-from minirec_pl.data.samples import FloatArray, IntArray
+from minirec_pl.data.samples import BoolArray, FloatArray, IntArray
 from minirec_pl.utils.errors import InputError
 
 _WHOLE: Final = re.compile(r"(-?(?:0|[1-9]\d*))\.0+")
-_MISSING: Final = frozenset({"", "nan", "na", "n/a", "null", "none"})
+MISSING: Final = frozenset({"", "nan", "nat", "none", "null", "<na>", r"\n"})
+_NO_NUMBER: Final = MISSING | {"na", "n/a"}
 _UNITS: Final = ((1e11, 1.0), (1e14, 1e3), (1e17, 1e6), (np.inf, 1e9))  # seconds, milli-, micro-, nanoseconds
 _EPOCH: Final = pd.Timestamp(0, tz="UTC")
 _OURS: Final = tuple(value for name, value in vars(Columns).items() if name.isupper())
@@ -33,44 +31,66 @@ class Table(NamedTuple):
     Attributes:
         name: File or dataset, for messages.
         frame: Its rows; those of a CSV file are all text.
-        has_header: The rows are lines below a header line, counted from 2; else they are rows, counted from 1.
+        has_header: The rows are lines, those below a header line counted from 2; else they are rows, counted from 1.
+        lines: Line (or row) of each, [n], where they do not follow from the above.
     """
 
     name: str
     frame: pd.DataFrame
     has_header: bool = False
+    lines: IntArray | None = None
+
+    @property
+    def file(self) -> str:
+        """The name without its folder, for counts."""
+        return Path(self.name).name
 
     def where(self, row: int) -> str:
         """Names the file and line (or row) of the row at this position."""
-        if not self.has_header:
-            return f"{self.name}, row {row + 1}"
-        breaks = sum(int(self.frame[column].iloc[:row].str.count("\n").sum()) for column in self.frame)
-        return f"{self.name}, line {row + 2 + breaks}"
+        return f"{self.name}, {'line' if self.has_header else 'row'} {self._lines(row + 1)[row]}"
 
-    def select(self, columns: Mapping[str, str], required: Sequence[str]) -> Table:
+    def _lines(self, n: int) -> IntArray:
+        """Line or row of the first n."""
+        if self.lines is not None:
+            return self.lines[:n]
+        numbers = np.arange(1, n + 1, dtype=np.int64)
+        if self.has_header:
+            texts = self.frame.iloc[:n].select_dtypes(exclude="number")
+            breaks = sum((texts[column].str.count("\n").fillna(0).to_numpy() for column in texts), np.zeros(n))
+            numbers[:] += 1
+            numbers[1:] += np.cumsum(breaks).astype(np.int64)[:-1]
+        return numbers
+
+    def keep(self, rows: BoolArray) -> Table:
+        """Drops the other rows; those that stay keep their lines."""
+        lines = self._lines(len(self.frame))[rows]
+        return self._replace(frame=self.frame[rows].reset_index(drop=True), lines=lines)
+
+    def select(self, columns: Mapping[str, str], required: Sequence[str], option: str = "columns") -> Table:
         """Renames the columns to the library's names.
 
         Args:
             columns: From the library's name to the file's, for columns that are called differently.
             required: Names of the library that must be there.
+            option: What ``columns`` is called where a user gives it, with ``--`` on a command line.
 
         Raises:
             InputError: A name that the library does not know, or a column that is absent.
         """
         for ours, theirs in columns.items():
             if ours not in _OURS:
-                raise InputError(f"columns names {ours!r}, which is not one of {', '.join(_OURS)}: fix the key")
+                raise InputError(f"{option} names {ours!r}, which is not one of {', '.join(_OURS)}: fix the key")
             if theirs not in self.frame:
                 raise InputError(
-                    f"{self.name}: no column {theirs!r} (for {ours}) among {self._names()}: fix the name in columns"
+                    f"{self.name}: no column {theirs!r} (for {ours}) among {self._names()}: fix the name in {option}"
                 )
         renamed = self.frame.drop(columns=[ours for ours in columns if ours in self.frame and columns[ours] != ours])
         renamed = renamed.rename(columns={theirs: ours for ours, theirs in columns.items()})
         missing = next((name for name in required if name not in renamed), None)
         if missing is not None:
+            given = f"{option} '{{{missing}: NAME}}'" if option.startswith("--") else f"{option}: {{{missing}: NAME}}"
             raise InputError(
-                f"{self.name}: no column {missing!r} among {self._names()}: say which one it is with "
-                f"columns: {{{missing}: NAME}}"
+                f"{self.name}: no column {missing!r} among {self._names()}: say which one it is with {given}"
             )
         return self._replace(frame=renamed)
 
@@ -78,64 +98,22 @@ class Table(NamedTuple):
         return ", ".join(map(str, self.frame.columns)) or "no columns"
 
 
-def read_table(path: Path) -> Table:
-    """Reads a table with a header.
-
-    Args:
-        path: ``.csv`` (commas) or ``.tsv`` (tabs), UTF-8, perhaps ``.gz``, of which every value stays text; or
-            ``.parquet``.
-
-    Raises:
-        InputError: No such file, another ending, not UTF-8 (with the line), damaged.
-    """
-    name = path.name.removesuffix(".gz").lower()
-    if path.is_dir() or not path.exists():
-        raise InputError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}: give the path of a table")
-    try:
-        if name.endswith(".parquet"):
-            return Table(str(path), pd.read_parquet(path))
-        if name.endswith((".csv", ".tsv")):
-            text = io.StringIO(read_text(path))
-            separator = "\t" if name.endswith(".tsv") else ","
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", pd.errors.ParserWarning)  # a row with too many fields
-                frame = pd.read_csv(text, sep=separator, dtype=str, keep_default_na=False, index_col=False)
-            return Table(str(path), frame, has_header=True)
-    except InputError:
-        raise
-    except (OSError, ValueError, pd.errors.ParserWarning) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path} cannot be read ({reason}): fix the file or export it again") from error
-    raise InputError(f"{path} is not a table of a known kind: give a .csv, .tsv (either also .gz) or .parquet file")
-
-
-def read_text(path: Path) -> str:
-    """Reads the text of a UTF-8 file, unpacked where it ends in ``.gz``.
-
-    Raises:
-        InputError: Not UTF-8 (with the line), or damaged.
-    """
-    data = path.read_bytes()
-    try:
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise InputError(f"{path} is damaged or truncated: copy it again") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{path}, line {line}: not UTF-8 text (perhaps Windows cp1252): save the file as UTF-8"
-        ) from None
-
-
 def as_id(value: Any) -> str:
-    """Spells an id in one way, whether it is a number in one file or text in another.
+    r"""Spells an id in one way, whether it is a number in one file or text in another.
 
     Text is stripped of surrounding space; a whole number loses its decimal point, so that 12, 12.0 and "12.0" are all
-    "12". Nothing else changes: "007" stays "007". A missing value gives "".
+    "12". Nothing else changes: "007" stays "007". A missing value gives "": a null, a NaN, and a text that is blank or,
+    in any case, nan, NaT, none, null, <NA> or \N. The texts NA and N/A are ids like others.
+
+    Example:
+        >>> as_id(12.0), as_id(" 12.0 "), as_id("007"), as_id("NA"), as_id("None"), as_id(float("nan"))
+        ('12', '12', '007', 'NA', '', '')
     """
     if value is None or value is pd.NA or value != value:
         return ""
     text = str(value).strip()
+    if text.lower() in MISSING:
+        return ""
     whole = _WHOLE.fullmatch(text)
     if whole is None and isinstance(value, float | np.floating) and float(value).is_integer():
         return str(int(value))
@@ -146,12 +124,47 @@ def ids_of(table: Table, column: str) -> list[str]:
     """Reads the ids of a column, each by :func:`as_id`.
 
     Raises:
-        InputError: An empty id, with its line.
+        InputError: A missing id, with its line.
     """
     ids = unique_ids(table.frame[column])
     if "" in ids:
-        raise InputError(f"{table.where(ids.index(''))}, column {column}: the id is empty: give it or remove the row")
+        raise refuse_missing(table, column, ids.index(""))
     return ids
+
+
+def is_missing(table: Table, column: str) -> BoolArray:
+    """Finds the rows whose id or time is missing by the rule of :func:`as_id`; for a time NA and N/A are missing, too.
+
+    Args:
+        table: The table.
+        column: Its column.
+
+    Returns:
+        bool [n].
+    """
+    given = table.frame[column]
+    if pd.api.types.is_numeric_dtype(given) or pd.api.types.is_datetime64_any_dtype(given):
+        return given.isna().to_numpy(dtype=bool)
+    texts = _NO_NUMBER if column == Columns.TIMESTAMP else MISSING
+    try:
+        codes, uniques = pd.factorize(given.to_numpy(dtype=object), use_na_sentinel=False)
+    except TypeError:
+        raise InputError(
+            f"{table.name}, column {column}: it holds lists or objects: name a column of single values"
+        ) from None
+    missing = [bool(pd.api.types.is_scalar(v) and pd.isna(v)) or str(v).strip().lower() in texts for v in uniques]
+    return np.array(missing, dtype=bool)[codes]
+
+
+def refuse_missing(table: Table, column: str, row: int) -> InputError:
+    """Makes the error of a missing id or time."""
+    what = "time" if column == Columns.TIMESTAMP else "id"
+    given = table.frame[column].iloc[row]
+    shown = f" ({given!r})" if isinstance(given, str) and given.strip() else ""
+    return InputError(
+        f"{table.where(row)}, column {column}: the {what} is missing{shown}: give it, remove the row, or set "
+        "on_missing to drop"
+    )
 
 
 def unique_ids(values: Any) -> list[str]:
@@ -173,7 +186,7 @@ def numbers_of(table: Table, column: str, *, required: bool) -> FloatArray:
         InputError: A value is not a finite number, with its line.
     """
     given = table.frame[column]
-    missing = given.isna() | given.astype(str).str.strip().str.lower().isin(_MISSING)
+    missing = given.isna() | given.astype(str).str.strip().str.lower().isin(_NO_NUMBER)
     numbers = np.asarray(pd.to_numeric(given.where(~missing), errors="coerce"), dtype=np.float64)
     wrong = ~np.isfinite(numbers) & (True if required else ~missing.to_numpy())
     if wrong.any():
@@ -186,18 +199,28 @@ def numbers_of(table: Table, column: str, *, required: bool) -> FloatArray:
 
 
 def lengths_of(table: Table, column: str) -> IntArray:
-    """Counts the values of each list of a column, [n] int64.
+    """Counts the values of each list of a column, [n] int64; a null counts as an empty list.
 
     Raises:
         InputError: What is there is not a list, with its line.
     """
     values = table.frame[column]
     for row, value in enumerate(values):
-        if not isinstance(value, list | tuple | np.ndarray):
+        if not isinstance(value, list | tuple | np.ndarray) and not _is_null(value):
             raise InputError(
-                f"{table.where(row)}, column {column}: {str(value)[:40]!r} is not a list: store lists, as parquet can"
+                f"{table.where(row)}, column {column}: {str(value)[:40]!r} is not a list: store lists, as parquet and "
+                "JSON lines can"
             )
-    return np.array([len(value) for value in values], dtype=np.int64)
+    return np.array([0 if _is_null(value) else len(value) for value in values], dtype=np.int64)
+
+
+def flat_values(table: Table, column: str) -> list[object]:
+    """Joins the lists of a column; see :func:`lengths_of`."""
+    return [value for values in table.frame[column] if not _is_null(values) for value in values]
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or value is pd.NA or isinstance(value, float)
 
 
 def times_of(table: Table, column: str) -> FloatArray:
@@ -211,8 +234,10 @@ def times_of(table: Table, column: str) -> FloatArray:
     """
     given = table.frame[column]
     first = given.iloc[0] if len(given) else None
-    is_date = pd.api.types.is_datetime64_any_dtype(given) or (
-        isinstance(first, str) and bool(re.match(r"\s*\d{4}-\d{2}", first))
+    is_date = (
+        pd.api.types.is_datetime64_any_dtype(given)
+        or isinstance(first, datetime.date)
+        or (isinstance(first, str) and bool(re.match(r"\s*\d{4}-\d{2}", first)))
     )
     if not is_date:
         return in_seconds(numbers_of(table, column, required=True))

@@ -14,6 +14,7 @@ from minirec_pl.policy.language_models.causal_lm import without_adapter_wrapper
 from minirec_pl.utils.errors import InputError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+OPTION = "--model.policy.language_model.lora"
 ALL_LINEAR = "all-linear"
 
 _OTHER_MODALITY = re.compile(r"(^|_)(vision|visual|image|img|audio|speech|video|multi_?modal|mm)(_|$)")
@@ -51,12 +52,13 @@ class AdapterCoverage(NamedTuple):
         if self.routers:
             text += f" (routers stay without: {', '.join(sorted(self.routers))})"
         if self.unmatched:
-            text += f"; no layer is called {', '.join(self.unmatched)}, as lora.target_modules has it"
+            text += f"; no layer is called {', '.join(self.unmatched)}, as {OPTION}.target_modules has it"
         if len(self.missing) > len(self.fused):
             text += (
-                "; peft takes names in lora.target_modules for the experts' fused weights, and passes these layers over"
+                f"; peft takes names in {OPTION}.target_modules for the experts' fused weights, and passes these "
+                "layers over"
                 if self.all_linear
-                else f"; for all linear layers set lora.target_modules to {ALL_LINEAR}"
+                else f"; for all linear layers set {OPTION}.target_modules to {ALL_LINEAR}"
             )
         if self.fused:
             text += (
@@ -117,15 +119,15 @@ class Lora:
             return get_peft_model(model, config)
         except ValueError as error:
             if inside:
-                fix = "fix language_model.lora"
+                fix = f"fix {OPTION}"
                 if "dropout" in str(error) and self.dropout:
-                    fix = "set lora.dropout to 0"
+                    fix = f"set {OPTION}.dropout to 0"
                 raise InputError(f"lora is refused by peft ({' '.join(str(error).split())}): {fix}") from error
             given = self.target_modules if isinstance(self.target_modules, str) else ", ".join(self.target_modules)
             whole = next(iter(layers.linear), "")
             how = f" (a regular expression must match the whole of {whole})" if isinstance(targets, str) else ""
             raise InputError(
-                f"lora.target_modules ({given}) names no linear layer of {type(model).__name__}{how}: give some of "
+                f"{OPTION}.target_modules ({given}) names no linear layer of {type(model).__name__}{how}: give some of "
                 f"{', '.join(sorted({_kind(name) for name in layers.linear}))}, or {ALL_LINEAR}"
             ) from error
 
@@ -143,8 +145,8 @@ class Lora:
                 return bool(name) and re.fullmatch(self.target_modules, name) is not None
             except re.error as error:
                 raise InputError(
-                    f"lora.target_modules is not a regular expression ({error}): give a list of names, {ALL_LINEAR} "
-                    "or a regular expression"
+                    f"{OPTION}.target_modules is not a regular expression ({error}): give a list of names, "
+                    f"{ALL_LINEAR} or a regular expression"
                 ) from error
         return any(_ends_with(name, target) for target in self.target_modules)
 

@@ -28,11 +28,16 @@ def item_token(item_id: str) -> str:
 
 
 def item_tokenizer(item_ids: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer with one token per item, after the special tokens."""
+    """A `word_tokenizer` with one token per item."""
+    return word_tokenizer([item_token(item_id) for item_id in item_ids])
+
+
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of these words, each in angle brackets, after the special tokens."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = [*SPECIAL_TOKENS, *map(item_token, item_ids)]
+    words = [*SPECIAL_TOKENS, *words]
     if len(set(words)) != len(words):
         raise InputError("the catalogue names an item twice: item ids must be unique")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=SPECIAL_TOKENS[0]))
@@ -58,7 +63,7 @@ def build_tiny(config: dict[str, Any], vocabulary: int) -> PreTrainedModel:
 
     fixed = [key for key in _FROM_CATALOGUE if key in config]
     if fixed:
-        raise InputError(f"policy.config sets {', '.join(fixed)}, which the catalogue decides: leave it out")
+        raise InputError(f"--model.policy.config sets {', '.join(fixed)}, which the catalogue decides: leave it out")
     values = {"model_type": "llama", **config, "vocab_size": vocabulary}
     values |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     try:
@@ -67,13 +72,13 @@ def build_tiny(config: dict[str, Any], vocabulary: int) -> PreTrainedModel:
         unknown = sorted(set(config) - known)
         if unknown:
             raise InputError(
-                f"policy.config has keys that {type(model_config).__name__} does not know: {', '.join(unknown)}"
+                f"--model.policy.config has keys that {type(model_config).__name__} does not know: {', '.join(unknown)}"
             )
         model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config)  # type: ignore[no-untyped-call]
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"policy.config is refused by transformers: {' '.join(str(error).split())}") from error
+        raise InputError(f"--model.policy.config is refused by transformers: {' '.join(str(error).split())}") from error
     return model
 
 

@@ -11,14 +11,33 @@ import torch
 from torch import Tensor
 
 from minirec_pl.selection import reasons
-from minirec_pl.selection.learnability import group_difficulty, learnability, min_max, quantile_calibration
+from minirec_pl.selection.learnability import (
+    group_difficulty,
+    learnability,
+    min_max,
+    quantile_calibration,
+    update_learnability,
+)
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.maxmin.greedy import Selection, maxmin_select
 from minirec_pl.selection.representativeness import representativeness
-from minirec_pl.selection.selectors.picks import ascending, blank_columns, solve_chance
+from minirec_pl.selection.selectors.picks import ascending, blank_columns, row_norms, solve_chance, vectors
 from minirec_pl.selection.signals import Signals
 from minirec_pl.utils.errors import InputError
 
+_SAID = (
+    "mode",
+    "difficulty",
+    "calibrate",
+    "alpha",
+    "beta",
+    "mu",
+    "sigma",
+    "on_short",
+    "num_generations",
+    "novelty",
+    "learnability",
+)
 _LARGE = 100_000  # samples from which on the selection shows its progress
 
 
@@ -37,6 +56,9 @@ class MiniRecSelector:
     outside the gate. mode="official" is what the authors' code does: Hessian-vector products and no gate.
     difficulty="pass_at_group" is ours: instead of the mean reward r it uses q = 1 - (1 - p)^G, the probability that a
     group of G rollouts holds a hit; p is the exact solve probability where known, else the share of rollouts that hit.
+    learnability="update" is ours: instead of the Gaussian, L is the size of the sample's expected update, w_G(p) p
+    (1 - p) scaled to a largest value of 1, see `update_learnability`; mu and sigma play no part. "update_length" takes
+    the measured length w_G(p) |grad p| at the hidden states.
 
     gradient="trajectory" is ours: R_i = (1 + a_i) / 2, a_i the cosine of the sample's update with the way the trained
     parameters have moved since the first scoring, scaled to [0, 1] over the samples of which it is known. The others
@@ -58,6 +80,9 @@ class MiniRecSelector:
         gradient_space: Literal["answer", "lora"] = "answer",
         beta: float = 1.0,
         novelty: bool = True,
+        learnability: Literal["gaussian", "update", "update_length"] = "gaussian",
+        scale_rewards: Literal["group", "none", "mean"] | None = None,
+        baseline: Literal["mean", "leave_one_out"] | None = None,
     ) -> None:
         """Sets the method.
 
@@ -74,14 +99,18 @@ class MiniRecSelector:
                 outside the gate.
             gradient: "first" (first-order), "hvp" (Hessian-vector products) or "trajectory" (way of the
                 parameters); None takes that of the mode.
-            num_generations: Rollouts in a training group, G, for "pass_at_group"; None takes that of the module, or 8
-                without one.
+            num_generations: Rollouts in a training group, G, for "pass_at_group" and "update"; None takes that of the
+                module, or 8 without one.
             gradient_space: Where the module takes the gradient: "answer", at the hidden states that produce the answer,
                 or "lora", by the trainable parameters, projected; not with Hessian-vector products.
             beta: Weight of representativeness, which is 1 in the paper; 0 switches the term off, as alpha=0 does for
                 learnability.
             novelty: Whether to spread the picks; False takes the best alpha L + beta R whatever they resemble, with a
                 novelty of 1 each.
+            learnability: "gaussian" (of the difficulty), "update" (size of the expected update) or "update_length" (the
+                same with the measured length of the first-order gradient).
+            scale_rewards: What training divides rewards by, for "update"; None takes that of the module, or "group".
+            baseline: What training subtracts from rewards, for "update"; None takes that of the module, or "mean".
 
         Raises:
             InputError: If an option has a value that is not allowed.
@@ -92,6 +121,14 @@ class MiniRecSelector:
         _one_of("on_short", on_short, ("shrink", "fill"))
         _one_of("gradient", gradient, ("first", "hvp", "trajectory", None))
         _one_of("gradient_space", gradient_space, ("answer", "lora"))
+        _one_of("learnability", learnability, ("gaussian", "update", "update_length"))
+        _one_of("scale_rewards", scale_rewards, ("group", "none", "mean", None))
+        _one_of("baseline", baseline, ("mean", "leave_one_out", None))
+        if learnability != "gaussian" and (calibrate is not None or sigma is not None):
+            raise InputError(
+                f"learnability='{learnability}' has no mu and no sigma: leave out calibrate and sigma, or set "
+                "learnability to gaussian"
+            )
         if not (0 <= alpha < float("inf")):
             raise InputError(f"alpha is {alpha}: give a finite number of at least 0")
         if not (0 <= beta < float("inf")) or alpha == beta == 0:
@@ -121,7 +158,15 @@ class MiniRecSelector:
                 "gradient to first or trajectory, or gradient_space to answer"
             )
         self.gradient_space = gradient_space
+        if learnability == "update_length" and (self.gradient == "hvp" or gradient_space == "lora"):
+            raise InputError(
+                "learnability='update_length' measures the first-order gradient at the hidden states: set gradient to "
+                "first or trajectory, and gradient_space to answer"
+            )
         self.num_generations = num_generations
+        self.learnability = learnability
+        self.scale_rewards = scale_rewards
+        self.baseline = baseline
         self.needs = frozenset({"rewards", "gradient", "embedding"})
 
     def select(self, signals: Signals, k: int, *, epoch: int = 0) -> SelectionLedger:
@@ -144,10 +189,14 @@ class MiniRecSelector:
         signals = ascending(signals, k)
         difficulty = self._difficulty(signals)
         scored = ~difficulty.isnan()
+        if self.learnability != "gaussian":
+            scored &= ~solve_chance(signals, self).isnan()
         if not scored.any():
+            enough = "set difficulty='pass_at_group', for which the exact solve probability is enough, or "
             raise InputError(
-                f"no sample of the pool has the rewards that difficulty='{self.difficulty}' needs: score the "
-                "pool first, with scoring_generations of at least 2"
+                f"no sample of the pool has the rewards that difficulty='{self.difficulty}' needs: "
+                f"{enough if signals.solve_probability is not None else ''}score the pool with rewards, of a "
+                "GRPORecModule with scoring_generations of at least 2"
             )
         if signals.embedding is None:
             raise InputError("MiniRecSelector needs an embedding per sample: return `embedding` from sample_signals")
@@ -173,9 +222,10 @@ class MiniRecSelector:
         embedding = _at(signals.embedding, rows)
         n_pass = int(passes.sum())
         if not n_pass and self.on_short == "shrink":
+            known = difficulty[rows]
             raise InputError(
-                f"none of {len(rows)} scored samples has a difficulty within gate={list(self.gate)}: "
-                "widen the gate, draw more rollouts, or set on_short='fill'"
+                f"none of {len(rows)} scored samples has a difficulty within gate={list(self.gate)}: widen the gate, "
+                f"since they are {float(known.min()):.3g} to {float(known.max()):.3g}, or set on_short='fill'"
             )
         inside = passes[rows].nonzero()[:, 0]
         picked = torch.empty(0, dtype=torch.int64)
@@ -192,12 +242,20 @@ class MiniRecSelector:
             missing -= len(more.indices)
         if missing:
             gated = f", {n_pass} of these within gate={list(self.gate)}" if n_pass < len(rows) else ""
+            advice = [f"lower the budget to {k - missing}"]
+            advice += ["score more samples"] * (len(rows) < len(signals))
+            advice += ["widen the gate", "set on_short='fill'"] * (n_pass < len(rows) and self.on_short == "shrink")
             warnings.warn(
                 f"picked {k - missing} samples instead of {k}; of {len(signals)} samples {len(rows)} have the needed "
-                f"signals{gated}: score more samples, widen the gate, or set on_short='fill'",
+                f"signals{gated}: {', or '.join(advice)}",
                 stacklevel=2,
             )
-        return SelectionLedger.of(columns, signals.embedding)
+        named = "mean reward" if self.difficulty == "mean" else f"solve probability of a group of {self._group()}"
+        options = {name: getattr(self, name) for name in _SAID} | {"gate": list(self.gate)}
+        return SelectionLedger.of(columns, signals.embedding, named, options)
+
+    def _group(self) -> int:
+        return self.num_generations or 8
 
     def _pick(
         self, embedding: Tensor, score: Tensor, k: int, initial: Tensor | None = None, progress: bool = False
@@ -213,13 +271,10 @@ class MiniRecSelector:
     def _difficulty(self, signals: Signals) -> Tensor:
         if self.difficulty == "mean":
             return signals.reward_mean
-        return group_difficulty(solve_chance(signals, self), self.num_generations or 8)
+        return group_difficulty(solve_chance(signals, self), self._group())
 
     def _terms(self, signals: Signals, difficulty: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        mu, sigma = self.mu, self.sigma
-        if self.calibrate == "quantile":
-            mu, sigma = quantile_calibration(difficulty[rows], self.gate)
-        learn = learnability(difficulty[rows], mu=mu, sigma=sigma)
+        learn = self._learnability(signals, difficulty, rows)
         if signals.gradient is None:
             return learn, torch.full_like(learn, 0.5)
         fresh = None if signals.gradient_fresh is None else signals.gradient_fresh[rows]
@@ -229,6 +284,24 @@ class MiniRecSelector:
             known = ~alignment.isnan()
             represent[known] = min_max((1 + alignment[known]) / 2)
         return learn, represent
+
+    def _learnability(self, signals: Signals, difficulty: Tensor, rows: Tensor) -> Tensor:
+        if self.learnability == "gaussian":
+            mu, sigma = self.mu, self.sigma
+            if self.calibrate == "quantile":
+                mu, sigma = quantile_calibration(difficulty[rows], self.gate)
+            return learnability(difficulty[rows], mu=mu, sigma=sigma)
+        lengths = None
+        if self.learnability == "update_length":
+            gradient, known = vectors(signals, "gradient", self)
+            lengths = row_norms(gradient).masked_fill(~known, 0.0)[rows]
+        return update_learnability(
+            solve_chance(signals, self)[rows],
+            self._group(),
+            scale_rewards=self.scale_rewards or "group",
+            baseline=self.baseline or "mean",
+            lengths=lengths,
+        )
 
 
 def _at(matrix: Tensor, rows: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from minirec_pl.selection import reasons
-from minirec_pl.selection.ledger import SelectionLedger
+from minirec_pl.selection.ledger import DIFFICULTY, SelectionLedger
 from minirec_pl.selection.signals import Signals
 from minirec_pl.utils.errors import InputError
+
+_ROWS = 16_384  # gradients turned to float64 at a time
 
 
 def ascending(signals: Signals, k: int) -> Signals:
@@ -53,8 +55,20 @@ def vectors(signals: Signals, name: Literal["gradient", "embedding"], selector: 
     return values, torch.ones(len(signals), dtype=torch.bool) if known is None else known
 
 
+def gradient_blocks(gradient: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yields the rows of a matrix, perhaps a mapped file, as float64 on the CPU, some at a time."""
+    for start in range(0, len(gradient), _ROWS):
+        rows = slice(start, start + _ROWS)
+        yield rows, gradient[rows].double().cpu()
+
+
+def row_norms(gradient: Tensor) -> Tensor:
+    """Returns the length of each row, [N] float64, of [N, D]."""
+    return torch.cat([torch.linalg.vector_norm(block, dim=1) for _, block in gradient_blocks(gradient)])
+
+
 def solve_chance(signals: Signals, selector: object) -> Tensor:
-    """Returns the probability that one rollout solves a sample: exact where known, else the share that did.
+    """Returns `Signals.solve_chance`, and refuses signals of which it is not known.
 
     Args:
         signals: Of N samples.
@@ -66,14 +80,11 @@ def solve_chance(signals: Signals, selector: object) -> Tensor:
     Raises:
         InputError: If it is known of no sample.
     """
-    share, exact = signals.solve_share, signals.solve_probability
-    chance = torch.full((len(signals),), torch.nan, dtype=torch.float64) if share is None else share
-    if exact is not None:
-        chance = exact.where(~exact.isnan(), chance)
+    chance = signals.solve_chance()
     if bool(chance.isnan().all()):
         raise InputError(
             f"{type(selector).__name__} needs rewards or the exact solve probability: return `rewards` or "
-            "`solve_probability` from sample_signals"
+            "`solve_probability` from sample_signals, or put reward among the `signals` of HeadProbe"
         )
     return chance
 
@@ -107,7 +118,12 @@ def blank_columns(signals: Signals) -> dict[str, npt.NDArray[Any]]:
 
 
 def ledger_of(
-    signals: Signals, picks: Tensor, k: int, columns: Mapping[str, Tensor], dropped: Mapping[str, Tensor]
+    signals: Signals,
+    picks: Tensor,
+    k: int,
+    columns: Mapping[str, Tensor],
+    dropped: Mapping[str, Tensor],
+    difficulty_name: str = DIFFICULTY,
 ) -> SelectionLedger:
     """Makes the ledger of a pick.
 
@@ -117,6 +133,7 @@ def ledger_of(
         k: The budget.
         columns: Values [N] by column of the ledger.
         dropped: Rows [N] bool that could not be picked, by reason.
+        difficulty_name: See `SelectionLedger`.
 
     Raises:
         InputError: If nothing is picked.
@@ -130,10 +147,23 @@ def ledger_of(
         table["reason"][rows.numpy()] = reason
     if len(picks) < k:
         lost = ", ".join(f"{int(rows.sum())} {reason}" for reason, rows in dropped.items() if rows.any())
-        short = f"of {len(signals)} samples {lost}: score more samples, with more rollouts each"
+        short = f"of {len(signals)} samples {lost}: {_more(signals, picks, dropped)}"
         if not len(picks):
             raise InputError(f"no sample can be picked; {short}")
         warnings.warn(f"picked {len(picks)} samples instead of {k}; {short}", stacklevel=3)
     table["rank"][picks.numpy()] = np.arange(1, len(picks) + 1)
     table["reason"][picks.numpy()] = reasons.SELECTED
-    return SelectionLedger.of(table)
+    return SelectionLedger.of(table, difficulty_name=difficulty_name)
+
+
+def _more(signals: Signals, picks: Tensor, dropped: Mapping[str, Tensor]) -> str:
+    """What lets more samples be picked."""
+    advice = []
+    if len(picks):
+        advice.append(f"lower the budget to {len(picks)}")
+    if reasons.NEVER_SCORED in dropped and bool(dropped[reasons.NEVER_SCORED].any()):
+        advice.append("score more samples")
+    flat = [rows for reason, rows in dropped.items() if reason != reasons.NEVER_SCORED and bool(rows.any())]
+    if flat and signals.solve_probability is None and bool((signals.n_rollouts > 1).any()):
+        advice.append("draw more rollouts of each")
+    return ", or ".join(advice) or "one reward of a sample has no variance, so take another selector"

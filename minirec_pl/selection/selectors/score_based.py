@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minirec_pl.selection import reasons
-from minirec_pl.selection.learnability import min_max
+from minirec_pl.selection.learnability import min_max, update_learnability
 from minirec_pl.selection.ledger import SelectionLedger
-from minirec_pl.selection.selectors.picks import ascending, best_first, ledger_of, solve_chance, vectors
+from minirec_pl.selection.selectors.picks import (
+    ascending,
+    best_first,
+    gradient_blocks,
+    ledger_of,
+    row_norms,
+    solve_chance,
+    vectors,
+)
 from minirec_pl.selection.signals import Signals
 from minirec_pl.utils.errors import InputError
 
-_ROWS = 16_384  # gradients turned to float64 at a time
+SOLVE = "solve probability"
 _ROUNDING = 1e-12  # a standard deviation below this share of the mean is rounding
 _DAMPING = 0.01  # of the mean eigenvalue of the curvature
 
@@ -35,7 +43,7 @@ class GraNdSelector:
         """Picks the k largest gradients, see `Selector.select`."""
         signals = ascending(signals, k)
         gradient, known = vectors(signals, "gradient", self)
-        value = _norms(gradient).where(known, torch.nan)
+        value = row_norms(gradient).where(known, torch.nan)
         return ledger_of(signals, best_first(value, k), k, {"value": value}, {reasons.NEVER_SCORED: ~known})
 
 
@@ -57,7 +65,7 @@ class EL2NSelector:
         signals = ascending(signals, k)
         chance = solve_chance(signals, self)
         columns = {"value": 1 - chance, "difficulty": chance}
-        return ledger_of(signals, best_first(1 - chance, k), k, columns, {reasons.NEVER_SCORED: chance.isnan()})
+        return ledger_of(signals, best_first(1 - chance, k), k, columns, {reasons.NEVER_SCORED: chance.isnan()}, SOLVE)
 
 
 class RewardVarianceSelector:
@@ -79,11 +87,12 @@ class RewardVarianceSelector:
     def select(self, signals: Signals, k: int, *, epoch: int = 0) -> SelectionLedger:
         """Picks the k largest variances, see `Selector.select`."""
         signals = ascending(signals, k)
-        variance, difficulty = signals.reward_std**2, signals.reward_mean
+        variance, difficulty, named = signals.reward_std**2, signals.reward_mean, "mean reward"
         if signals.solve_probability is not None:
             exact = signals.solve_probability
             variance = (exact * (1 - exact)).where(~exact.isnan(), variance)
             difficulty = exact.where(~exact.isnan(), difficulty)
+            named = f"{SOLVE} or {named}" if exact.isnan().any() else SOLVE
         if variance.isnan().all():
             raise InputError(
                 "RewardVarianceSelector needs rewards or the exact solve probability: return `rewards` or "
@@ -96,7 +105,61 @@ class RewardVarianceSelector:
             reasons.NEVER_SCORED: variance.isnan(),
         }
         picks = best_first(variance.where(~flat, torch.nan), k)
-        return ledger_of(signals, picks, k, {"value": variance, "difficulty": difficulty}, dropped)
+        return ledger_of(signals, picks, k, {"value": variance, "difficulty": difficulty}, dropped, named)
+
+
+class ExpectedUpdateSelector:
+    """Picks the samples with the largest expected GRPO update first (ours), see `update_learnability`.
+
+    The value is w_G(p) p (1 - p), p being the exact solve probability where known, else the share of rollouts that hit;
+    with `measured`, w_G(p) times the length of the gradient signal. The ledger's `value` is relative to the largest,
+    its `difficulty` p. A smaller budget is a prefix.
+    """
+
+    def __init__(
+        self,
+        num_generations: int | None = None,
+        scale_rewards: Literal["group", "none", "mean"] | None = None,
+        baseline: Literal["mean", "leave_one_out"] | None = None,
+        measured: bool = False,
+    ) -> None:
+        """Sets the method.
+
+        Args:
+            num_generations: Rollouts in a training group, G; None takes that of the module, or 8 without one.
+            scale_rewards: What training divides rewards by; None takes that of the module, or "group".
+            baseline: What training subtracts from rewards; None takes that of the module, or "mean".
+            measured: Whether to measure the length of the gradient of p instead of taking it as p (1 - p).
+
+        Raises:
+            InputError: If an option has a value that is not allowed.
+        """
+        update_learnability(
+            torch.zeros(1), num_generations or 8, scale_rewards=scale_rewards or "group", baseline=baseline or "mean"
+        )
+        self.num_generations = num_generations
+        self.scale_rewards = scale_rewards
+        self.baseline = baseline
+        self.measured = measured
+        self.needs = frozenset({"rewards", "gradient"} if measured else {"rewards"})
+
+    def select(self, signals: Signals, k: int, *, epoch: int = 0) -> SelectionLedger:
+        """Picks the k largest updates, see `Selector.select`."""
+        signals = ascending(signals, k)
+        chance, lengths = solve_chance(signals, self), None
+        unknown = chance.isnan()
+        if self.measured:
+            gradient, known = vectors(signals, "gradient", self)
+            unknown, lengths = unknown | ~known, row_norms(gradient).masked_fill(~known, 0.0)
+        value = update_learnability(
+            chance.nan_to_num(nan=0.0),
+            self.num_generations or 8,
+            scale_rewards=self.scale_rewards or "group",
+            baseline=self.baseline or "mean",
+            lengths=lengths,
+        ).masked_fill(unknown, torch.nan)
+        columns = {"value": value, "difficulty": chance}
+        return ledger_of(signals, best_first(value, k), k, columns, {reasons.NEVER_SCORED: unknown}, SOLVE)
 
 
 class LearnAlignSelector:
@@ -119,16 +182,16 @@ class LearnAlignSelector:
         gradient, known = vectors(signals, "gradient", self)
         chance = solve_chance(signals, self)
         known = known & ~chance.isnan()
-        norm = _norms(gradient)
+        norm = row_norms(gradient)
         weight = (chance * (1 - chance) / norm).where(known & (norm > 0), 0.0)
         fresh = _fresh(signals, known)
         total = torch.zeros(gradient.shape[1], dtype=torch.float64)
-        for rows, block in _blocks(gradient):
+        for rows, block in gradient_blocks(gradient):
             total += weight[rows].where(fresh[rows], 0.0) @ block
         mean = total / fresh.sum().clamp_min(1)
         value = (_products(gradient, mean) * weight).where(known, torch.nan)
         columns = {"value": value, "difficulty": chance.where(known, torch.nan)}
-        return ledger_of(signals, best_first(value, k), k, columns, {reasons.NEVER_SCORED: ~known})
+        return ledger_of(signals, best_first(value, k), k, columns, {reasons.NEVER_SCORED: ~known}, SOLVE)
 
 
 class DEALRecSelector:
@@ -173,7 +236,7 @@ class DEALRecSelector:
         gradient, known = vectors(signals, "gradient", self)
         influence = _products(gradient, _newton_direction(gradient, _fresh(signals, known)))
         score = torch.full_like(influence, torch.nan)
-        score[known] = min_max(influence[known]) + self.effort_weight * min_max(_norms(gradient)[known])
+        score[known] = min_max(influence[known]) + self.effort_weight * min_max(row_norms(gradient)[known])
         rows = known.nonzero()[:, 0]
         picks = rows[self._stratified(score[rows].numpy(), min(k, len(rows)))]
         return ledger_of(signals, picks, k, {"value": score}, {reasons.NEVER_SCORED: ~known})
@@ -195,18 +258,8 @@ class DEALRecSelector:
         return torch.from_numpy(order)
 
 
-def _blocks(gradient: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    for start in range(0, len(gradient), _ROWS):
-        rows = slice(start, start + _ROWS)
-        yield rows, gradient[rows].double().cpu()
-
-
-def _norms(gradient: Tensor) -> Tensor:
-    return torch.cat([torch.linalg.vector_norm(block, dim=1) for _, block in _blocks(gradient)])
-
-
 def _products(gradient: Tensor, direction: Tensor) -> Tensor:
-    return torch.cat([block @ direction for _, block in _blocks(gradient)])
+    return torch.cat([block @ direction for _, block in gradient_blocks(gradient)])
 
 
 def _fresh(signals: Signals, known: Tensor) -> Tensor:
@@ -217,7 +270,7 @@ def _newton_direction(gradient: Tensor, fresh: Tensor) -> Tensor:
     width = gradient.shape[1]
     fisher = torch.zeros(width, width, dtype=torch.float64)
     total = torch.zeros(width, dtype=torch.float64)
-    for rows, block in _blocks(gradient):
+    for rows, block in gradient_blocks(gradient):
         block = block[fresh[rows]]
         fisher += block.T @ block
         total += block.sum(dim=0)

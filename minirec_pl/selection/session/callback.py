@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from minirec_pl.data.train_loader import end_workers
 from minirec_pl.selection.selectors.protocol import Selector
 from minirec_pl.selection.session.resume import RUNNING_KEY
 from minirec_pl.selection.session.session import CHECKPOINT_KEY, session_of
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.versions import check_pytorch_lightning
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -25,6 +27,10 @@ class SessionCallback(Callback):
     """
 
     selector: Selector | None = None
+
+    def __init__(self) -> None:
+        check_pytorch_lightning()
+        super().__init__()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plans the first epoch."""
@@ -46,14 +52,26 @@ class SessionCallback(Callback):
             session_of(trainer).running.before_backward(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks that the Trainer draws from the plan."""
+        """Checks that the Trainer draws from the plan, and the plan is made with the weights that are trained."""
         if session_of(trainer).ready:
-            session_of(trainer).check(trainer)
+            session_of(trainer).check(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts the samples of a batch for which `training_step` returned no loss."""
+        if session_of(trainer).ready and pl_module.automatic_optimization:
+            session_of(trainer).end_batch(trainer, outputs, batch_idx)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plans the next epoch."""
         if session_of(trainer).ready:
             session_of(trainer).advance(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Counts the samples of a plan that the run ended before."""
+        if session_of(trainer).ready:
+            session_of(trainer).end_training(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes that the validation after the current batch has begun."""
@@ -64,8 +82,9 @@ class SessionCallback(Callback):
         session_of(trainer).finish(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Writes the files of the last selection of a fit that fails or is interrupted."""
+        """Writes the files of the last selection of a fit that fails or is interrupted, and ends loaders' workers."""
         if trainer.state.fn == "fit":
+            end_workers(trainer)
             with contextlib.suppress(InputError):
                 session_of(trainer).finish(trainer)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from minirec_pl.data.foreign_loader import ForeignLoader
-from minirec_pl.data.loader import in_hand
+from minirec_pl.data.loader import ResumableLoader, in_hand
 from minirec_pl.data.train_loader import validation_is_due
 from minirec_pl.utils.ranks import gather_states, world
 from minirec_pl.utils.seeds import random_state, restore_random_state
@@ -75,9 +75,10 @@ class Running:
         loader = trainer.train_dataloader
         if isinstance(loader, ForeignLoader):
             loader.random_state = random_state()
-        elif saved.get("epoch_seeds", 0):
-            _draw_seeds(saved["epoch_seeds"])
-        else:
+            return
+        seeds = saved.get("epoch_seeds", 0)
+        _draw_seeds(seeds)
+        if not seeds or isinstance(loader, ResumableLoader):  # which draws its seed only now
             self._random = random_state()
 
     def begin_batch(self, trainer: Trainer) -> None:

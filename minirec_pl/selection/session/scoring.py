@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from minirec_pl.data.foreign_loader import ForeignLoader
+from minirec_pl.data.loader import SampleLoader
 from minirec_pl.data.train_loader import prepared
 from minirec_pl.selection.session.scorers import Probe, Scorer
 from minirec_pl.selection.signals import SampleSignals
@@ -59,18 +60,21 @@ def measure(
     return parts
 
 
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether the strategy spreads the weights over the ranks."""
+    return bool(_SHARDED & {base.__name__ for base in type(trainer.strategy).__mro__})
+
+
 def refuse_sharded(trainer: Trainer, probe: Probe | None) -> None:
     """Refuses gradient signals where no rank holds all the weights.
 
     Raises:
         InputError: if the strategy is sharded and gradient signals are asked for.
     """
-    strategy = trainer.strategy
-    sharded = _SHARDED & {base.__name__ for base in type(strategy).__mro__}
-    if sharded and "gradient" in getattr(probe, "signals", {"gradient"}):
+    if is_sharded(trainer) and "gradient" in getattr(probe, "signals", {"gradient"}):
         raise InputError(
-            f"{type(strategy).__name__} spreads the weights over the ranks, so gradient signals cannot be taken: set "
-            "`signals: [reward, embedding]` on HeadProbe, or use the strategy ddp"
+            f"{type(trainer.strategy).__name__} spreads the weights over the ranks, so gradient signals cannot be taken"
+            ": set `signals: [reward, embedding]` on HeadProbe, or use the strategy ddp"
         )
 
 
@@ -84,9 +88,7 @@ def _batches(
         rows = loader.foreign_sampler.rows(ids)
         names = ("num_workers", "worker_init_fn", "multiprocessing_context", "timeout")
         options = {name: getattr(loader, name) for name in names}
-    made: DataLoader[Any] = DataLoader(
-        loader.dataset, batch_size=size, sampler=rows, collate_fn=loader.collate_fn, **options
-    )
+    made = SampleLoader(loader.dataset, batch_size=size, sampler=rows, collate_fn=loader.collate_fn, **options)
     return made, [torch.tensor(ids[start : start + size]) for start in range(0, len(ids), size)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,21 +16,24 @@ import torch
 from minirec_pl.data.foreign_loader import ForeignLoader
 from minirec_pl.data.train_loader import TrainLoader, foresee
 from minirec_pl.selection.curriculum import shuffled_curriculum
-from minirec_pl.selection.diagnostics import Diagnostics, diagnose, notable
+from minirec_pl.selection.diagnostics import Diagnostics, diagnose, easiness_of, notable
 from minirec_pl.selection.fingerprints import fingerprints_of
 from minirec_pl.selection.ledger import SelectionLedger
+from minirec_pl.selection.probes.head import HeadProbe
+from minirec_pl.selection.remedies import Situation, Source
 from minirec_pl.selection.session.resume import Running, epoch_is_done
 from minirec_pl.selection.session.scorers import Probe
-from minirec_pl.selection.session.scoring import measure
+from minirec_pl.selection.session.scoring import is_sharded, measure
 from minirec_pl.selection.session.signal_files import SignalFiles, read_vectors
 from minirec_pl.selection.signals import SampleSignals, gather_signals
 from minirec_pl.selection.store import SignalStore
+from minirec_pl.utils.checkpoints import weights_digest
 from minirec_pl.utils.cost import Cost
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import write_atomically, write_json
-from minirec_pl.utils.ranks import agree, gather_states, world
+from minirec_pl.utils.ranks import agree, gather_states, on_any, world
 from minirec_pl.utils.run_folder import run_folder
-from minirec_pl.utils.seeds import isolated_random_state, restore_random_state
+from minirec_pl.utils.seeds import isolated_random_state, random_state, restore_random_state
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -40,9 +44,15 @@ Step: TypeAlias = "Callable[[SelectionSession, Trainer, LightningModule, int], N
 Phase = Literal["record", "rescore", "select", "order"]
 PHASES: tuple[Phase, ...] = ("record", "rescore", "select", "order")
 _KEPT = ("selected", "plan", "plan_epoch", "fold_starts", "plan_easiness", "scored", "trained", "target_difficulty")
+_ADDED = ("plan_measure", "told")  # kept too; not in checkpoints of 0.1
 CHECKPOINT_KEY = "minirec_pl.SelectionSession"
 LEDGER, SIGNALS, DIAGNOSTICS = "ledger.parquet", "signals.safetensors", "diagnostics.json"
 PLAN, EXAMPLES = "plan.parquet", "examples.parquet"
+_WHY = {  # fills in the batch size, the number of ranks and limit_train_batches
+    "incomplete_batch": "since drop_last=True drops a batch of less than {0}: set drop_last=False, or a budget that is "
+    "a multiple of {0} times {1}, the number of ranks",
+    "limit": "since limit_train_batches is {2}: leave it out, or lower the budget",
+}
 _PAUSE = 60.0  # seconds between two writings of the files of a selection
 _ATTRIBUTE = "_minirec_session"
 
@@ -76,8 +86,10 @@ class SelectionSession:
         epoch: the current epoch.
         plan_epoch: the epoch that `plan` is for; -1 before the first.
         fold_starts: positions in the plan at which a fold starts; empty without folds.
-        plan_easiness: mean reward (or solve probability) that each sample of the plan was ordered by; empty without an
-            order.
+        plan_easiness: what each sample of the plan was ordered by, see `easiness`; empty without an order.
+        plan_measure: what that is, in words.
+        told: keys of the warnings that were given, see `warn_once`.
+        from_ledger: True where a ledger of an earlier selection is trained on.
         asked: options of `sample_signals` that the selector asks for, see `signal_options`.
         probe: how a module is scored; None asks its `sample_signals`.
         active: False in a run with `overfit_batches`, in which nothing is selected.
@@ -100,6 +112,9 @@ class SelectionSession:
         self.epoch = 0
         self.fold_starts: list[int] = []
         self.plan_easiness: list[float] = []
+        self.plan_measure = "mean reward"
+        self.told: list[str] = []
+        self.from_ledger = False
         self.asked: dict[str, str] = {}
         self.probe: Probe | None = None
         self.scored = False
@@ -117,6 +132,9 @@ class SelectionSession:
         self._expected: tuple[int, Callable[[int], int] | None] = (0, None)
         self._folder: Path | None = None
         self._prepared = self._finished = False
+        self._first: tuple[str, Mapping[str, Any]] | None = None
+        self._batch, self._ended = (-1, -1), -1
+        self._no_loss = 0
         self.active = True
 
     def register(self, phase: Phase, step: Step, trainer: Trainer) -> None:
@@ -145,22 +163,19 @@ class SelectionSession:
         self._prepared, self._finished = True, False
         self.active = trainer.overfit_batches == 0  # type: ignore[attr-defined]
         if not self.active:
-            warnings.warn(
+            text = (
                 "overfit_batches trains on the same few batches every epoch, so nothing is selected in this run: use "
-                "limit_train_batches to select among all samples",
-                stacklevel=2,
+                "limit_train_batches to select among all samples"
             )
+            self.warn_once(trainer, text, text)
             return
         self.cost = getattr(module, "cost", self.cost)
         self._folder = None
         self.folder(trainer)
         self._train = TrainLoader(trainer)
         self.sampler = self._train.sampler
-        self.store = SignalStore(self.sampler.sample_ids)
-        self.ledger = self.selected = self.plan = None
-        self.plan_epoch, self.scored, self.fold_starts, self.plan_easiness = -1, False, [], []
-        self.trained, self.trained_reward, self.target_difficulty = nothing_trained(), None, None
-        epoch = trainer.current_epoch
+        self._begin()
+        epoch, new = trainer.current_epoch, self._restored is None
         if self._restored is not None:
             epoch = self._take_up(self._restored, trainer)
             self._restored = None
@@ -171,20 +186,96 @@ class SelectionSession:
         with isolated_random_state():
             if (saved := self.running.random) is not None:  # scoring has the numbers that it would have had
                 restore_random_state(saved)
+            start = random_state()
             self._run(trainer, module, epoch)
+        if new and self.scored:
+            self._first = _weights(module), start
+
+    def _begin(self) -> None:
+        self.store = SignalStore(self.sampler.sample_ids)
+        self.ledger = self.selected = self.plan = None
+        self.plan_epoch, self.scored, self.fold_starts, self.plan_easiness = -1, False, [], []
+        self.trained, self.trained_reward, self.target_difficulty = nothing_trained(), None, None
+        self.told = []
+        self._first, self._batch, self._ended, self._no_loss = None, (-1, -1), -1, 0
+
+    def keep_selection(self) -> None:
+        """Keeps the first selection, whatever weights are put in before training begins."""
+        self._first = None
+
+    def _check_weights(self, trainer: Trainer, module: LightningModule) -> None:
+        """Scores and plans the first epoch again if training begins with other weights than were scored."""
+        if self._first is None:
+            return
+        (scored_with, start), self._first = self._first, None
+        if not on_any(_weights(module) != scored_with, trainer.strategy.root_device):
+            return
+        text = (
+            "the pool was scored before the weights were set that are trained, so it is scored again: set them before "
+            "fit() or in configure_model, not in on_fit_start or on_train_start, to have it scored once"
+        )
+        self.warn_once(trainer, text, text)
+        self._begin()
+        if callable(replaced := getattr(module, "weights_replaced", None)):
+            replaced()
+        with isolated_random_state():
+            restore_random_state(start)
+            self._run(trainer, module, self.epoch)
+        with isolated_random_state():
+            self._train.ask_again(trainer)
 
     def advance(self, trainer: Trainer, module: LightningModule) -> None:
         """Plans the next epoch, once, if there is one; called in `on_train_epoch_end`."""
+        self._end_epoch(trainer)
         epoch = trainer.current_epoch + 1
         last = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch
         last |= 0 <= trainer.max_steps <= trainer.global_step
         if self.plan_epoch != epoch and not last and not trainer.should_stop:
             self._run(trainer, module, epoch)
 
-    def check(self, trainer: Trainer) -> None:
-        """Checks that the Trainer draws from the session's sampler; called in `on_train_epoch_start`."""
+    def check(self, trainer: Trainer, module: LightningModule) -> None:
+        """Checks that the Trainer draws from the session's sampler; called in `on_train_epoch_start`.
+
+        The first time, other weights than those that the pool was scored with have it scored and planned again.
+        """
         self.epoch = trainer.current_epoch
+        self._check_weights(trainer, module)
         self._train.check(trainer)
+
+    def end_batch(self, trainer: Trainer, outputs: Any, batch_idx: int) -> None:
+        """Counts the samples of a batch that made no loss; called in `on_train_batch_end`."""
+        batch = trainer.current_epoch, batch_idx
+        if batch != self._batch and not outputs:
+            self._no_loss += self._train.rows_of(batch_idx)
+        self._batch = batch
+
+    def _end_epoch(self, trainer: Trainer) -> None:
+        if self._ended == trainer.current_epoch:
+            return
+        self._ended = trainer.current_epoch
+        self._log_dropped(trainer, {"early_stop": self._train.missed(trainer, begun=True), "no_loss": self._no_loss})
+        self._no_loss = 0
+
+    def end_training(self, trainer: Trainer) -> None:
+        """Counts the samples of an epoch that was planned and never began; called in `on_train_end`."""
+        if self.plan_epoch > self._ended:
+            self._ended = self.plan_epoch
+            self._log_dropped(trainer, {"early_stop": self._train.missed(trainer, begun=False)})
+
+    def _log_dropped(self, trainer: Trainer, dropped: Mapping[str, int]) -> None:
+        """Logs how many samples of a plan are not trained on, by reason, and warns once of those that it never will."""
+        counts = {reason: count for reason, count in dropped.items() if count}
+        if counts:
+            self.log(trainer, {f"selection/dropped_{reason}": float(count) for reason, count in counts.items()})
+        if self.plan is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        for reason in sorted(counts.keys() & _WHY.keys()):
+            made = self._train.loader.batch_size, self.sampler.num_replicas, trainer.limit_train_batches
+            text = (
+                f"{counts[reason]} of the {len(self.plan)} samples planned for epoch {self.plan_epoch + 1} are not "
+                f"trained on, {_WHY[reason].format(*made)}"
+            )
+            self.warn_once(trainer, text, reason)
 
     def _run(self, trainer: Trainer, module: LightningModule, epoch: int) -> None:
         self.plan = None
@@ -204,6 +295,7 @@ class SelectionSession:
         self._train.renew(trainer, epoch)
         if self.sampler.ragged_count:
             self.log(trainer, {f"selection/ragged_{self.sampler.ragged}": float(self.sampler.ragged_count)})
+        self._log_dropped(trainer, self._train.dropped(trainer))
 
     def score(self, trainer: Trainer, module: LightningModule, sample_ids: Sequence[int], epoch: int) -> None:
         """Measures rewards, gradient signals and embeddings of samples in one pass and stores them.
@@ -249,14 +341,19 @@ class SelectionSession:
         Returns:
             float64 [n], NaN where nothing is known.
         """
+        return self.easiness_in_words(sample_ids)[0]
+
+    def easiness_in_words(self, sample_ids: Sequence[int]) -> tuple[torch.Tensor, str]:
+        """Returns `easiness`, and what it is in words; arguments as there."""
         view = self.store.read(sample_ids, vectors=False)
         if self.ledger is not None and not self.scored and bool((view.n_rollouts == 0).all()):
-            rows = self.ledger.rows(list(sample_ids))
-            known = rows["reward_mean"].where(rows["n_rollouts"] > 0, rows["difficulty"])
-            return torch.from_numpy(known.to_numpy(dtype="float64", copy=True))
-        if view.solve_probability is None or bool((self.store.clock("reward_epoch") >= 0).all()):
-            return view.reward_mean
-        return view.solve_probability.where(~view.solve_probability.isnan(), view.reward_mean)
+            ease = easiness_of(self.ledger)
+            return torch.from_numpy(ease.loc[list(sample_ids)].to_numpy(dtype="float64", copy=True)), str(ease.name)
+        exact = view.solve_probability
+        if exact is None or bool((self.store.clock("reward_epoch") >= 0).all()):
+            return view.reward_mean, "mean reward"
+        mixed = " or mean reward" if bool((exact.isnan() & ~view.reward_mean.isnan()).any()) else ""
+        return exact.where(~exact.isnan(), view.reward_mean), f"solve probability{mixed}"
 
     def step(self, trainer: Trainer) -> int:
         """Returns the optimizer steps so far, also while a resumed Trainer still counts from 0."""
@@ -286,7 +383,7 @@ class SelectionSession:
         embedding = self.store.vectors().get("embedding")
         own = {"loader": self._train.loader.state_dict() if isinstance(self._train.loader, ForeignLoader) else None}
         return {
-            **{name: getattr(self, name) for name in _KEPT},
+            **{name: getattr(self, name) for name in _KEPT + _ADDED},
             "store": self.store.state_dict(vectors=False),
             "vectors": vectors,
             "run": str(folder.absolute()),
@@ -349,16 +446,20 @@ class SelectionSession:
         self._written = time.monotonic()
 
     def plan_table(self) -> pd.DataFrame:
-        """Returns the plan: epoch, position, fold (from 0), sample_id and easiness (NaN where the order is random)."""
+        """Returns the plan: epoch (from 1), position and fold (from 0), sample_id, easiness and measure, what that is.
+
+        The easiness is NaN where the order is random.
+        """
         assert self.plan is not None
         position = np.arange(len(self.plan))
         return pd.DataFrame(
             {
-                "epoch": self.plan_epoch,
+                "epoch": self.plan_epoch + 1,
                 "position": position,
                 "fold": np.searchsorted(self.fold_starts or [0], position, side="right") - 1,
                 "sample_id": self.plan,
                 "easiness": self.plan_easiness or np.nan,
+                "measure": self.plan_measure if self.plan_easiness else "unknown",
             }
         )
 
@@ -366,7 +467,32 @@ class SelectionSession:
         """Diagnoses the ledger, with the coverage of users and items where the DataModule knows them."""
         assert self.ledger is not None
         describe = getattr(getattr(trainer, "datamodule", None), "users_and_items", None)
-        return diagnose(self.ledger, None if describe is None else describe(self.store.sample_ids.numpy()))
+        samples = None if describe is None else describe(self.store.sample_ids.numpy())
+        return diagnose(self.ledger, samples, self._situation(trainer))
+
+    def _situation(self, trainer: Trainer) -> Situation:
+        """How the last selection came about."""
+        if self.from_ledger or not self.scored:
+            return Situation()
+        module = trainer.lightning_module
+        generations = getattr(module, "scoring_generations", None)
+        source: Source = "module" if generations is None else "rollouts"
+        if self.probe is not None:
+            source = "head" if isinstance(self.probe, HeadProbe) else "probe"
+        return Situation(
+            signals=self.store.pool_view(self.plan_epoch),
+            source=source,
+            scoring_generations=int(generations or 0),
+            can_have_gradients=not is_sharded(trainer),
+        )
+
+    def warn_once(self, trainer: Trainer, text: str, key: str) -> None:
+        """Warns on the first rank, once a run of each key, resumed or not; numbers in a key do not count."""
+        key = re.sub(r"\d[\d.,]*", "#", key)
+        if key not in self.told:
+            self.told = [*self.told, key]
+            if trainer.is_global_zero:
+                warnings.warn(text, stacklevel=3)
 
     def _prune(self, trainer: Trainer, folder: Path) -> None:
         if trainer.is_global_zero:
@@ -384,11 +510,17 @@ class SelectionSession:
             self.ledger = SelectionLedger.from_state_dict(state["ledger"], embedding=embedding)
         for name in _KEPT:
             setattr(self, name, state[name])
+        for name in _ADDED:
+            setattr(self, name, state.get(name, getattr(self, name)))
         self._own = state["ranks"][world()[1] % len(state["ranks"])]
         if isinstance(self._train.loader, ForeignLoader) and self._own["loader"] is not None:
             self._train.loader.load_state_dict(self._own["loader"])  # Lightning does so inside an epoch only
         self._restored_step = int(state["step"])
         return int(state["next_epoch"])
+
+
+def _weights(module: LightningModule) -> str:
+    return weights_digest(dict(module.named_parameters()))
 
 
 def _write_table(table: pd.DataFrame, path: Path) -> None:

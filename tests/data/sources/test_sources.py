@@ -41,7 +41,7 @@ def test_a_log_in_any_format_gives_the_same_samples(kind, tmp_path):
         item_columns={"item_id": "asin"},
         item_text=["title", "brand"],
     )
-    table, catalogue, name, report = source.read()
+    table, catalogue, name, report, *_ = source.read()
     assert name == str(tmp_path / f"log.{kind}")
     assert rows_of(table, catalogue) == in_time(log)
     assert catalogue.item_ids == item_frame(log)["item_id"].tolist()
@@ -50,7 +50,7 @@ def test_a_log_in_any_format_gives_the_same_samples(kind, tmp_path):
     assert catalogue.texts[0] == f"Thing {first}, B{first}"
     assert table.rating.tolist() == log["rating"].iloc[table.source_row].tolist()
     assert {what for what, count in report.items() if count} == {
-        "interactions earlier than the row before: sorted by time"
+        f"log.{kind}: interactions earlier than the row before: sorted by time"
     }
 
 
@@ -85,24 +85,24 @@ def test_every_fault_of_a_log_is_fixed_and_counted(tmp_path):
         "title": ["Rock &amp; Roll", None, long, "again"],
         "year": [1999.0, math.nan, 2001.0, 1.0],
     }
-    table, catalogue, _, report = read_log(tmp_path, log, items, item_text=["title", "year"])
+    table, catalogue, _, report, *_ = read_log(tmp_path, log, items, item_text=["title", "year"])
     assert rows_of(table, catalogue) == [("b", "7", 5.0), ("c", "8", 6.0), ("a", "7", 10.0), ("a", "12", 30.0)]
     assert np.array_equal(table.rating, np.float32([np.nan, 2, np.nan, 5]), equal_nan=True)
     assert catalogue.titles == ["Rock & Roll", "12", long]
     assert catalogue.texts == ["Rock & Roll, 1999", "12", f"{long}, 2001"]
     assert {what: count for what, count in report.items() if count} == {
-        "rows of the item table whose item_id came before: dropped": 1,
-        "items without a title: the id stands in": 1,
-        "ratings that are missing: kept as unknown": 2,
-        "interactions with an item that is not in the item table: dropped": 2,
-        "interactions that repeat user, item and time of one before: dropped": 1,
-        "interactions earlier than the row before: sorted by time": 2,
+        "items.parquet: rows whose item_id came before: dropped": 1,
+        "items.parquet: items without a title: the id stands in": 1,
+        "log.csv: ratings that are missing: kept as unknown": 2,
+        "log.csv: interactions with an item that is not in the item table: dropped": 2,
+        "log.csv: interactions that repeat user, item and time of one before: dropped": 1,
+        "log.csv: interactions earlier than the row before: sorted by time": 2,
     }
 
 
 ONE = {"user_id": ["a"], "item_id": ["1"], "timestamp": [1]}
 REFUSED = {
-    "empty user": ({**ONE, "user_id": [" "]}, None, r"log\.csv, line 2, column user_id: the id is empty"),
+    "no user": ({**ONE, "user_id": [" "]}, None, r"log\.csv: each of its 1 rows lacks one of user_id, item_id, time"),
     "wrong rating": ({**ONE, "rating": ["good"]}, None, r"log\.csv, line 2, column rating: 'good' is not a finite"),
     "wrong time": ({**ONE, "timestamp": ["late"]}, None, r"log\.csv, line 2, column timestamp: 'late' is not a finite"),
     "no time": ({"user_id": ["a"], "item_id": ["1"]}, None, r"log\.csv: no column 'timestamp' among user_id, item_id:"),
@@ -113,8 +113,12 @@ REFUSED = {
         {"item_id": ["B1"]},
         r"log\.csv: none of its items is in .*items\.parquet, .*'1' .*'B1'",
     ),
-    "empty item": (ONE, {"item_id": ["1", None]}, r"items\.parquet, row 2, column item_id: the id is empty"),
-    "no item id": (ONE, {"asin": ["1"]}, r"items\.parquet: no column 'item_id' among asin: .*item_id: NAME"),
+    "no item": (ONE, {"item_id": [None, None]}, r"items\.parquet: each of its 2 rows lacks one of item_id: name"),
+    "no item id": (
+        ONE,
+        {"asin": ["1"]},
+        r"items\.parquet: no column 'item_id' among asin: .*item_columns: \{item_id: NAME",
+    ),
     "no item row": (ONE, {"item_id": []}, r"items\.parquet has no rows"),
 }
 
@@ -140,7 +144,7 @@ def test_sequences_are_samples_with_their_own_history(with_times, tmp_path):
         frame = frame.drop(columns="timestamp")
     frame.to_parquet(tmp_path / "s.parquet")
     items.to_parquet(tmp_path / "i.parquet")
-    table, catalogue, _, report = Sequences(str(tmp_path / "s.parquet"), str(tmp_path / "i.parquet")).read()
+    table, catalogue, _, report, *_ = Sequences(str(tmp_path / "s.parquet"), str(tmp_path / "i.parquet")).read()
     assert not +report
     assert len(table) == len(frame)
     for sample_id, row in enumerate(frame.itertuples()):
@@ -203,15 +207,15 @@ def test_faults_of_sequences(tmp_path):
         items.to_parquet(tmp_path / "i.parquet")
         return Sequences(str(tmp_path / "s.parquet"), str(tmp_path / "i.parquet")).read()
 
-    table, catalogue, _, report = read(frame)
+    table, catalogue, _, report, *_ = read(frame)
     assert rows_of(table, catalogue) == [("1", "3", 0.0), ("2", "1", 1.0), ("3", "1", 2.0)]
     assert [table.history(i).tolist() for i in range(3)] == [[0, 1], [], []]
     assert table.eligible.tolist() == [True, False, False]
     assert dict(+report) == {
-        "items without a title: the id stands in": 1,
-        "sequences whose target is not in the item table: dropped": 1,
-        "sequences that repeat one before: dropped": 1,
-        "history items that are not in the item table: dropped": 2,
+        "i.parquet: items without a title: the id stands in": 1,
+        "s.parquet: sequences whose target is not in the item table: dropped": 1,
+        "s.parquet: sequences that repeat one before: dropped": 1,
+        "s.parquet: history items that are not in the item table: dropped": 2,
     }
     with pytest.raises(InputError, match=r"s\.parquet, row 1, column history_item_id: '1 2' is not a list: store"):
         read(frame.assign(history_item_id="1 2"))
@@ -229,7 +233,7 @@ def test_a_folder_of_save_to_disk_holds_interactions_or_sequences(tmp_path):
     items, frame = item_frame(log), sequence_frame(log)
     whole = datasets.Dataset.from_pandas(log)
     whole.save_to_disk(tmp_path / "log")
-    table, catalogue, name, _ = HubDataset(str(tmp_path / "log")).read()
+    table, catalogue, name, *_ = HubDataset(str(tmp_path / "log")).read()
     assert name == str(tmp_path / "log")
     assert rows_of(table, catalogue) == in_time(log)
     parts = {
@@ -244,7 +248,7 @@ def test_a_folder_of_save_to_disk_holds_interactions_or_sequences(tmp_path):
     wanted = Sequences(str(tmp_path / "s.parquet"), str(tmp_path / "i.parquet")).read()
     for where in ("item_info", str(tmp_path / "items.csv")):
         splits = None if where == "item_info" else "train"
-        table, catalogue, _, _ = HubDataset(str(tmp_path / "sequences"), items=where, split=splits).read()
+        table, catalogue, *_ = HubDataset(str(tmp_path / "sequences"), items=where, split=splits).read()
         assert catalogue.titles == items["title"].tolist()
         if splits is None:
             assert table.fingerprint == wanted.table.fingerprint

@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from minirec_pl.data.sources.tables import Table, as_id, clean_text, ids_of, numbers_of, read_table, times_of
+from minirec_pl.data.sources.files import read_table
+from minirec_pl.data.sources.tables import Table, as_id, clean_text, ids_of, numbers_of, times_of
 from minirec_pl.utils.errors import InputError
 
 
@@ -37,6 +38,15 @@ def column(values, has_header=False):
         (math.nan, ""),
         (pd.NA, ""),
         ("  ", ""),
+        ("None", ""),
+        (" nan ", ""),
+        ("NULL", ""),
+        ("<NA>", ""),
+        ("\\N", ""),
+        (pd.NaT, ""),
+        ("NA", "NA"),
+        ("n/a", "n/a"),
+        ("Nancy", "Nancy"),
     ],
 )
 def test_an_id_has_one_spelling(value, spelled):
@@ -94,7 +104,7 @@ def test_an_empty_id_is_named_with_its_line_below_cells_of_several_lines(tmp_pat
     path.write_text('item_id,title\n1,"two\nlines"\n2,b\n ,c\n')
     table = read_table(path)
     assert table.frame["title"].tolist() == ["two\nlines", "b", "c"]
-    with pytest.raises(InputError, match=r"items\.csv, line 5, column item_id: the id is empty"):
+    with pytest.raises(InputError, match=r"items\.csv, line 5, column item_id: the id is missing"):
         ids_of(table, "item_id")
 
 

@@ -63,7 +63,7 @@ def test_the_default_names_what_it_does_not_reach(tmp_path, kind):
     for name in NOT_REACHED[kind] | (DEFAULT - {name.rsplit(".", 1)[-1] for name in layers}):
         assert name in text
     more = layers - adapted(model)
-    assert ("set lora.target_modules to all-linear" in text) == bool(more)
+    assert ("set --model.policy.language_model.lora.target_modules to all-linear" in text) == bool(more)
     assert {name.rsplit(".", 1)[-1] for name in more} <= NOT_REACHED[kind]
 
 
@@ -75,7 +75,7 @@ def test_all_linear_reaches_every_linear_layer_but_head_and_routers(tmp_path, ki
         (text,) = said
         assert "experts.gate_up_proj" in text
         assert "routers stay without: gate" in text
-        assert "set lora.target_modules to all-linear" not in text
+        assert "set --model.policy.language_model.lora.target_modules to all-linear" not in text
     else:
         assert not said
     head_of(model)
@@ -125,7 +125,7 @@ def test_an_adapter_on_the_head_is_still_refused(tmp_path):
 
 
 def test_adapters_on_fused_experts_need_dropout_zero_and_count_as_carried():
-    with pytest.raises(InputError, match=r"set lora\.dropout to 0"):
+    with pytest.raises(InputError, match=r"set --model\.policy\.language_model\.lora\.dropout to 0"):
         Lora().adapt(family_model("qwen3_moe"))
     lora = Lora(dropout=0.0)
     coverage = lora.coverage(lora.adapt(family_model("qwen3_moe")))

@@ -278,7 +278,7 @@ def test_folders_that_cannot_be_used(tmp_path):
 def test_options_that_peft_refuses(tmp_path):
     folder = chat_folder(tmp_path / "base")
     for lora, message in (
-        (Lora(target_modules=["self_attn"]), r"refused by peft .*fix language_model\.lora"),
+        (Lora(target_modules=["self_attn"]), r"refused by peft .*fix --model\.policy\.language_model\.lora"),
         (Lora(r=0), "refused by peft"),
         (Lora(target_modules=["attention"]), r"\(attention\) names no linear layer of LlamaForCausalLM: give some of"),
         (Lora(target_modules=[]), "names no linear layer"),
