@@ -176,7 +176,7 @@ class RecDataModule(LightningDataModule):
         new = frozenset(names) - self._asked
         self._asked |= new
         if self._ready and any(self.own_columns.places(name) for name in new):
-            samples = self.source.read()
+            samples = samples_of(self.source)
             if digest((samples.catalogue.fingerprint, samples.table.fingerprint)) != self.fingerprint:
                 raise InputError(f"{samples.name} has changed since it was read: start again")
             self._keep(samples)
