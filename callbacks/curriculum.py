@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+import torch
 
 from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.selection.session.session import SelectionSession, session_of
+from minirec_pl.selection.signals import Array, as_ids, name_ids, repeated_ids
+from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.protocols import what_it_lacks
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -15,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Curriculum(SessionCallback, ABC):
-    """Plans each epoch: the chosen samples (the whole pool if none were chosen) in the order of `_plan`.
+    """Plans each epoch: the chosen samples (the whole pool if none were chosen) in the order of `plan`.
 
     Samples are ordered by their easiness, the mean reward or exact solve probability; an unknown one counts as the
     mean. Where nothing is known at all, the epoch is shuffled. Writes `curriculum.png`, the easiness along the last
@@ -32,14 +38,27 @@ class Curriculum(SessionCallback, ABC):
         self.seed = seed
 
     @abstractmethod
-    def _plan(
+    def plan(
         self, session: SelectionSession, trainer: Trainer, chosen: list[int], easiness: Tensor, epoch: int
-    ) -> list[int]:
-        """Returns the chosen sample_ids in the order to train on."""
+    ) -> Sequence[int] | Array:
+        """Orders the samples of one epoch.
+
+        Args:
+            session: with what is known of the samples, `session.store`, and the last ledger, `session.ledger`.
+            trainer: of the run.
+            chosen: [n] sample_ids, best first.
+            easiness: float64 [n], of each of them, see above; finite.
+            epoch: the coming epoch, from 0.
+
+        Returns:
+            The n sample_ids, each once, in the order to train on: a list, a tensor or an array.
+        """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Registers for the phase `order`."""
         if stage == "fit":
+            if (wrong := what_it_lacks(type(self), type(self).__name__, Curriculum)) is not None:
+                raise InputError(wrong)
             session_of(trainer).register("order", self._order, trainer)
 
     def _order(self, session: SelectionSession, trainer: Trainer, module: LightningModule, epoch: int) -> None:
@@ -51,7 +70,8 @@ class Curriculum(SessionCallback, ABC):
             if bool(easiness.isnan().all()):
                 return
             easiness = easiness.nan_to_num(nan=float(easiness.nanmean()))
-            session.plan = self._plan(session, trainer, chosen, easiness, epoch)
+            plan = self.plan(session, trainer, list(chosen), easiness.clone(), epoch)
+            session.plan = _checked(plan, chosen, f"{type(self).__name__}.plan")
             value = dict(zip(chosen, easiness.tolist(), strict=True))
             session.plan_easiness = [value[sample_id] for sample_id in session.plan]
         session.log(trainer, {"curriculum/length": float(len(session.plan))})
@@ -69,3 +89,22 @@ class Curriculum(SessionCallback, ABC):
             path = session.folder(trainer) / "curriculum.png"
             what = (session.plan_epoch, path, self.order, session.plan_measure)
             draw_curriculum(session.plan_easiness, session.fold_starts, *what)
+
+
+def _checked(plan: Sequence[int] | Array, chosen: list[int], name: str) -> list[int]:
+    """The plan as a list; refuses one that has not each chosen sample once."""
+    advice = "return each sample_id of `chosen` once, in the order to train on"
+    try:
+        ids = as_ids(plan)
+    except (InputError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} returned a {type(plan).__name__} that is no list of sample_ids: {advice}") from error
+    wanted = torch.tensor(chosen)
+    faults = {
+        "is not among the chosen": ids[~torch.isin(ids, wanted)],
+        "occurs more than once": repeated_ids(ids),
+        "is missing": wanted[~torch.isin(wanted, ids)],
+    }
+    for fault, wrong in faults.items():
+        if len(wrong):
+            raise InputError(f"{name} returned a plan in which sample_id {name_ids(wrong)} {fault}: {advice}")
+    return ids.tolist()

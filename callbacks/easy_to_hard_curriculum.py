@@ -32,9 +32,10 @@ class EasyToHardCurriculum(Curriculum):
             raise InputError(f"n_folds is {n_folds}: give at least 1, or null for one fold per 64 samples")
         self.n_folds = n_folds
 
-    def _plan(
+    def plan(
         self, session: SelectionSession, trainer: Trainer, chosen: list[int], easiness: Tensor, epoch: int
     ) -> list[int]:
+        """Orders each fold from easy to hard, see `Curriculum.plan`."""
         n_folds = default_folds(len(chosen)) if self.n_folds is None else min(self.n_folds, len(chosen))
         session.fold_starts = fold_starts(len(chosen), n_folds)
         session.log(trainer, {"curriculum/n_folds": float(n_folds)})

@@ -50,9 +50,10 @@ class GaussianCurriculum(Curriculum):
             raise InputError("GaussianCurriculum needs the length of the training: set `trainer.max_epochs`")
         super().setup(trainer, pl_module, stage)
 
-    def _plan(
+    def plan(
         self, session: SelectionSession, trainer: Trainer, chosen: list[int], easiness: Tensor, epoch: int
     ) -> list[int]:
+        """Draws by the progress of the training, see `Curriculum.plan`."""
         assert trainer.max_epochs is not None
         return gaussian_curriculum(
             chosen,

@@ -26,7 +26,8 @@ class HardToEasyCurriculum(Curriculum):
     def __init__(self, seed: int = 42) -> None:
         super().__init__(seed)
 
-    def _plan(
+    def plan(
         self, session: SelectionSession, trainer: Trainer, chosen: list[int], easiness: Tensor, epoch: int
     ) -> list[int]:
+        """Orders from hard to easy, see `Curriculum.plan`."""
         return hard_to_easy_curriculum(chosen, easiness, seed=self.seed)

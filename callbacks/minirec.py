@@ -13,9 +13,9 @@ from minirec_pl.callbacks.easy_to_hard_curriculum import EasyToHardCurriculum
 from minirec_pl.callbacks.rescore_samples import RescoreSamples
 from minirec_pl.callbacks.reward_history import RewardHistory
 from minirec_pl.callbacks.select_samples import SelectSamples
-from minirec_pl.selection.probes.head import HeadProbe
 from minirec_pl.selection.selectors.protocol import Selector
 from minirec_pl.selection.session.callback import SessionCallback
+from minirec_pl.selection.session.scorers import Probe
 from minirec_pl.utils.errors import InputError
 
 
@@ -38,7 +38,8 @@ class MiniRec(SessionCallback):
         selector: picks the samples; None takes `MiniRecSelector()`.
         curriculum: how to order the picks, anew every epoch; None takes `EasyToHardCurriculum()`, "shuffled" shuffles.
             The others are `HardToEasyCurriculum`, `MovingTargetCurriculum` and `GaussianCurriculum`.
-        probe: how a module without `sample_signals(batch)` is scored, for instance `HeadProbe("classifier")`.
+        probe: how a module without `sample_signals(batch)` is scored, for instance `HeadProbe("classifier")`; or any
+            function `probe(module, batch) -> SampleSignals`.
         score_fraction: share of the pool, above 0 and at most 1, that is scored before the first selection, drawn at
             random. What was never scored is not picked. With a `rescore_fraction` as large, each epoch chooses
             among more of the pool.
@@ -59,7 +60,7 @@ class MiniRec(SessionCallback):
         rescore_fraction: float = 0.1,
         selector: Selector | None = None,
         curriculum: Curriculum | Literal["shuffled"] | None = None,
-        probe: HeadProbe | None = None,
+        probe: Probe | None = None,
         score_fraction: float = 1.0,
     ) -> None:
         super().__init__()
@@ -67,14 +68,11 @@ class MiniRec(SessionCallback):
             raise InputError(
                 "budget is None: give a fraction of the pool such as 0.1, a number of samples, or 1.0 for all"
             )
-        if isinstance(curriculum, str) and curriculum != "shuffled":
+        if not (curriculum is None or curriculum == "shuffled" or isinstance(curriculum, Curriculum)):
             raise InputError(
-                f"curriculum is {curriculum!r}: give 'shuffled', or an object such as EasyToHardCurriculum()"
+                f"curriculum is {curriculum!r}: give 'shuffled', or an object such as EasyToHardCurriculum() of a "
+                "subclass of Curriculum"
             )
-        if selector is not None and not callable(getattr(selector, "select", None)):
-            raise InputError(f"selector is {selector!r}: give an object such as MiniRecSelector()")
-        if probe is not None and not callable(probe):
-            raise InputError(f"probe is {probe!r}: give an object such as HeadProbe({probe!r}, forward=0, target=1)")
         select = SelectSamples(budget, selector, warmup_epochs=warmup_epochs, every_n_epochs=every_n_epochs)
         self.selector = select.selector
         rescore = RescoreSamples(rescore_fraction, probe, score_fraction)

@@ -57,9 +57,10 @@ class MovingTargetCurriculum(Curriculum):
         self.sensitivity = sensitivity
         self.target_reward = target_reward
 
-    def _plan(
+    def plan(
         self, session: SelectionSession, trainer: Trainer, chosen: list[int], easiness: Tensor, epoch: int
     ) -> list[int]:
+        """Moves the target and orders by the distance to it, see `Curriculum.plan`."""
         target = self.target if session.target_difficulty is None else session.target_difficulty
         if session.trained_reward is not None:
             target = move_target(

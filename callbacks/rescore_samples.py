@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from minirec_pl.selection.probes.head import HeadProbe
 from minirec_pl.selection.session.callback import SessionCallback
+from minirec_pl.selection.session.scorers import Probe, check_probe
 from minirec_pl.selection.session.scoring import refuse_sharded
 from minirec_pl.selection.session.session import SelectionSession, session_of
 from minirec_pl.utils.errors import InputError
@@ -23,17 +23,17 @@ class RescoreSamples(SessionCallback):
 
     Args:
         rescore_fraction: share of the pool that is scored again after each epoch, from 0 (never) to 1 (all of it).
-        probe: how to score; None calls the module's `sample_signals(batch)`, other modules need a `HeadProbe`.
+        probe: how to score: a `HeadProbe`, or any function `probe(module, batch) -> SampleSignals`; None calls the
+            module's `sample_signals(batch)`.
         score_fraction: share of the pool that is scored before the first selection, above 0 and at most 1.
 
     Raises:
-        InputError: if a fraction is out of range.
+        InputError: if a fraction is out of range, or the probe is none.
     """
 
-    def __init__(
-        self, rescore_fraction: float = 0.1, probe: HeadProbe | None = None, score_fraction: float = 1.0
-    ) -> None:
+    def __init__(self, rescore_fraction: float = 0.1, probe: Probe | None = None, score_fraction: float = 1.0) -> None:
         super().__init__()
+        check_probe(probe)
         if not 0.0 < score_fraction <= 1.0:
             raise InputError(f"score_fraction is {score_fraction}: give a part of the pool, above 0 and at most 1")
         if not 0.0 <= rescore_fraction <= 1.0:

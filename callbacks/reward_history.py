@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from minirec_pl.selection.session.callback import SessionCallback
-from minirec_pl.selection.session.scoring import with_ids
+from minirec_pl.selection.session.scorers import with_ids
 from minirec_pl.selection.session.session import SelectionSession, nothing_trained, session_of
 from minirec_pl.selection.signals import SampleSignals, gather_signals
 
@@ -38,7 +38,7 @@ class RewardHistory(SessionCallback):
         own = signals if isinstance(signals, SampleSignals) else None
         ids = None if own is None else session.batch_ids(batch_idx)
         if own is not None and ids is not None:
-            own = with_ids(own, ids)
+            own = with_ids(own, ids, f"{type(pl_module).__name__}.training_step")
         met = gather_signals(own, trainer.strategy.root_device)
         if met is None:
             return

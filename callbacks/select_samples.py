@@ -15,6 +15,7 @@ from minirec_pl.selection.fingerprints import data_fingerprint
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.remedies import NEAR_ZERO
 from minirec_pl.selection.selectors.baselines import FullSelector
+from minirec_pl.selection.selectors.checked import check_selector, pick
 from minirec_pl.selection.selectors.minirec import MiniRecSelector
 from minirec_pl.selection.selectors.protocol import Selector, signal_options
 from minirec_pl.selection.session.callback import SessionCallback
@@ -60,7 +61,7 @@ class SelectSamples(SessionCallback):
                 f"warmup_epochs is {warmup_epochs} and every_n_epochs {every_n_epochs}: give at least 0 and at least 1"
             )
         self.budget = 0.1 if budget is None and ledger is None else budget
-        self.selector: Selector = selector or MiniRecSelector()
+        self.selector: Selector = MiniRecSelector() if selector is None else check_selector(selector)
         self._selector = self.selector
         self.ledger = ledger
         self.warmup_epochs = warmup_epochs
@@ -123,7 +124,7 @@ class SelectSamples(SessionCallback):
         view = session.store.pool_view(epoch)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            ledger = self._selector.select(view, budget_count(self.budget, len(view)), epoch=epoch)
+            ledger = pick(self._selector, view, budget_count(self.budget, len(view)), epoch)
         for warning in caught:
             if warning.category is UserWarning:
                 session.warn_once(trainer, str(warning.message), str(warning.message))

@@ -48,6 +48,16 @@ def values_of(args: Sequence[str], *options: str) -> list[str]:
     return [value for option, value in pairwise(words) if option in options]
 
 
+def without_types(option: Any) -> None:
+    """Lets the classes that an option names have parameters without a type, as those of `--model` and `--data` may.
+
+    Args:
+        option: what `add_argument` returned.
+    """
+    if hasattr(option, "sub_add_kwargs"):  # else it names no class
+        option.sub_add_kwargs["fail_untyped"] = False
+
+
 def class_of(class_path: str) -> Any:
     """The class that a config names."""
     place, _, name = class_path.rpartition(".")

@@ -18,7 +18,7 @@ from rich.panel import Panel
 from rich.table import Table
 from torch import nn
 
-from minirec_pl.cli.arguments import class_of
+from minirec_pl.cli.arguments import class_of, without_types
 from minirec_pl.cli.check_model import Finding, Level, Prompts, describe_family, describe_language_model
 from minirec_pl.cli.estimates import Load, Memory, memory_of, peak
 from minirec_pl.cli.sentences import one_sentence, sentence_of
@@ -288,7 +288,7 @@ def _made(kind: Any, value: Any) -> Any:
         InputError: if it is refused.
     """
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--value", type=kind)
+    without_types(parser.add_argument("--value", type=kind))
     try:
         return parser.instantiate_classes(parser.parse_object({"value": value})).value
     except Exception as error:
@@ -314,7 +314,7 @@ def _prompt_of(policy: Mapping[str, Any]) -> PromptTemplate | None:
 def _make_module(config: Mapping[str, Any], policy: nn.Module) -> None:
     kind = class_of(config["class_path"])
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, "model", skip={"policy"}, instantiate=False)
+    parser.add_class_arguments(kind, "model", skip={"policy"}, instantiate=False, fail_untyped=False)
     options = {key: value for key, value in config.get("init_args", {}).items() if key != "policy"}
     try:
         made = parser.instantiate_classes(parser.parse_object({"model": options})).model

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule
 from rich.markup import escape
 from rich.table import Table
 
+from minirec_pl.cli.arguments import without_types
 from minirec_pl.cli.sentences import check_yaml
 from minirec_pl.cli.terminal import CommandParser, console
 from minirec_pl.data.datamodule import RecDataModule
@@ -38,7 +39,10 @@ def parser() -> CommandParser:
     )
     made.add_argument("--config", required=True, help="YAML file of `minirec fit`, or one with its section data alone")
     made.add_argument("--tokenizer", default=None, help="folder or hub name of a tokenizer")
-    made.add_argument("--data", type=LightningDataModule, help="overrides, as in `minirec fit`: --data.split=given")
+    data = made.add_argument(
+        "--data", type=LightningDataModule, help="overrides, as in `minirec fit`: --data.split=given"
+    )
+    without_types(data)
     return made
 
 

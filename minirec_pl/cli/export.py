@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import yaml
 
 from minirec_pl.cli.terminal import CommandParser
 from minirec_pl.policy.folder import SIDE_FILE
 from minirec_pl.policy.language_models.pretrained import LanguageModel, save_language_model
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import replace_folder
+from minirec_pl.utils.run_folder import CONFIG
 
 
 def export(policy: str | Path, to: str | Path) -> Path:
@@ -28,13 +30,18 @@ def export(policy: str | Path, to: str | Path) -> Path:
         `to`.
 
     Raises:
-        InputError: if there is no policy in the folder, it cannot be read, or `to` cannot be written.
+        InputError: if there is no policy on a language model in the folder, it cannot be read, or `to` cannot be
+            written.
 
     Example:
         >>> export("runs/latest/policy", "models/mine")  # doctest: +SKIP
     """
     folder, target = Path(policy), Path(to)
     if not (folder / SIDE_FILE).is_file():
+        if (own := _own_class(folder)) is not None:
+            raise InputError(
+                f"the policy in '{folder}' is a {own}, which has no language model to export: load it with that class"
+            )
         raise InputError(
             f"there is no policy in '{folder}' ({SIDE_FILE} is missing): give the folder `policy` of a run"
         )
@@ -53,6 +60,16 @@ def export(policy: str | Path, to: str | Path) -> Path:
         what="model",
     )
     return target
+
+
+def _own_class(folder: Path) -> str | None:
+    """The class of a policy that is not this library's, by the config of its run."""
+    try:
+        config = yaml.safe_load((folder.parent / CONFIG).read_text(encoding="utf-8"))
+        path = str(config["model"]["init_args"]["policy"]["class_path"])
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        return None
+    return path if folder.is_dir() and not path.startswith("minirec_pl.") else None
 
 
 def parser() -> CommandParser:

@@ -21,7 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer.states import TrainerStatus
 
 from minirec_pl.callbacks.run_folder import RunFolder, best_checkpoint
-from minirec_pl.cli.arguments import class_of, config_of_checkpoint, configs_first, values_of
+from minirec_pl.cli.arguments import class_of, config_of_checkpoint, configs_first, values_of, without_types
 from minirec_pl.cli.process import finish_wandb, own_process_state, quiet_wandb
 from minirec_pl.cli.progress import progress_lines
 from minirec_pl.cli.score import ScoringTrainer
@@ -111,13 +111,14 @@ class MiniRecCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds `--selection`, `--warm_start` and `--test_stages`."""
-        parser.add_argument(
+        selection = parser.add_argument(
             "--selection",
             type=SessionCallback | None,
             default=None,
             help="Which samples an epoch trains on; null for the whole pool, shuffled anew each epoch. "
             "--selection.help=minirec_pl.callbacks.MiniRec lists the options of the usual choice.",
         )
+        without_types(selection)
         parser.add_argument(
             "--warm_start",
             type=WarmStart | None,
@@ -258,8 +259,9 @@ def config_after_warm_start(config: dict[str, Any], policy: Path) -> dict[str, A
     """
     given = config["model"]["init_args"]["policy"]
     kind: type[Policy] = class_of(given["class_path"])
-    given["init_args"] |= dict.fromkeys(kind.made_of & set(given["init_args"]))
-    given["init_args"]["pretrained"] = str(policy)
+    options = given.setdefault("init_args", {})
+    options |= dict.fromkeys(kind.made_of & set(options))
+    options["pretrained"] = str(policy)
     return {**config, "warm_start": None}
 
 

@@ -16,6 +16,7 @@ from minirec_pl.selection.fingerprints import fingerprints_of
 from minirec_pl.selection.merge import merge_stores
 from minirec_pl.selection.selectors.protocol import signal_options
 from minirec_pl.selection.session.callback import SessionCallback
+from minirec_pl.selection.session.scorers import Scorer
 from minirec_pl.selection.store import SignalStore
 from minirec_pl.trainers.grpo import GRPORecModule
 from minirec_pl.trainers.recommender import RecModule
@@ -91,7 +92,7 @@ class ScoringTrainer(Trainer):
         Writes `signals.safetensors`, and `samples.parquet` with user and item of every sample.
 
         Args:
-            model: with `sample_signals(batch)`, as `GRPORecModule` has.
+            model: with `sample_signals(batch)`, as `GRPORecModule` has, unless the selection has a probe.
             datamodule: a `RecDataModule`.
             to: folder to write, by default the run folder.
             shard: which part of the pool, for several machines: 2/4 is the second quarter. `minirec select` takes all.
@@ -99,9 +100,12 @@ class ScoringTrainer(Trainer):
         Raises:
             InputError: if the model cannot be scored, or the shard is not one of its number.
         """
-        if not callable(getattr(model, "sample_signals", None)):
+        parts = self._selection()
+        probe = next((part.probe for part in parts if getattr(part, "probe", None) is not None), None)
+        if probe is None and not callable(getattr(model, "sample_signals", None)):
             raise InputError(
-                f"{type(model).__name__} cannot be scored, it has no sample_signals(batch): set model to GRPORecModule"
+                f"{type(model).__name__} cannot be scored, it has no sample_signals(batch): set model to "
+                "GRPORecModule, or selection.probe to a function"
             )
         if not isinstance(datamodule, RecDataModule) or not isinstance(model, RecModule):
             raise InputError("minirec score needs a RecDataModule and a module of minirec_pl: set data and model so")
@@ -118,7 +122,8 @@ class ScoringTrainer(Trainer):
                 f"shard {shard} is empty: the pool has {len(datamodule.pool_ids)} samples, make fewer shards"
             )
         store = SignalStore(pool, fingerprints=fingerprints_of(model, datamodule, datamodule.pool_ids))
-        scorer = _Scorer(model, store, self._asked(), folder / SIGNALS)
+        asked = next((signal_options(part.selector) for part in parts if part.selector is not None), {})
+        scorer = _Scorer(model, store, Scorer(model, probe, asked, foreign=False), folder / SIGNALS)
         with model.cost.timed("scoring"):
             super().predict(scorer, dataloaders=datamodule.sample_loader(pool), return_predictions=False)
         if not self.is_global_zero:
@@ -128,23 +133,22 @@ class ScoringTrainer(Trainer):
         write_json(folder / "results.json", {"stage": "score", "samples": len(pool), **model.cost.row()})
         print(f"signals: {folder / SIGNALS}")
 
-    def _asked(self) -> dict[str, str]:
-        """Options of `sample_signals` that the selector of the config asks for."""
-        parts = [part for part in self.callbacks if isinstance(part, SessionCallback)]  # type: ignore[attr-defined]
-        return next((signal_options(part.selector) for part in parts if part.selector is not None), {})
+    def _selection(self) -> list[Any]:
+        """The selection callbacks of the config, and their parts."""
+        given = [callback for callback in self.callbacks if isinstance(callback, SessionCallback)]  # type: ignore[attr-defined]
+        return [part for callback in given for part in (callback, *getattr(callback, "parts", ()))]
 
 
 class _Scorer(LightningModule):
-    def __init__(self, module: RecModule, store: SignalStore, asked: dict[str, str], path: Path) -> None:
+    def __init__(self, module: RecModule, store: SignalStore, scorer: Scorer, path: Path) -> None:
         super().__init__()
-        self.module, self.store, self.asked, self.path = module, store, asked, path
+        self.module, self.store, self.scorer, self.path = module, store, scorer, path
 
     def configure_model(self) -> None:
         self.module.configure_model()
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        signals = self.module.sample_signals(batch, **self.asked)  # type: ignore[operator]
-        self.store.update(signals, epoch=0, step=0, source="score")
+        self.store.update(self.scorer(batch, batch["sample_id"].cpu()), epoch=0, step=0, source="score")
         return batch["sample_id"]
 
     def on_predict_end(self) -> None:

@@ -15,12 +15,14 @@ import pandas as pd
 from rich.markup import escape
 from rich.table import Table
 
+from minirec_pl.cli.arguments import without_types
 from minirec_pl.cli.terminal import CommandParser, console
 from minirec_pl.selection.budget import budget_count, check_budget
 from minirec_pl.selection.curriculum import default_folds, fold_curriculum, fold_starts
 from minirec_pl.selection.diagnostics import Diagnostics, diagnose, easiness_of
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.remedies import Situation, Source
+from minirec_pl.selection.selectors.checked import check_selector, pick
 from minirec_pl.selection.selectors.protocol import Selector
 from minirec_pl.selection.signal_sources import read_signals
 from minirec_pl.selection.signals import Signals
@@ -48,13 +50,14 @@ def parser() -> CommandParser:
         "--samples", default=None, help="parquet or CSV with sample_id and user_id, item_id, ...: states their coverage"
     )
     made.add_argument("--budget", type=int | float, default=0.1, help="fraction (0.1) or number (1024) of samples")
-    made.add_argument(
+    selector = made.add_argument(
         "--selector",
         type=Selector,
         default={"class_path": f"{PACKAGE}.MiniRecSelector"},
         help="a class of minirec_pl.selection such as RandomSelector, or any dotted path; its options follow as "
         f"--selector.NAME, listed by --selector.help {PACKAGE}.MiniRecSelector",
     )
+    without_types(selector)
     made.add_argument("--mode", choices=["paper", "official"], help="short for --selector.mode, of MiniRecSelector")
     made.add_argument("--folds", type=int | None, default=None, help="easy-to-hard stretches; one per 64 samples")
     made.add_argument("--seed", type=int, default=42, help="seed of the shuffle into folds")
@@ -67,7 +70,7 @@ def run(arguments: Sequence[str]) -> None:
     words = [_short(word, before) for word, before in zip(arguments, ["", *arguments], strict=False)]
     made = parser()
     config = made.parse_args(words)
-    selector = made.instantiate_classes(config).selector
+    selector = check_selector(made.instantiate_classes(config).selector)
     check_budget(config.budget)
     paths = [Path(path) for path in config.signals]
     vectors = {name: _path(config[name]) for name in ("embeddings", "gradients", "ids")}
@@ -162,7 +165,7 @@ def _select(selector: Selector, signals: Signals, k: int) -> tuple[SelectionLedg
     """The ledger, and what the selector warned of."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        ledger = selector.select(signals, k)
+        ledger = pick(selector, signals, k)
     return ledger, [str(warning.message) for warning in caught if warning.category is UserWarning]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 from jsonargparse import DefaultHelpFormatter
 
+from minirec_pl.cli.own_classes import what_is_wrong
 from minirec_pl.utils.errors import InputError
 
 _NOISE = re.compile(
@@ -42,6 +43,8 @@ def one_sentence(message: str, see: str | None = None) -> str:
             reasons.append(_plain(text))
     got = next((value for groups in _GOT.findall(message) for value in groups if value), "")
     where = ".".join(dict.fromkeys(keys))
+    if (wrong := what_is_wrong(message)) is not None:
+        return f"{where + ': ' if where else ''}{wrong}"
     if unknown := next((r for r in reasons if r.startswith("unknown option ")), None):
         option = ".".join([*([where] if where else []), unknown.removeprefix("unknown option ")])
         return f"unknown option {option}: {see or _help(where)}"

@@ -18,7 +18,7 @@ from minirec_pl.data.own_columns import OwnColumns
 from minirec_pl.data.sampler import CurriculumSampler, OrderedSampler
 from minirec_pl.data.samples import Catalogue, IntArray, SampleTable, digest
 from minirec_pl.data.sequence_table import SequenceTable
-from minirec_pl.data.sources.assemble import Faults, Samples, Source
+from minirec_pl.data.sources.assemble import Faults, Samples, Source, check_source, samples_of
 from minirec_pl.data.sources.atomic_files import AtomicFiles
 from minirec_pl.data.splits import Parts, TimeSplit, random_part, split_table
 from minirec_pl.data.train_loader import end_workers
@@ -136,7 +136,9 @@ class RecDataModule(LightningDataModule):
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise InputError(f"{name}={value}: give a whole number of at least 1")
-        self.source = source or AtomicFiles(path, dataset)
+        if source is not None:
+            check_source(source)
+        self.source = AtomicFiles(path, dataset) if source is None else source
         self.train_on = train_on
         self.split_by, self.warm_fraction, self.history_window = split, warm_fraction, history_window
         self.window, self.whole_sequences = window, whole_sequences
@@ -174,7 +176,7 @@ class RecDataModule(LightningDataModule):
         new = frozenset(names) - self._asked
         self._asked |= new
         if self._ready and any(self.own_columns.places(name) for name in new):
-            samples = self.source.read()
+            samples = samples_of(self.source)
             if digest((samples.catalogue.fingerprint, samples.table.fingerprint)) != self.fingerprint:
                 raise InputError(f"{samples.name} has changed since it was read: start again")
             self._keep(samples)
@@ -208,7 +210,7 @@ class RecDataModule(LightningDataModule):
         return WarmChunkSampler(self.table, self.parts.warm, self.history_window, seed=self.seed)
 
     def _read(self) -> None:
-        samples = self.source.read()
+        samples = samples_of(self.source)
         self.table, self.catalogue, self.report = samples.table, samples.catalogue, samples.report
         self._keep(samples)
         self.parts, self.split = split_table(self.table, self.split_by, self.warm_fraction, self.window)

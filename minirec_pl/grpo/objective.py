@@ -24,7 +24,8 @@ from minirec_pl.grpo.loss import (
     policy_loss,
     preference_loss,
 )
-from minirec_pl.policy.interface import Policy
+from minirec_pl.policy.interface import CompletionPass, Policy
+from minirec_pl.policy.returned import returned
 from minirec_pl.utils.modules import no_loss
 
 WastedGroups = Literal["keep", "dynamic_sampling", "preference_pairs"]
@@ -119,6 +120,7 @@ class Objective:
             part = rollouts if len(rows) == len(rollouts) else rollouts.take(rows)
             with_target = bool(part.pairs.any())
             passed = policy.completion_pass(part.batch, part.items, part.texts, temperature, with_target=with_target)
+            returned(passed, CompletionPass, policy, "completion_pass", logps=part.mask.shape, entropy=part.mask.shape)
             sampled, new_entropy, tokens = passed.logps, passed.entropy, passed.tokens
             extra = sampled.new_zeros(())
             if passed.target_logps is not None:

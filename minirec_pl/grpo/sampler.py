@@ -10,12 +10,22 @@ from torch import Tensor
 from minirec_pl.grpo.buffer import RolloutBatch, scoring_numbers, take_rows
 from minirec_pl.grpo.loss import flat_groups, group_advantages
 from minirec_pl.grpo.objective import Objective
-from minirec_pl.policy.interface import Batch, DrawnGroups, Policy, RolloutOptions, SignalOptions
+from minirec_pl.policy.interface import (
+    Batch,
+    CompletionPass,
+    DrawnGroups,
+    Policy,
+    PolicySignals,
+    RolloutOptions,
+    SignalOptions,
+)
+from minirec_pl.policy.returned import returned
 from minirec_pl.rewards.calls import Rewarder, ranking_columns
 from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace
 from minirec_pl.selection.probes.trajectory import Trajectory
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.utils.cost import Cost
+from minirec_pl.utils.errors import InputError
 
 
 @dataclass
@@ -46,7 +56,7 @@ class RolloutSampler:
             generator: of the random numbers.
             keep_logps: whether an update needs the log-probabilities under the policy that sampled.
         """
-        drawn = self.policy.roll_out(batch, self.options, generator)
+        drawn = self._drawn(batch, self.options, generator)
         target_logps, target_mask = (None, None) if drawn.target is None else drawn.target()
         rewards, by_name = self._rewarded(batch, drawn)
         applies = ~rewards.isnan()
@@ -80,6 +90,19 @@ class RolloutSampler:
             texts=drawn.texts,
         )
 
+    def _drawn(self, batch: Batch, options: RolloutOptions, random: torch.Generator | Tensor) -> DrawnGroups:
+        drawn = self.policy.roll_out(batch, options, random)
+        groups = (len(batch["sample_id"]), options.num_generations)
+        shapes = {"items": groups, "logps": (*groups, None), "mask": (*groups, None)}
+        returned(drawn, DrawnGroups, self.policy, "roll_out", **shapes)
+        lowest, highest = (int(item) for item in drawn.items.aminmax())
+        if not 0 <= lowest <= highest < len(self.rewards.item_ids):
+            raise InputError(
+                f"{type(self.policy).__name__}.roll_out returned items {lowest}..{highest}: return item indices in "
+                f"0..{len(self.rewards.item_ids) - 1}"
+            )
+        return drawn
+
     def _rewarded(self, batch: Batch, drawn: DrawnGroups) -> tuple[Tensor, dict[str, Tensor]]:
         """Rewards float32 [B, G], NaN where none applies, and the single ones by name."""
         words = None if drawn.texts is None else self.policy.words(drawn.texts)
@@ -90,6 +113,7 @@ class RolloutSampler:
     def reference_logps(self, policy: Policy, rollouts: RolloutBatch) -> Tensor:
         """Log-probabilities [B, G, L] of rollouts under another policy."""
         passed = policy.completion_pass(rollouts.batch, rollouts.items, rollouts.texts, self.options.temperature)
+        returned(passed, CompletionPass, policy, "completion_pass", logps=rollouts.mask.shape)
         self.cost.add("training", forward=passed.tokens)
         return passed.logps
 
@@ -109,7 +133,7 @@ class RolloutSampler:
         if group:
             options = replace(self.options, num_generations=group, rollouts="sample", distinct_rollouts=False)
             numbers = scoring_numbers(words, ids, (group, self.policy.rollout_length(options)))
-            drawn = self.policy.roll_out(batch, options, numbers)
+            drawn = self._drawn(batch, options, numbers)
             rewards, _ = self._rewarded(batch, drawn)
             advantages = group_advantages(
                 rewards.nan_to_num(nan=0.0),
@@ -118,13 +142,16 @@ class RolloutSampler:
                 applies=~rewards.isnan(),
             )
         wanted = SignalOptions(gradient, space, self.options.temperature, words[0], self.trajectory)
-        found = self.policy.signals(batch, drawn, advantages, wanted)
+        found = returned(self.policy.signals(batch, drawn, advantages, wanted), PolicySignals, self.policy, "signals")
         self.cost.add("scoring", forward=found.forward, backward=found.backward, rollouts=group * len(ids))
-        return SampleSignals(
-            ids,
-            rewards=rewards,
-            gradient=found.gradient,
-            embedding=found.embedding,
-            solve_probability=found.solve_probability,
-            alignment=found.alignment,
-        )
+        try:
+            return SampleSignals(
+                ids,
+                rewards=rewards,
+                gradient=found.gradient,
+                embedding=found.embedding,
+                solve_probability=found.solve_probability,
+                alignment=found.alignment,
+            )
+        except InputError as error:
+            raise InputError(f"{type(self.policy).__name__}.signals: {error}") from error

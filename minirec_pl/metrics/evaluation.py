@@ -14,6 +14,7 @@ from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.samples import IntArray
 from minirec_pl.metrics.ranking import target_rank
 from minirec_pl.policy.interface import Policy
+from minirec_pl.policy.returned import item_logps
 from minirec_pl.utils.cost import Cost
 from minirec_pl.utils.modules import evaluation_mode
 from minirec_pl.utils.seeds import isolated_random_state
@@ -94,5 +95,6 @@ def sample_ranks(policy: Policy, data: RecDataModule, sample_ids: IntArray) -> T
     with isolated_random_state(), evaluation_mode(policy), torch.no_grad():
         for batch in data.sample_loader(sample_ids):
             batch = move_data_to_device(batch, device)
-            ranks.append(target_rank(policy.item_logps(batch), batch["target"], batch["seen"]).cpu())
+            scores = item_logps(policy, batch)
+            ranks.append(target_rank(scores, batch["target"], batch["seen"]).cpu())
     return torch.cat(ranks)

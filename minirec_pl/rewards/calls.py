@@ -51,6 +51,21 @@ def reward_name(fn: RewardFunction) -> str:
     return str(getattr(fn, "__name__", type(fn).__name__)).strip("<>")
 
 
+def checked_rewards(rewards: Sequence[RewardFunction]) -> list[RewardFunction]:
+    """Returns rewards as a list.
+
+    Raises:
+        InputError: If it is not one of functions, or of objects that can be called.
+    """
+    given = list(rewards) if isinstance(rewards, Sequence) and not isinstance(rewards, str) else [None]
+    for fn in given:
+        if inspect.isclass(fn):
+            raise InputError(f"the reward {fn.__name__} is a class: give an object of it, {fn.__name__}(...)")
+        if not callable(fn):
+            raise InputError(f"rewards is {rewards!r}: give a list of functions `reward(completions, **columns)`")
+    return given
+
+
 def asked_for(fns: Sequence[RewardFunction]) -> frozenset[str]:
     """Lists the names in the signatures of rewards."""
     return frozenset(parameter.name for fn in fns for parameter in _parameters(fn))

@@ -33,6 +33,7 @@ _DTYPES = {
     "reason": "str",
     "redundant_with": "Int64",
 }
+COLUMNS = tuple(_DTYPES)
 _OPTIONAL = ("score", "difficulty", "redundant_with")
 _MISSING = {"rank": 0, "redundant_with": -1}  # of the columns that can miss a number, in `columns` and a checkpoint
 _UNFINISHED = "unfinished"

@@ -24,7 +24,7 @@ from minirec_pl.grpo.objective import WASTED_GROUPS, Objective, WastedGroups
 from minirec_pl.grpo.reference import adapters_off, check_sync, frozen_copy, is_fresh_lora, mix_into
 from minirec_pl.grpo.sampler import RolloutSampler
 from minirec_pl.policy.interface import WITHOUT_ROLLOUTS, Policy, RolloutKind, RolloutOptions
-from minirec_pl.rewards.calls import Rewarder, RewardFunction, asked_for, check_columns
+from minirec_pl.rewards.calls import Rewarder, RewardFunction, asked_for, check_columns, checked_rewards
 from minirec_pl.rewards.hit_or_miss import check_hit_values, hit_values
 from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace
 from minirec_pl.selection.probes.trajectory import Trajectory
@@ -160,7 +160,7 @@ class GRPORecModule(RecModule):
             raise InputError(f"wasted_groups is {wasted_groups!r}: choose one of {', '.join(WASTED_GROUPS)}")
         if not 1 <= oversample < math.inf:
             raise InputError(f"oversample is {oversample}: it is a multiple of data.batch_size, at least 1")
-        self.rewards = policy.default_rewards() if rewards is None else list(rewards)
+        self.rewards = policy.default_rewards() if rewards is None else checked_rewards(rewards)
         if reward_weights is not None and len(reward_weights) != len(self.rewards):
             raise InputError(
                 f"reward_weights has {len(reward_weights)} numbers for {len(self.rewards)} rewards: give one each"

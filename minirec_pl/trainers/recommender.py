@@ -18,6 +18,7 @@ from minirec_pl.data.train_loader import keep_columns
 from minirec_pl.grpo.buffer import take_rows
 from minirec_pl.metrics.ranking import MRR, NDCG, Coverage, HitRate, SampleRanks, target_rank, top_items
 from minirec_pl.policy.interface import Policy
+from minirec_pl.policy.returned import item_logps
 from minirec_pl.selection.session.resume import RUNNING_KEY
 from minirec_pl.selection.session.session import session_of
 from minirec_pl.utils.checkpoints import (
@@ -29,6 +30,7 @@ from minirec_pl.utils.checkpoints import (
 )
 from minirec_pl.utils.cost import Cost, Phase
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.protocols import what_it_lacks
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -68,6 +70,10 @@ class RecModule(LightningModule):
         predict_k: int = EVALUATION_K,
     ) -> None:
         super().__init__()
+        if isinstance(policy, type):
+            raise InputError(f"policy is the class {policy.__name__}: give an object of it, {policy.__name__}(...)")
+        if (wrong := what_it_lacks(type(policy), type(policy).__name__, Policy)) is not None:
+            raise InputError(f"policy: {wrong}")
         if predict_k < 1:
             raise InputError(f"predict_k is {predict_k}: a list of recommendations has at least one item")
         self.policy = policy
@@ -92,6 +98,8 @@ class RecModule(LightningModule):
         catalogue: Catalogue | None = getattr(getattr(self._trainer, "datamodule", None), "catalogue", None)
         if catalogue is not None:
             self.policy.bind(catalogue)
+            if self.policy.catalogue is None:
+                raise InputError(f"{type(self.policy).__name__}.bind left `catalogue` None: set self.catalogue in it")
         if self.policy.catalogue is None:
             raise InputError(
                 "the policy has no catalogue: fit with a RecDataModule, or call policy.bind(catalogue) first"
@@ -120,7 +128,7 @@ class RecModule(LightningModule):
         """The rank of each target, int64 [B]."""
         ranks = []
         for part in self._portions(batch):
-            scores = self.policy.item_logps(part)
+            scores = item_logps(self.policy, part)
             ranks.append(target_rank(scores, part["target"], part["seen"]))
             self.coverage.update(top_items(scores, EVALUATION_K, part["seen"]))
         self.metrics.update(torch.cat(ranks), batch["sample_id"])
@@ -180,7 +188,7 @@ class RecModule(LightningModule):
         if self.keep_reasoning:
             scores, found["reasoning"] = self.policy.reasoned_item_logps(batch)
         else:
-            scores = self.policy.item_logps(batch)
+            scores = item_logps(self.policy, batch)
         if self.candidates is not None:
             scores = scores.masked_fill(~self.candidates.to(scores.device), -torch.inf)
         items = top_items(scores, self.predict_k, batch["seen"])

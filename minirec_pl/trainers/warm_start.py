@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from minirec_pl.policy.interface import Policy
+from minirec_pl.policy.interface import Policy, SupervisedLoss
+from minirec_pl.policy.returned import returned
 from minirec_pl.trainers.recommender import EVALUATION_K, RecModule
 from minirec_pl.utils.errors import InputError
 
@@ -48,7 +49,8 @@ class WarmStartModule(RecModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of the next item: at every position that has one, or of each sample's target."""
-        loss, tokens, forward = self.policy.warm_start_loss(batch, self.dropout, self.trainer.global_step)
+        found = self.policy.warm_start_loss(batch, self.dropout, self.trainer.global_step)
+        loss, tokens, forward = returned(found, SupervisedLoss, self.policy, "warm_start_loss", loss=())
         self.cost.add(self.training_phase, forward=tokens + forward, backward=tokens)
         self.log("train/loss", loss, on_step=True, on_epoch=False, batch_size=len(batch["target"]))
         return loss

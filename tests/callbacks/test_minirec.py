@@ -48,9 +48,9 @@ class Recorder(EasyToHardCurriculum):
     def load_state_dict(self, state_dict):
         self.batches = state_dict["batches"]
 
-    def _plan(self, session, trainer, chosen, easiness, epoch):
+    def plan(self, session, trainer, chosen, easiness, epoch):
         self.planned.append(epoch)
-        return super()._plan(session, trainer, chosen, easiness, epoch)
+        return super().plan(session, trainer, chosen, easiness, epoch)
 
 
 class Evaluated(Classifier):

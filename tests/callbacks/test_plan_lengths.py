@@ -59,7 +59,7 @@ def test_every_batch_is_trained_on_and_every_validation_runs(make_trainer, ours,
 
     module = Count(loader=loader)
     trainer = make_trainer(
-        callbacks=[MiniRec(20, selector=Varying(redraw=True), curriculum="shuffled")],
+        callbacks=[MiniRec(60, selector=Varying(redraw=True), curriculum="shuffled")],
         max_epochs=len(SIZES),
         reload_dataloaders_every_n_epochs=reload,
         check_val_every_n_epoch=every,
@@ -76,7 +76,7 @@ def test_every_batch_is_trained_on_and_every_validation_runs(make_trainer, ours,
 
 def test_a_validation_interval_longer_than_a_plan_is_refused_by_lightning(make_trainer):
     trainer = make_trainer(
-        callbacks=[MiniRec(20, selector=Varying(redraw=True), curriculum="shuffled")],
+        callbacks=[MiniRec(60, selector=Varying(redraw=True), curriculum="shuffled")],
         max_epochs=len(SIZES),
         val_check_interval=3,
         limit_val_batches=1,

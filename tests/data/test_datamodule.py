@@ -257,3 +257,28 @@ def test_a_sample_of_another_part_is_refused(toy):
         with pytest.raises(InputError, match=rf"sample_id {sample_id} is not in the pool"):
             dataset.__getitems__([data.pool_ids[0], sample_id])
     assert isinstance(ready(toy[0], train_on="warm").train_sampler, WarmChunkSampler)
+
+
+class Gives:
+    """A source of the user's own, whatever it gives."""
+
+    def __init__(self, given=None):
+        self.given = given
+
+    def read(self):
+        return self.given
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (Gives, r"source is the class Gives: give an object of it, Gives\(\.\.\.\)"),
+        ("log.csv", r"source is 'log.csv': give an object with `read\(\)`, such as InteractionTable"),
+        (Gives(), r"Gives.read returned a NoneType: return Samples, as .*from_interactions makes them"),
+        (Gives([[1, 2, 3]]), r"Gives.read returned a list: return Samples"),
+        (Gives((1, 2, 3, 4)), r"Gives.read returned a tuple: return Samples"),
+    ],
+)
+def test_a_source_of_ones_own_that_gives_no_samples(source, words):
+    with pytest.raises(InputError, match=words):
+        RecDataModule(source=source).setup("fit")

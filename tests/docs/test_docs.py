@@ -15,11 +15,12 @@ from importlib import import_module
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.documents import blocks, check_session, make_classes, run_block, write_workplace
+from helpers.documents import blocks, check_session, make_classes, run_block, run_block_in_shell, write_workplace
 from helpers.paths import DOCS, GOLDEN, REPOSITORY
 
 PAGES = sorted(DOCS.glob("*.md"))
-SLOW = {"compare", "extending", "getting-started", "language-models", "offline-selection", "own-data", "scaling"}
+SLOW = {"compare", "getting-started", "language-models", "own-data", "scaling"}
+IN_A_SHELL = ("extending", "offline-selection")  # what a user's own files do there depends on the process
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -39,8 +40,25 @@ def workplace(made_workplace, tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("page", IN_A_SHELL)
+def test_every_block_of_a_page_on_own_files_runs_in_a_shell(page, made_workplace, tmp_path):
+    folder = shutil.copytree(made_workplace, tmp_path / "workplace", symlinks=True)
+    for block in blocks(DOCS / f"{page}.md"):
+        try:
+            run_block_in_shell(block, folder)
+        except BaseException as error:
+            error.add_note(block.place)
+            raise
+
+
 @pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=[pytest.mark.slow] * (page.stem in SLOW), id=page.stem) for page in PAGES]
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] * (page.stem in SLOW), id=page.stem)
+        for page in PAGES
+        if page.stem not in IN_A_SHELL
+    ],
 )
 def test_every_block_of_a_page_runs_from_top_to_bottom(page, workplace):
     for block in blocks(page):

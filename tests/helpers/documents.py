@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +103,42 @@ def run_block(block):
         make_classes(["--config", OVERLAID, "--config", "snippet.yaml"])
     else:
         assert block.language == "text", f"no test runs `{block.language}` blocks"
+
+
+def shell_of(folder):
+    """A function that runs words or a shell text in a folder as a user does, with `minirec` on the path.
+
+    Only what is installed is importable besides; `minirec` finds files of the folder by itself.
+    """
+    bin_folder = folder / ".bin"
+    bin_folder.mkdir(exist_ok=True)
+    command = bin_folder / "minirec"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -P -m minirec_pl "$@"\n')
+    command.chmod(0o755)
+    path = f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+    def run_there(words):
+        words = ["bash", "-e", "-c", words] if isinstance(words, str) else words
+        done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        return done
+
+    return run_there
+
+
+def run_block_in_shell(block, folder):
+    """Runs what a block shows as a user would: programs and commands, and a YAML snippet by `minirec check`."""
+    run_there = shell_of(folder)
+    if block.language == "python":
+        (folder / "program.py").write_text(block.text, encoding="utf-8")
+        run_there([sys.executable, "program.py"])
+    elif block.language == "yaml":
+        (folder / "snippet.yaml").write_text(block.text, encoding="utf-8")
+        run_there(f"minirec check --config {OVERLAID} --config snippet.yaml")
+    else:
+        assert block.language == "bash"
+        run_there(block.text)
 
 
 def parse(words):

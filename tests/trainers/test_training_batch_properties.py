@@ -421,6 +421,8 @@ def test_evaluation_ranks_samples_in_the_order_asked_for(data):
     class Scores(nn.Module):
         """Each user's own scores."""
 
+        catalogue = range(40)
+
         def __init__(self):
             super().__init__()
             self.weight = nn.Parameter(torch.zeros(1))

@@ -25,7 +25,7 @@ from minirec_pl.cli.fit import CLI_OPTIONS, MiniRecCLI, ParserError, config_afte
 from minirec_pl.cli.sentences import sentence_of
 from minirec_pl.cli.stages import Stages, WarmStart
 from minirec_pl.data.datamodule import RecDataModule
-from minirec_pl.data.sources.assemble import Samples, Source
+from minirec_pl.data.sources.assemble import Samples, Source, samples_of
 from minirec_pl.metrics.evaluation import sample_ranks
 from minirec_pl.selection.session.session import session_of
 from minirec_pl.trainers.grpo import GRPORecModule
@@ -103,10 +103,10 @@ class _ReadOnce:
 
     def read(self) -> Samples:
         if not is_dataclass(self.source):  # whose repr says nothing of what it reads
-            return self.source.read()
+            return samples_of(self.source)
         key = repr(self.source)
         if key not in _read:
-            _read[key] = self.source.read()
+            _read[key] = samples_of(self.source)
         return _read[key]
 
 

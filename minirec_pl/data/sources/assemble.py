@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from minirec_pl.data.sources.tables import (
     unique_ids,
 )
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.protocols import untyped
 
 Faults = Counter[str]
 OnMissing = Literal["drop", "error"]
@@ -65,6 +67,7 @@ class Samples(NamedTuple):
     items: pd.DataFrame | None = None
 
 
+@untyped
 class Source(Protocol):
     """Where samples come from."""
 
@@ -74,6 +77,33 @@ class Source(Protocol):
         Raises:
             InputError: Something is missing or wrong; names the file, the line and the fix.
         """
+
+
+def check_source(source: object) -> None:
+    """Refuses what is not a source.
+
+    Raises:
+        InputError: Naming it.
+    """
+    if inspect.isclass(source):
+        raise InputError(f"source is the class {source.__name__}: give an object of it, {source.__name__}(...)")
+    if not callable(getattr(source, "read", None)):
+        raise InputError(f"source is {source!r}: give an object with `read()`, such as InteractionTable(...)")
+
+
+def samples_of(source: Source) -> Samples:
+    """Reads a source.
+
+    Raises:
+        InputError: As the source says, or it does not give samples.
+    """
+    found = source.read()
+    if not isinstance(found, Samples):
+        raise InputError(
+            f"{type(source).__name__}.read returned a {type(found).__name__}: return Samples, as "
+            "minirec_pl.data.sources.assemble.from_interactions makes them"
+        )
+    return found
 
 
 def from_interactions(

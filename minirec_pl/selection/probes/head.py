@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import inspect
+import sys
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -12,12 +15,18 @@ from minirec_pl.selection.probes.gradients import HeadStep, head_signal
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.modules import evaluation_mode
+from minirec_pl.utils.protocols import accepts
 from minirec_pl.utils.seeds import isolated_random_state
 
 Forward: TypeAlias = Callable[[Any, Any], object] | int | str
 Target: TypeAlias = Callable[[Any], Tensor] | int | str
 Reward: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 SIGNALS = ("reward", "gradient", "embedding")
+TARGETS = ("labels", "label", "targets", "target", "y")
+_UNIMPLEMENTED = {
+    f"{package}.module" for package in ("torch.nn.modules", "lightning.pytorch.core", "pytorch_lightning.core")
+}
+_COMPILED = "_orig_mod"  # torch.compile's name for what is inside
 IGNORED = -100  # torch.nn.functional.cross_entropy's ignore_index
 
 
@@ -36,12 +45,17 @@ class HeadProbe:
     A layer that is applied at several positions (h [B, T, D], targets [B, T]) gives the means over the positions; those
     whose class is -100 do not count, and there must be another.
 
-    What a model does to the layer's output afterwards, a scale or a softcap of its logits, is not seen.
+    What a model does to the layer's output afterwards, a scale or a softcap of its logits, is not seen. Of a compiled
+    module the original runs.
 
     Args:
-        head: dotted name of the layer, as in `module.named_modules()`.
+        head: dotted name of the layer, as in `module.named_modules()`; without the `_orig_mod` of a compiled module.
         forward: what to run, `forward(module, batch)`; or the key or position of the batch that `module(...)` takes.
-        target: `target(batch)`; or the key or position of the batch that holds the targets.
+            None takes the first entry of a tuple. Of a mapping it takes what is not the target, by name: the keys that
+            `module.forward` has parameters for, all of them where it has `**kwargs`, and the mapping itself where its
+            one required parameter is called `batch`.
+        target: `target(batch)`; or the key or position of the batch that holds the targets. None takes the second
+            entry of a tuple, and of a mapping the one key out of labels, label, targets, target and y.
         reward: `reward(z, target) -> [B]` instead of the above, higher is easier; float.
         signals: which to take, out of reward, gradient and embedding.
 
@@ -59,8 +73,8 @@ class HeadProbe:
     def __init__(
         self,
         head: str,
-        forward: Forward = 0,
-        target: Target = 1,
+        forward: Forward | None = None,
+        target: Target | None = None,
         reward: Reward | None = None,
         signals: Collection[str] = SIGNALS,
     ) -> None:
@@ -89,8 +103,8 @@ class HeadProbe:
             rewards [B, 1], gradient [B, D], embedding [B, D], float32; None for a signal that is not taken.
 
         Raises:
-            InputError: if the layer is missing, not linear, not called or called twice, the targets do not fit it, or
-                another kind of gradient is asked for.
+            InputError: if the layer is missing, not linear, not called or called twice, the targets do not fit it, it
+                is not clear what `forward` takes, or another kind of gradient is asked for.
         """
         if gradient not in ("first", "hvp") or gradient_space != "answer":
             raise InputError(
@@ -99,8 +113,9 @@ class HeadProbe:
             )
         head = self._layer(module)
         with isolated_random_state(), evaluation_mode(module), torch.no_grad():
-            hidden, output = self._run(module, head, batch)
-            target = self._pick("target", self.target, batch) if not callable(self.target) else self.target(batch)
+            key = self._target_key(batch)
+            hidden, output = self._run(module, head, batch, key)
+            target = key(batch) if callable(key) else self._pick("target", key, batch)
             if not isinstance(target, Tensor):
                 raise InputError(f"the target of HeadProbe is a {type(target).__name__}: let `target` give a tensor")
             hidden, output, target = hidden.float(), output.float(), target.to(output.device)
@@ -110,6 +125,11 @@ class HeadProbe:
                     "a row per sample, so keep every sample in collate_fn and run each once"
                 )
             reward = None if self.reward is None else self.reward(output, target)
+            if output.ndim > 2 and isinstance(batch, Mapping) and self.target is None:
+                raise InputError(
+                    f"'{self.head}' is called at {output.shape[1]} positions and the batch does not say whether its "
+                    f"{key} are shifted by one: set HeadProbe's `target` to {key!r}, or to a function that shifts them"
+                )
             if output.ndim == 2:
                 hidden, output = hidden[:, None], output[:, None]
             with torch.autocast(output.device.type, enabled=False):
@@ -129,18 +149,18 @@ class HeadProbe:
         )
 
     def _layer(self, module: nn.Module) -> nn.Linear:
-        layers = dict(module.named_modules())
+        layers = {_original_name(name): layer for name, layer in module.named_modules()}  # the inner one comes last
         linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
-        layer = layers.get(self.head) if self.head else None
+        layer = layers.get(_original_name(self.head)) if self.head else None
         if not isinstance(layer, nn.Linear):
             what = "has no layer" if layer is None else f"has a {type(layer).__name__} as"
             raise InputError(
-                f"{type(module).__name__} {what} '{self.head}': name its last nn.Linear as HeadProbe(head=...), "
-                f"one of {', '.join(linear) or 'none here'}"
+                f"{type(_original(module)).__name__} {what} '{self.head}': name its last nn.Linear as "
+                f"HeadProbe(head=...), one of {', '.join(linear) or 'none here'}"
             )
         return layer
 
-    def _run(self, module: nn.Module, head: nn.Linear, batch: Any) -> tuple[Tensor, Tensor]:
+    def _run(self, module: nn.Module, head: nn.Linear, batch: Any, target: Any) -> tuple[Tensor, Tensor]:
         """Input [B, ..., D] and output [B, ..., C] of the layer."""
         calls: list[tuple[Tensor, Tensor]] = []
 
@@ -149,10 +169,12 @@ class HeadProbe:
 
         hook = head.register_forward_hook(note, with_kwargs=True)
         try:
-            if callable(self.forward):
-                self.forward(module, batch)
-            else:
-                module(self._pick("forward", self.forward, batch))
+            with _uncompiled():
+                if callable(self.forward):
+                    self.forward(module, batch)
+                else:
+                    args, named = self._arguments(module, batch, target)
+                    module(*args, **named)
         finally:
             hook.remove()
         if len(calls) != 1:
@@ -162,9 +184,56 @@ class HeadProbe:
             )
         return calls[0]
 
+    def _target_key(self, batch: Any) -> Any:
+        """Function, key or position of the targets."""
+        if self.target is not None or not isinstance(batch, Mapping):
+            return 1 if self.target is None else self.target
+        found = [key for key in TARGETS if key in batch]
+        if len(found) != 1:
+            raise InputError(
+                f"the batch has the keys {', '.join(map(str, batch))}, {len(found) or 'none'} of them out of "
+                f"{', '.join(TARGETS)}: set HeadProbe's `target` to the key of the targets"
+            )
+        return found[0]
+
+    def _arguments(self, module: nn.Module, batch: Any, target: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What `module(...)` is called with."""
+        original = _original(module)
+        forward = original.forward
+        if getattr(forward, "__module__", None) in _UNIMPLEMENTED:
+            raise InputError(
+                f"{type(original).__name__} has no forward: say what is run with "
+                "HeadProbe(forward=lambda module, batch: ...)"
+            )
+        parameters = _parameters(forward)
+        required = [name for name, one in parameters.items() if one.default is one.empty and not _is_rest(one)]
+        if self.forward is not None or not isinstance(batch, Mapping):
+            key = 0 if self.forward is None else self.forward
+            value = self._pick("forward", key, batch)
+            if accepts(forward, value):
+                return (value,), {}
+            named = {str(key): value} if key in parameters else dict.fromkeys(required, value)
+            if len(named) == 1 and accepts(forward, **named):
+                return (), named
+        elif required == ["batch"] and "batch" not in batch:
+            return (batch,), {}
+        else:
+            whole = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+            wanted = {key for key in batch if key in required or (key != target and (whole or key in parameters))}
+            named = {key: value for key, value in batch.items() if isinstance(key, str) and key in wanted}
+            if named and accepts(forward, **named):
+                return (), named
+        held = f"the keys {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else "no names"
+        raise InputError(
+            f"{type(original).__name__}.forward takes {', '.join(parameters)} and the batch has {held}: say "
+            "what is run with HeadProbe(forward=lambda module, batch: ...)"
+        )
+
     def _pick(self, name: str, key: Any, batch: Any) -> Any:
         try:
-            return getattr(batch, key) if isinstance(key, str) and hasattr(batch, key) else batch[key]
+            if isinstance(key, str) and not isinstance(batch, Mapping) and hasattr(batch, key):
+                return getattr(batch, key)
+            return batch[key]
         except (KeyError, IndexError, TypeError) as error:
             raise InputError(
                 f"the batch, a {type(batch).__name__}, has no {key!r}: set HeadProbe's `{name}` to a key or position "
@@ -208,3 +277,33 @@ class HeadProbe:
         bias = None if head.bias is None else head.bias.detach()
         step = HeadStep(hidden.flatten(1), head.weight.detach(), target.reshape(-1).long(), None, bias)
         return head_signal([step], "hvp")[0]
+
+
+def _original(module: nn.Module) -> nn.Module:
+    """The module inside a compiled one."""
+    while isinstance(inside := getattr(module, _COMPILED, None), nn.Module):
+        module = inside
+    return module
+
+
+def _original_name(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != _COMPILED)
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Runs the original of what is compiled: a compiled graph does not see a new hook."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except (ValueError, TypeError):
+        return {}
+
+
+def _is_rest(parameter: inspect.Parameter) -> bool:
+    return parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)

@@ -6,8 +6,12 @@ from typing import Protocol
 
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.signals import Signals
+from minirec_pl.utils.protocols import untyped
+
+NEEDS = frozenset({"rewards", "gradient", "embedding"})
 
 
+@untyped
 class Selector(Protocol):
     """Picks samples by their signals; any object with `needs` and `select` will do."""
 

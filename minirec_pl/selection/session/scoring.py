@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -13,6 +11,7 @@ from torch.utils.data import DataLoader
 from minirec_pl.data.foreign_loader import ForeignLoader
 from minirec_pl.data.loader import SampleLoader
 from minirec_pl.data.train_loader import prepared
+from minirec_pl.selection.session.scorers import Probe, Scorer
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.modules import evaluation_mode
@@ -21,7 +20,6 @@ from minirec_pl.utils.seeds import isolated_random_state
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-Probe: TypeAlias = Callable[..., SampleSignals]
 _SHARDED = frozenset({"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"})
 
 
@@ -49,60 +47,17 @@ def measure(
         The signals of each batch, on the CPU; none for no ids.
 
     Raises:
-        InputError: if there is no probe and the module has no `sample_signals`.
+        InputError: as a `Scorer`.
     """
-    if probe is None and not callable(getattr(module, "sample_signals", None)):
-        raise InputError(
-            f"{type(module).__name__} cannot be scored: define `sample_signals(batch) -> SampleSignals` on it, give "
-            "MiniRec or RescoreSamples probe=HeadProbe(...), or train on a fixed choice with SelectSamples(ledger=...)"
-        )
+    scorer = Scorer(module, probe, asked, isinstance(loader, ForeignLoader))
     batches, ids = _batches(loader, getattr(getattr(trainer, "datamodule", None), "eval_batch_size", None), sample_ids)
-    if probe is None:
-        _check_options(module, asked)
     parts: list[SampleSignals] = []
     with isolated_random_state(), evaluation_mode(module):
         for batch, batch_ids in zip(_progress(batches, len(sample_ids), trainer), ids, strict=True):
             batch = prepared(trainer, module, batch)
             with trainer.precision_plugin.forward_context():
-                if probe is not None:
-                    signals = probe(module, batch, batch_ids, **asked)
-                else:
-                    signals = module.sample_signals(batch, **asked)  # type: ignore[operator]
-                    if not isinstance(signals, SampleSignals):
-                        raise InputError(
-                            f"{type(module).__name__}.sample_signals returned a {type(signals).__name__}: return "
-                            "SampleSignals(sample_id, rewards=..., gradient=..., embedding=...)"
-                        )
-                    signals = with_ids(signals, batch_ids) if isinstance(loader, ForeignLoader) else signals
-            parts.append(signals.cpu())
+                parts.append(scorer(batch, batch_ids).cpu())
     return parts
-
-
-def _check_options(module: LightningModule, asked: Mapping[str, str]) -> None:
-    parameters = inspect.signature(module.sample_signals).parameters  # type: ignore[arg-type]
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    for name in asked:
-        if name not in parameters:
-            raise InputError(
-                f"the selector asks {type(module).__name__}.sample_signals for {name}={asked[name]!r}, which it does "
-                f"not take: give it a parameter `{name}`, or set gradient='first' and gradient_space='answer' on the "
-                "selector"
-            )
-
-
-def with_ids(signals: SampleSignals, ids: torch.Tensor) -> SampleSignals:
-    """Gives signals the ids of their samples, for foreign loaders, whose batches hold none.
-
-    Raises:
-        InputError: if there is not a row for each.
-    """
-    if len(signals) != len(ids):
-        raise InputError(
-            f"a batch of {len(ids)} samples gave {len(signals)} rows of signals: return one per sample, in the order "
-            "of the batch"
-        )
-    return replace(signals, sample_id=ids)
 
 
 def is_sharded(trainer: Trainer) -> bool:

@@ -22,7 +22,8 @@ from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.probes.head import HeadProbe
 from minirec_pl.selection.remedies import Situation, Source
 from minirec_pl.selection.session.resume import Running, epoch_is_done
-from minirec_pl.selection.session.scoring import Probe, is_sharded, measure
+from minirec_pl.selection.session.scorers import Probe
+from minirec_pl.selection.session.scoring import is_sharded, measure
 from minirec_pl.selection.session.signal_files import SignalFiles, read_vectors
 from minirec_pl.selection.signals import SampleSignals, gather_signals
 from minirec_pl.selection.store import SignalStore

@@ -2,14 +2,16 @@
 
 import contextlib
 import random
-from collections import namedtuple
+from collections import UserDict, namedtuple
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch import LightningModule
 from torch import nn
+from transformers import BatchEncoding, BertConfig, BertForTokenClassification
 
 from minirec_pl import InputError
 from minirec_pl.probes import HeadProbe
@@ -257,3 +259,124 @@ def test_what_does_not_fit_is_refused_in_one_sentence(module, options, batch, wo
     with pytest.raises(InputError, match=words) as error:
         take(module, batch, **options)
     assert "\n" not in str(error.value)
+
+
+class Named(Net):
+    """Its inputs have names."""
+
+    def forward(self, *, x, mask=None, labels=None):
+        assert labels is None
+        return super().forward(x if mask is None else x * mask)
+
+
+class Whole(Net):
+    def forward(self, batch):
+        return super().forward(batch["features"])
+
+
+class Open(Net):
+    def forward(self, **inputs):
+        (x,) = inputs.values()
+        return super().forward(x)
+
+
+class NeedsLabels(Net):
+    def forward(self, x, labels, other=1):
+        assert len(labels) == len(x)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict, BatchEncoding])
+def test_a_mapping_is_passed_by_name(kind):
+    x, y = batch_of()
+    expected = take(net(), (x, y)).gradient
+    for cls, batch in [
+        (Net, {"x": x, "y": y}),
+        (Net, {"x": x, "label": y, "sample_id": torch.arange(7), "items": y}),
+        (Named, {"labels": y, "x": x}),
+        (Named, {"x": x, "mask": torch.ones(7, 1), "labels": y}),
+        (Whole, {"features": x, "target": y}),
+        (Open, {"whatever": x, "targets": y}),
+        (NeedsLabels, {"x": x, "labels": y}),
+    ]:
+        torch.manual_seed(0)
+        assert torch.equal(take(cls(), kind(batch)).gradient, expected), (cls, list(batch))
+    torch.manual_seed(0)
+    named = Named()
+    for batch, options in [((x, y), {}), (kind({"x": x, "items": y}), {"forward": "x", "target": "items"})]:
+        assert torch.equal(take(named, batch, **options).gradient, expected)
+
+
+class Inside(Net, LightningModule):
+    """All that training needs is in `training_step`."""
+
+    forward = LightningModule.forward
+
+
+@pytest.mark.parametrize(
+    ("module", "batch", "words"),
+    [
+        (Net(), {"x": 0, "a": 0}, "keys x, a, none of them out of labels, label, .*: set HeadProbe's `target`"),
+        (Net(), {"x": 0, "labels": 0, "y": 0}, "keys x, labels, y, 2 of them out of .*: set HeadProbe's `target`"),
+        (
+            Net(),
+            {"features": 0, "y": 0},
+            "Net.forward takes x and the batch has the keys features, y: .*forward=lambda",
+        ),
+        (NeedsLabels(), {"x": 0, "y": 0}, "NeedsLabels.forward takes x, labels, other and the batch has the keys x, y"),
+        (NeedsLabels(), (0, 0), "NeedsLabels.forward takes x, labels, other and the batch has no names: .*forward="),
+        (Inside(), {"x": 0, "y": 0}, "Inside has no forward: say what is run with HeadProbe"),
+        (Inside(), (0, 0), "Inside has no forward: say what is run with HeadProbe"),
+    ],
+)
+def test_a_batch_that_could_mean_several_things_is_refused(module, batch, words):
+    with pytest.raises(InputError, match=words):
+        take(module, batch)
+
+
+def test_labels_of_several_positions_are_named():
+    """They are those of the same positions in one model, and of the next in another."""
+    model = BertForTokenClassification(
+        BertConfig(
+            vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=3
+        )
+    ).eval()
+    ids = torch.randint(20, (7, 5))
+    batch = BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids % 3})
+    with pytest.raises(
+        InputError, match=r"called at 5 positions .* shifted by one: set HeadProbe's `target` to 'labels'"
+    ):
+        take(model, batch)
+    signals = take(model, batch, target="labels")
+    with torch.no_grad():
+        p = model(ids, batch["attention_mask"]).logits.softmax(-1).gather(2, batch["labels"][..., None])
+    torch.testing.assert_close(signals.rewards[:, 0], p.mean(dim=(1, 2)))
+
+
+def compiled_inside(module):
+    module.body = torch.compile(module.body, backend="eager")
+    module.classifier = torch.compile(module.classifier, backend="eager")
+    return module
+
+
+def compiled_in_place(module):
+    module.compile(backend="eager")
+    return module
+
+
+@pytest.mark.parametrize(
+    "compile_", [lambda module: torch.compile(module, backend="eager"), compiled_inside, compiled_in_place]
+)
+@pytest.mark.parametrize("head", ["classifier", "_orig_mod.classifier"])
+def test_a_compiled_module_is_read_by_its_own_names_after_it_has_run(compile_, head):
+    torch._dynamo.reset()
+    (x, y), module = batch_of(), net().eval()
+    expected = take(module, (x, y)).gradient
+    compiled = compile_(module)
+    with torch.no_grad():
+        before = compiled(x)  # its graph is made without the hook
+        for batch in ((x, y), {"x": x, "y": y}):
+            assert torch.equal(HeadProbe(head)(compiled, batch, torch.arange(7)).gradient, expected)
+        assert torch.equal(compiled(x), before)
+    with pytest.raises(InputError, match=r"Net has no layer 'fc': .*one of body.0, classifier$"):
+        HeadProbe("fc")(compiled, (x, y), torch.arange(7))
