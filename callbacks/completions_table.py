@@ -50,7 +50,7 @@ class CompletionsTable(Callback):
         self.print_table = print_table
         self._rows: list[Row] = []
         self._shown = 0
-        self._folder = Path()
+        self._folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses modules that make no rollouts."""
@@ -80,7 +80,9 @@ class CompletionsTable(Callback):
         if self.print_table and rows:
             print_completions(rows)
         self._log(trainer)
-        write_atomically(self._folder / FILE, lambda scratch: pd.DataFrame(self._rows).to_parquet(scratch, index=False))
+        if self._folder is not None:
+            table = pd.DataFrame(self._rows)
+            write_atomically(self._folder / FILE, lambda scratch: table.to_parquet(scratch, index=False))
 
     def _log(self, trainer: Trainer) -> None:
         for logger in trainer.loggers:

@@ -76,17 +76,18 @@ class Curriculum(SessionCallback, ABC):
             session.plan_easiness = [value[sample_id] for sample_id in session.plan]
         session.log(trainer, {"curriculum/length": float(len(session.plan))})
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the last plan."""
-        super().on_train_end(trainer, pl_module)
+        super().on_fit_end(trainer, pl_module)
         session = session_of(trainer)
-        if trainer.is_global_zero and session.plan_easiness:
+        folder = session.folder(trainer)
+        if folder is not None and trainer.is_global_zero and session.plan_easiness:
             try:
                 from minirec_pl.reporting.plots import draw_curriculum
             except ModuleNotFoundError:
                 warnings.warn("curriculum.png needs matplotlib: pip install 'minirec-pl[report]'", stacklevel=2)
                 return
-            path = session.folder(trainer) / "curriculum.png"
+            path = folder / "curriculum.png"
             what = (session.plan_epoch, path, self.order, session.plan_measure)
             draw_curriculum(session.plan_easiness, session.fold_starts, *what)
 

@@ -13,25 +13,29 @@ import pandas as pd
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from minirec_pl.metrics.evaluation import ranking_figures
 from minirec_pl.trainers.recommender import RecModule
 from minirec_pl.utils.checkpoints import policy_of
+from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import write_atomically, write_json
-from minirec_pl.utils.run_folder import EVALUATIONS, run_folder
+from minirec_pl.utils.metrics_file import count_rows, go_on_after
+from minirec_pl.utils.run_folder import CHECKPOINTS, EVALUATIONS, run_folder, write_config
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-INTERRUPTED = "interrupted.ckpt"
+INTERRUPTED, RESULTS = "interrupted.ckpt", "results.json"
+LOGGED_ROWS = "minirec_pl.LoggedRows"
 
 
 class RunFolder(Callback):
     """Writes `results.json`, `evaluations.csv` and `policy/` into the run folder, and a checkpoint on Ctrl-C.
 
     * `results.json`: after a fit the last and the best validation figures and the cost, after a test the test
-      figures.
+      figures. It is written last, and a fit that trains further removes it first.
     * `evaluations.csv`: after a fit a row per validation: epoch (from 1), step, what was spent until then (rollouts,
       tokens and seconds of all phases), the figures, and the standard errors of HR@10 and NDCG@10 by user.
     * `policy/`: after a fit the policy with the weights of the best checkpoint (the last ones if none is kept), as a
@@ -40,10 +44,18 @@ class RunFolder(Callback):
       validation after the last step of an epoch; a second Ctrl-C stops at once.
 
     Checkpoints also hold the counts and figures so far, so that a resumed run ends like one that was never stopped.
+
+    Args:
+        config: text for the `config.yaml` of a run that is resumed, written when it trains further.
+
+    Attributes:
+        begun: whether the training loop was reached.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: str | None = None) -> None:
         super().__init__()
+        self.begun = False
+        self._config = config
         self._training = False
         self._stop = False
         self._samples: dict[int, int] = {}
@@ -56,7 +68,10 @@ class RunFolder(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes over Ctrl-C for the time of a fit."""
-        self._folder = run_folder(trainer)
+        folder = run_folder(trainer)
+        if folder is None:
+            raise InputError("RunFolder has no folder to write to: give the Trainer a logger or a default_root_dir")
+        self._folder = folder
         if stage == "fit" and threading.current_thread() is threading.main_thread():
             trainer.callbacks.append(_AfterEpoch(self))  # type: ignore[attr-defined]
             self._pid = os.getpid()
@@ -88,8 +103,12 @@ class RunFolder(Callback):
                 print(f"data: {what} {count:,}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on Ctrl-C waits."""
-        self._training = True
+        """From here on Ctrl-C waits, and the results of an earlier end are no longer those of the run."""
+        self._training = self.begun = True
+        if trainer.is_global_zero:
+            (self._folder / RESULTS).unlink(missing_ok=True)
+            if self._config is not None:
+                write_config(self._folder, self._config)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -111,7 +130,7 @@ class RunFolder(Callback):
             self._save_and_stop(trainer)
 
     def _save_and_stop(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(self._folder / "checkpoints" / INTERRUPTED)
+        trainer.save_checkpoint(self._folder / CHECKPOINTS / INTERRUPTED)
         self._stop = False
         raise KeyboardInterrupt
 
@@ -131,15 +150,37 @@ class RunFolder(Callback):
         self._evaluations = list(state_dict.get("evaluations", ()))
         self._distinct = set(state_dict["distinct"].tolist())
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Has `metrics.csv` written, and keeps how many rows it has."""
+        logger = self._csv_logger(trainer)
+        if logger is not None:
+            checkpoint[LOGGED_ROWS] = count_rows(logger)
+
+    def _csv_logger(self, trainer: Trainer) -> CSVLogger | None:
+        if not trainer.is_global_zero:
+            return None
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+        return next((logger for logger in loggers if Path(logger.log_dir) == self._folder), None)
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Takes the best checkpoints of the resumed run along, since a run keeps to its own folder."""
+        """Goes on with `metrics.csv`, and with the best checkpoints of a run that is resumed in another folder.
+
+        A run that EarlyStopping had stopped stays so.
+        """
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        logger = self._csv_logger(trainer)
+        if logger is not None:
+            steps = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
+            go_on_after(logger, checkpoint.get(LOGGED_ROWS, 0), steps)
         states = checkpoint.get("callbacks", {})
+        for early in trainer.early_stopping_callbacks:
+            if state := states.get(early.state_key):
+                trainer.should_stop |= state["wait_count"] >= state["patience"] or state["stopped_epoch"] > 0
         for callback in trainer.checkpoint_callbacks:
             state = states.get(callback.state_key)
             if isinstance(callback, ModelCheckpoint) and callback.dirpath and state and state.get("dirpath"):
-                _move_best(state, Path(callback.dirpath))
+                _move_best(state, Path(str(trainer.ckpt_path)).parent, Path(callback.dirpath))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes results and policy."""
@@ -157,13 +198,13 @@ class RunFolder(Callback):
         }
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_score is not None:
             results["best"] = {str(checkpoint.monitor): float(checkpoint.best_model_score)}
-        write_json(self._folder / "results.json", results)
+        with policy_of(pl_module.policy, best):
+            pl_module.policy.save_pretrained(self._folder / "policy", pl_module.cost.state_dict())
         if self._evaluations:
             table = pd.DataFrame(self._evaluations)
             table["epoch"] += 1
             write_atomically(self._folder / EVALUATIONS, lambda scratch: table.to_csv(scratch, index=False))
-        with policy_of(pl_module.policy, best):
-            pl_module.policy.save_pretrained(self._folder / "policy", pl_module.cost.state_dict())
+        write_json(self._folder / RESULTS, results)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the figures and what they have cost; after `validate` writes them."""
@@ -174,7 +215,7 @@ class RunFolder(Callback):
             spent = {"epoch": trainer.current_epoch, "step": trainer.global_step, **pl_module.cost.totals()}
             self._evaluations.append({**spent, **self._validation})
         if trainer.is_global_zero and trainer.state.fn == TrainerFn.VALIDATING:
-            write_json(self._folder / "results.json", {"stage": "validate", **self._validation})
+            write_json(self._folder / RESULTS, {"stage": "validate", **self._validation})
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the test figures, with their standard errors where the users are known."""
@@ -185,7 +226,7 @@ class RunFolder(Callback):
         if table is not None and isinstance(pl_module, RecModule):
             ids, ranks = pl_module.test_ranks.unbind(dim=1)
             figures = {**ranking_figures(ranks, table.user[ids.numpy()]), **figures}
-        write_json(self._folder / "results.json", {"stage": "test", **figures})
+        write_json(self._folder / RESULTS, {"stage": "test", **figures})
 
 
 class _AfterEpoch(Checkpoint):
@@ -205,20 +246,31 @@ def best_checkpoint(trainer: Trainer) -> Path | None:
     return Path(best) if best else None
 
 
-def _move_best(state: dict[str, Any], folder: Path) -> None:
-    """Copies the checkpoints that a ModelCheckpoint's state names to `folder` and makes the state name the copies."""
+def _move_best(state: dict[str, Any], beside: Path, folder: Path) -> None:
+    """Copies the checkpoints that a ModelCheckpoint's state names to `folder` and makes the state name the copies.
+
+    Args:
+        state: of the callback.
+        beside: where they lie if their own folder was moved.
+        folder: of the resumed run.
+    """
+    last = folder / (Path(state.get("last_model_path", "")).name or "last.ckpt")
+    state["last_model_path"] = str(last) if last.is_file() else ""
+    if state["dirpath"] == str(folder):
+        return
     moved: dict[str, str] = {}
     for path in {*state.get("best_k_models", {}), state.get("best_model_path", "")} - {""}:
         source, target = Path(path), folder / Path(path).name
-        if source.is_file() and source.parent != folder:
-            write_atomically(target, lambda scratch, source=source: shutil.copyfile(source, scratch))  # type: ignore[misc]
+        source = source if source.is_file() else beside / source.name
+        if source.is_file():
             moved[path] = str(target)
+        if source.is_file() and source.parent.resolve() != folder.resolve():
+            write_atomically(target, lambda scratch, source=source: shutil.copyfile(source, scratch))  # type: ignore[misc]
     if moved:
         state["dirpath"] = str(folder)
         state["best_k_models"] = {moved.get(path, path): score for path, score in state["best_k_models"].items()}
         for name in ("best_model_path", "kth_best_model_path"):
             state[name] = moved.get(state[name], state[name])
-        state["last_model_path"] = ""
 
 
 def _errors(trainer: Trainer, module: LightningModule) -> dict[str, float]:

@@ -71,16 +71,24 @@ class SelectSamples(SessionCallback):
         """Registers for the phase `select`."""
         if stage != "fit":
             return
-        if self.ledger is not None and not Path(self.ledger).is_file():
-            raise InputError(
-                f"there is no ledger '{self.ledger}': give SelectSamples a ledger.parquet of an earlier run"
-            )
+        self.check_ledger()
         session = session_of(trainer)
         session.expect(self.warmup_epochs, self._expected)
         session.register("select", self._select, trainer)
         session.asked = signal_options(self.selector)
         self._selector = told_of(self.selector, pl_module)
         session.from_ledger = self.ledger is not None
+
+    def check_ledger(self) -> None:
+        """Looks for the ledger.
+
+        Raises:
+            InputError: if one was given and is not there.
+        """
+        if self.ledger is not None and not Path(self.ledger).is_file():
+            raise InputError(
+                f"there is no ledger '{self.ledger}': give SelectSamples a ledger.parquet of an earlier run"
+            )
 
     def _expected(self, n_pool: int) -> int:
         if self.ledger is None:

@@ -8,7 +8,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +16,56 @@ import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerStatus
 
 from minirec_pl.callbacks.run_folder import RunFolder, best_checkpoint
-from minirec_pl.cli.arguments import class_of, config_of_checkpoint, configs_first, values_of, without_types
+from minirec_pl.callbacks.select_samples import SelectSamples
+from minirec_pl.cli.arguments import without_types
 from minirec_pl.cli.process import finish_wandb, own_process_state, quiet_wandb
 from minirec_pl.cli.progress import progress_lines
+from minirec_pl.cli.runs import (
+    OF_LIGHTNING,
+    NothingToTrain,
+    Trained,
+    checkpoints_of,
+    go_on,
+    in_working_dir,
+    is_complete,
+    resumed,
+    tidy,
+)
 from minirec_pl.cli.score import ScoringTrainer
-from minirec_pl.cli.sentences import CommentFormatter, check_yaml, sentence_of
-from minirec_pl.cli.stages import STAGES, WARM_START, Stages, WarmStart
-from minirec_pl.policy import Policy
+from minirec_pl.cli.sentences import CommentFormatter, sentence_of
+from minirec_pl.cli.stages import STAGES, WARM_START, WARM_STATE, Stages, WarmStart
+from minirec_pl.data.datamodule import RecDataModule
+from minirec_pl.policy import LanguageModel
 from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.trainers.recommender import RecModule
 from minirec_pl.utils.checkpoints import AtomicCheckpointIO, check_checkpoint, policy_of
 from minirec_pl.utils.errors import InputError
-from minirec_pl.utils.files import write_atomically
-from minirec_pl.utils.run_folder import CONFIG, claim_folder, csv_logger, is_first, pin_policy, send_to
+from minirec_pl.utils.metrics_file import METRICS, put_back, set_aside
+from minirec_pl.utils.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    RUN_DIR_VARIABLE,
+    STARTED_IN_VARIABLE,
+    claim_folder,
+    csv_logger,
+    go_on_logging,
+    held,
+    is_first,
+    pin_policy,
+    point_latest,
+    put_latest_back,
+    send_to,
+    write_config,
+)
 
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-LEFT_BY_A_FAILED_START = {CONFIG, "hparams.yaml", "metrics.csv", "wandb", STAGES, WARM_START}
+LEFT_BY_A_FAILED_START = {CONFIG, "hparams.yaml", METRICS, "wandb", STAGES, WARM_START}
 SHARED = (  # what the Trainers of a run have in common
     "accelerator",
     "strategy",
@@ -88,15 +117,29 @@ CLI_OPTIONS: dict[str, Any] = {
 class MiniRecCLI(LightningCLI):
     """`minirec fit|validate|test|predict|score`.
 
-    Every run gets a folder of its own, `<trainer.default_root_dir>/version_N`, with its `config.yaml`; after a fit
-    `<trainer.default_root_dir>/latest` points to it.
+    Every run gets a folder of its own, `<trainer.default_root_dir>/version_N`, with its `config.yaml`, as soon as its
+    inputs are there; `<trainer.default_root_dir>/latest` points to the fit that began last. A fit that resumes stays in
+    the folder of its run.
+
+    Attributes:
+        run_dir: folder of the run.
+        resumes: whether it is one that another process has begun.
     """
 
     run_dir: Path
+    resumes = False
+    words: Sequence[str] = ()
     side_trainer: Trainer | None = None
     new_folders: Sequence[Path] = ()
     more_callbacks: Sequence[Callback] = ()
     usage = "minirec {}"
+    first: bool
+    closing: contextlib.ExitStack
+    _folder: RunFolder | None = None
+    _trained: Trained | None = None
+    _config_text = ""
+    _claimed = _moved_latest = False
+    _latest: str | None = None
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -110,7 +153,7 @@ class MiniRecCLI(LightningCLI):
             parser.prog = self.usage.format(name)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds `--selection`, `--warm_start` and `--test_stages`."""
+        """Adds `--selection`, `--warm_start`, `--test_stages` and `--working_dir`."""
         selection = parser.add_argument(
             "--selection",
             type=SessionCallback | None,
@@ -131,6 +174,13 @@ class MiniRecCLI(LightningCLI):
             default=False,
             help="Test the policy before the fit, after the warm start and at the end, next to popularity.",
         )
+        parser.add_argument(
+            "--working_dir",
+            type=str | None,
+            default=None,
+            help="Folder that relative paths are in; null for the one that the command runs in, which the config of a "
+            "run names.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses, then checks the checkpoint before anything reads it."""
@@ -139,43 +189,123 @@ class MiniRecCLI(LightningCLI):
             super().parse_arguments(parser, args)
         finally:
             sys.argv = arguments
-        checkpoint = self.config[self.config.subcommand].get("ckpt_path")
-        if checkpoint and checkpoint not in ("best", "last", "hpc"):
-            check_checkpoint(Path(checkpoint))
+        config = self.config[self.config.subcommand]
+        if config.get("ckpt_path") and config.ckpt_path not in OF_LIGHTNING:
+            check_checkpoint(Path(config.ckpt_path))
+            config.ckpt_path = str(Path(config.ckpt_path).resolve())
 
     def before_instantiate_classes(self) -> None:
-        """Claims the run folder, writes the config into it and sends the loggers there."""
-        config = self.config[self.subcommand]
-        root = Path(config.trainer.default_root_dir or "runs")
-        self.new_folders = [folder for folder in (root, *root.parents) if not folder.exists()]
-        self.run_dir = claim_folder(root)
-        pin_policy(config)
-        if is_first():
-            self._parser(self.subcommand).save(config, self.run_dir / CONFIG, skip_none=False, overwrite=True)
-        config.trainer.default_root_dir = str(self.run_dir)
-        if self.subcommand == "score":
-            config.trainer.logger = False
-        loggers = config.trainer.logger
-        if loggers is None or loggers is True:
-            config.trainer.logger = [csv_logger(self.run_dir)]
-        for logger in loggers if isinstance(loggers, list) else [loggers]:
-            send_to(logger, self.run_dir)
-            if str(getattr(logger, "class_path", "")).endswith("WandbLogger"):
-                quiet_wandb(bool(logger.init_args.get("offline")))
-        for callback in config.trainer.callbacks or []:
-            if str(callback.class_path).endswith("ModelCheckpoint") and callback.init_args.dirpath is None:
-                callback.init_args.dirpath = str(self.run_dir / "checkpoints")
-
-    def instantiate_classes(self) -> None:
-        """Makes model, data and Trainer.
+        """Finds the run that a fit resumes, and writes down the config of this one.
 
         Raises:
-            InputError: for a value that one of them refuses.
+            NothingToTrain: if it has come to its end.
+            InputError: if its checkpoint holds weights only.
         """
-        try:
-            super().instantiate_classes()
-        except (ValueError, TypeError, MisconfigurationException) as error:
-            raise InputError(sentence_of(error)) from error
+        config = self.config[self.subcommand]
+        pin_policy(config)
+        config.working_dir = os.getcwd()
+        self._config_text = self._dumped(config)
+        if self.subcommand == "fit":
+            self._find_run()
+
+    def _dumped(self, config: Namespace) -> str:
+        text: str = self._parser(self.subcommand).dump(config, skip_none=False)
+        return text
+
+    def _find_run(self) -> None:
+        config = self.config[self.subcommand]
+        self._trained, run = resumed(config, yaml.safe_load(self._config_text), self.words)
+        if run is None:
+            return
+        self.resumes, self.run_dir = True, run
+        if self._trained is not None:
+            config.ckpt_path, path = None, config.ckpt_path
+            self._config_text = self._dumped(config)
+            config.ckpt_path = path
+        for callback in config.trainer.callbacks or []:
+            keeps_one = callback.get("init_args.save_top_k") in (0, 1)
+            if keeps_one and str(callback.class_path).endswith("ModelCheckpoint"):
+                callback.init_args.enable_version_counter = False
+
+    def instantiate_classes(self) -> None:
+        """Makes model and data, begins the run once its inputs are there, and makes loggers and Trainer.
+
+        Raises:
+            InputError: for a value that one of them refuses, or an input that is missing.
+        """
+        config = self.config[self.subcommand]
+        loggers, config.trainer.logger = config.trainer.logger, False
+        with refusing():
+            self.config_init = self.parser.instantiate_classes(self.config)
+        self.datamodule, self.model = (self._get(self.config_init, name) for name in ("data", "model"))
+        self._check_inputs()
+        self._begin()
+        with refusing():
+            made = self._loggers(loggers)
+            self.config_init[self.subcommand].trainer.logger = made
+            self.trainer = self.instantiate_trainer()
+
+    def _check_inputs(self) -> None:
+        """Looks for data, language model and ledgers before anything is opened."""
+        callbacks = [
+            self._get(self.config_init, "selection"),
+            *(self._get(self.config_init, "trainer").callbacks or ()),
+        ]
+        for callback in callbacks:
+            if isinstance(callback, SelectSamples):
+                callback.check_ledger()
+        language_model = getattr(getattr(self.model, "policy", None), "language_model", None)
+        if isinstance(language_model, LanguageModel):
+            language_model.tokenizer()
+        if isinstance(self.datamodule, RecDataModule):
+            self.datamodule.prepare_data()
+            self.datamodule.setup()
+
+    def _begin(self) -> None:
+        """Takes the run folder, writes the config into it and points `latest` to it."""
+        config = self.config[self.subcommand]
+        if self.resumes:
+            os.environ[RUN_DIR_VARIABLE] = str(self.run_dir)
+        else:
+            root = Path(config.trainer.default_root_dir or "runs")
+            root = root.absolute() if STARTED_IN_VARIABLE in os.environ else root
+            self.new_folders = [folder for folder in (root, *root.parents) if not folder.exists()]
+            self.run_dir = claim_folder(root)
+        self._claimed = True
+        config = self.config_init[self.subcommand]
+        config.trainer.default_root_dir = str(self.run_dir)
+        for callback in config.trainer.callbacks or []:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str((self.run_dir / CHECKPOINTS).resolve())
+        if not self.first:
+            return
+        self.closing.enter_context(held(self.run_dir))
+        if not self.resumes:
+            write_config(self.run_dir, self._config_text)
+        else:
+            tidy(self.run_dir)
+        if self.resumes and self._trained is None:
+            shutil.rmtree(self.run_dir / "wandb", ignore_errors=True)
+        elif self.resumes:
+            set_aside(self.run_dir)
+        if self.subcommand == "fit":
+            self._latest, self._moved_latest = point_latest(self.run_dir), True
+
+    def _loggers(self, loggers: Any) -> Any:
+        """Makes the loggers, which write into the run folder."""
+        if self.subcommand == "score" or loggers is False:
+            return False
+        if loggers is None or loggers is True:
+            loggers = csv_logger(self.run_dir)
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            send_to(logger, self.run_dir)
+            if self.resumes and self._trained is not None:
+                go_on_logging(logger, self.run_dir, self._trained.logged_steps)
+            if str(getattr(logger, "class_path", "")).endswith("WandbLogger"):
+                quiet_wandb(bool(logger.init_args.get("offline")))
+        parser = LightningArgumentParser()
+        parser.add_argument("--logger", type=Logger | list[Logger])
+        return parser.instantiate_classes(Namespace(logger=loggers)).logger  # type: ignore[no-untyped-call]
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with the selection, the run folder's callback and checkpoints that are written whole.
@@ -185,7 +315,9 @@ class MiniRecCLI(LightningCLI):
         """
         selection, given = self._get(self.config_init, "selection"), self._get(self.config_init, "trainer")
         callbacks: list[Callback] = [selection] if selection is not None else []
-        callbacks += [*self.more_callbacks, RunFolder()]
+        # Until then other ranks compare the config of a run that is resumed with theirs.
+        self._folder = RunFolder(self._config_text if self.resumes else None)
+        callbacks += [*self.more_callbacks, self._folder]
         if not given.barebones and not any(isinstance(callback, ProgressBar) for callback in given.callbacks or []):
             callbacks += progress_lines(given.enable_progress_bar)
         self.trainer_defaults["callbacks"] = callbacks
@@ -196,23 +328,29 @@ class MiniRecCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def discard_failed_start(self) -> None:
-        """Removes the run folder where the run never got as far as leaving something of use."""
-        if not hasattr(self, "run_dir") or not is_first():
+        """Removes the folder of a new run that never got as far as leaving something of use; `latest` is put back.
+
+        A run that did not come to resume is left as it was.
+        """
+        if not self._claimed or not self.first:
+            return
+        if self.resumes:
+            if self._folder is None or not self._folder.begun:
+                put_back(self.run_dir)
+                self._put_latest_back()
             return
         left = {path.relative_to(self.run_dir).parts[0] for path in self.run_dir.rglob("*") if not path.is_dir()}
-        if left <= LEFT_BY_A_FAILED_START and not (self.run_dir / WARM_START / "policy").is_dir():
+        if left <= LEFT_BY_A_FAILED_START and not (self.run_dir / WARM_START / WARM_STATE).is_file():
+            self._put_latest_back()
             shutil.rmtree(self.run_dir, ignore_errors=True)
             with contextlib.suppress(OSError):
                 for folder in self.new_folders:
                     folder.rmdir()
 
-    def after_fit(self) -> None:
-        """Points `latest` to this run."""
-        if self.trainer.is_global_zero:
-            scratch = self.run_dir.with_name(".latest")
-            scratch.unlink(missing_ok=True)
-            scratch.symlink_to(self.run_dir.name, target_is_directory=True)
-            os.replace(scratch, self.run_dir.with_name("latest"))
+    def _put_latest_back(self) -> None:
+        if self._moved_latest:
+            with contextlib.suppress(OSError):
+                put_latest_back(self.run_dir, self._latest)
 
     def fit(self, model: RecModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
         """The warm start if there is one, GRPO, and the tests of the stages; a checkpoint resumes GRPO."""
@@ -225,21 +363,13 @@ class MiniRecCLI(LightningCLI):
             stages.test("start")
             if warm is not None:
                 stages.warm_start(warm, self.trainer)
-                self._write_config_after_warm_start()
                 stages.test("warm_start")
         self.trainer.fit(model, datamodule=datamodule, **kwargs)
         if tested:
             with policy_of(model.policy, best_checkpoint(self.trainer)):
                 stages.test("trained")
-            if self.trainer.is_global_zero:
-                stages.finish()
-
-    def _write_config_after_warm_start(self) -> None:
-        """The config of a fit that starts from the warm policy, for a run that breaks before its first checkpoint."""
-        folder = self.run_dir / WARM_START
-        config = yaml.safe_load((self.run_dir / CONFIG).read_text(encoding="utf-8"))
-        text = yaml.safe_dump(config_after_warm_start(config, folder / "policy"), sort_keys=False)
-        write_atomically(folder / CONFIG, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+        if self.trainer.is_global_zero:
+            stages.finish()
 
     def _side_trainer(self, **options: Any) -> Trainer:
         """A Trainer on the same devices; Ctrl-C in it is known as one of this run."""
@@ -250,19 +380,17 @@ class MiniRecCLI(LightningCLI):
         return self.side_trainer
 
 
-def config_after_warm_start(config: dict[str, Any], policy: Path) -> dict[str, Any]:
-    """The config of a fit that starts from a warm policy instead of making one.
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Says in a sentence which value a class refuses.
 
-    Args:
-        config: of a fit with a warm start; its policy is changed in place.
-        policy: folder of the warm policy.
+    Raises:
+        InputError: with it.
     """
-    given = config["model"]["init_args"]["policy"]
-    kind: type[Policy] = class_of(given["class_path"])
-    options = given.setdefault("init_args", {})
-    options |= dict.fromkeys(kind.made_of & set(options))
-    options["pretrained"] = str(policy)
-    return {**config, "warm_start": None}
+    try:
+        yield
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        raise InputError(sentence_of(error)) from error
 
 
 class _ParsedOnly(MiniRecCLI):
@@ -300,10 +428,13 @@ def parsed(args: Sequence[str]) -> Namespace:
 
 
 def _start(cli: MiniRecCLI, args: Sequence[str]) -> None:
-    argv = configs_first([*args, *config_of_checkpoint(args)])
-    for config in values_of(argv, "--config", "-c"):
-        check_yaml(Path(config))
-    made = {name: skipped for name, skipped in cli.subcommands().items() if name == args[0]}  # a parser takes 0.1 s
+    with in_working_dir(args) as argv:
+        _run_in_place(cli, argv)
+
+
+def _run_in_place(cli: MiniRecCLI, argv: Sequence[str]) -> None:
+    cli.words = argv
+    made = {name: skipped for name, skipped in cli.subcommands().items() if name == argv[0]}  # a parser takes 0.1 s
     cli.subcommands = lambda: made  # type: ignore[method-assign]
     cli.__init__(  # type: ignore[misc]
         RecModule, LightningDataModule, **CLI_OPTIONS, parser_kwargs={"prog": "minirec"}, args=argv
@@ -321,12 +452,14 @@ def run(args: Sequence[str], callbacks: Sequence[Callback] = ()) -> MiniRecCLI:
         InputError: for bad input, and when Ctrl-C stopped the run (the sentence then says how to resume).
     """
     cli = MiniRecCLI.__new__(MiniRecCLI)
-    cli.more_callbacks = callbacks
+    cli.more_callbacks, cli.first, cli.closing = callbacks, is_first(), contextlib.ExitStack()
     finished = False
     try:
         with own_process_state():
             _start(cli, args)
         finished = True
+    except NothingToTrain as end:
+        print(end)
     except (SystemExit, KeyboardInterrupt) as stop:
         trainers = (getattr(cli, "trainer", None), cli.side_trainer)
         by_lightning = any(trainer and trainer.state.status == TrainerStatus.INTERRUPTED for trainer in trainers)
@@ -347,6 +480,7 @@ def run(args: Sequence[str], callbacks: Sequence[Callback] = ()) -> MiniRecCLI:
         ) from error
     finally:
         finish_wandb(failed=not finished)
+        cli.closing.close()
         if not finished:
             cli.discard_failed_start()
     return cli
@@ -357,21 +491,12 @@ def _interrupted(cli: MiniRecCLI) -> str:
         return "interrupted; the same command resumes after the samples that are done"
     if getattr(cli, "subcommand", None) != "fit" or not hasattr(cli, "run_dir"):
         return "interrupted; nothing was written"
-    run_dir = cli.run_dir
-    checkpoints = sorted((run_dir / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not checkpoints and (run_dir / WARM_START / "policy").is_dir():
-        return _go_on_from_warm_start(cli)
+    run_dir, checkpoints = cli.run_dir, checkpoints_of(cli.run_dir)
+    if is_complete(run_dir, cli.config["fit"].test_stages):
+        return f"interrupted after the last step; the run in {run_dir} is complete"
+    if not checkpoints and (run_dir / WARM_START / WARM_STATE).is_file():
+        return f"interrupted; {go_on(run_dir)}"
     if not checkpoints:
         return "interrupted before the first checkpoint; there is nothing to resume from, so start again"
-    if (run_dir / "policy").is_dir():
-        return f"interrupted after the last step; the run in {run_dir} is complete"
     command = ["minirec", "fit", "--config", str(run_dir / CONFIG), "--ckpt_path", str(checkpoints[-1])]
     return f"interrupted; resume with `{shlex.join(command)}`"
-
-
-def _go_on_from_warm_start(cli: MiniRecCLI) -> str:
-    folder = cli.run_dir / WARM_START
-    if cli.config[cli.subcommand].warm_start.reset_policy:
-        return f"interrupted before the first checkpoint; the policy in {folder} only selects, so start again"
-    command = ["minirec", "fit", "--config", str(folder / CONFIG)]
-    return f"interrupted after the warm start; continue from its policy with `{shlex.join(command)}`"

@@ -14,8 +14,11 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
+from minirec_pl.utils.run_folder import CHECKPOINT_VARIABLE, RUN_DIR_VARIABLE, STARTED_IN_VARIABLE
+
 _NOISE = ("💡 Tip:", "GPU available:", "TPU available:", "HPU available:", "LOCAL_RANK:", "`Trainer.fit` stopped:")
 _WANDB_QUIET, _WANDB_INFO = "WANDB_QUIET", "WANDB_SHOW_INFO"
+_OF_A_RUN = (RUN_DIR_VARIABLE, CHECKPOINT_VARIABLE, STARTED_IN_VARIABLE)
 
 
 def quiet_wandb(offline: bool) -> None:
@@ -33,16 +36,18 @@ def finish_wandb(failed: bool) -> None:
         with contextlib.suppress(OSError):
             wandb.finish(exit_code=int(failed))
         if offline and not failed:
-            print(f"W&B: offline; to upload this run: wandb sync {folder}", file=sys.stderr)
+            of_run = f"*-{folder.name.rpartition('-')[2]}"
+            parts = folder.parent / of_run if len(list(folder.parent.glob(of_run))) > 1 else folder
+            print(f"W&B: offline; to upload this run: wandb sync {parts}", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def own_process_state() -> Iterator[None]:
-    """Leaves out advertisements and what a user cannot act on; gives Ctrl-C and W&B's variables back at the end."""
+    """Leaves out advertisements and what a user cannot act on; gives Ctrl-C and variables back at the end."""
     disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_noise)
     handler = signal.getsignal(signal.SIGINT)
-    given = {name: os.environ.get(name) for name in (_WANDB_QUIET, _WANDB_INFO)}
+    given = {name: os.environ.get(name) for name in (_WANDB_QUIET, _WANDB_INFO, *_OF_A_RUN)}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")

@@ -69,7 +69,7 @@ class ScoringTrainer(Trainer):
         if not isinstance(data, RecDataModule) or not isinstance(model, RecModule):
             raise InputError("minirec predict needs a RecDataModule and a module of minirec_pl: set data and model so")
         model.mask_seen, model.keep_reasoning = mask_seen, reasoning
-        run = run_folder(self)
+        run = run_folder(self) or Path(self.default_root_dir)
         path = Path(to) if to else run / "predictions.parquet"
         parts = path.parent if to else run.parent
         text = HISTORY_TEXT._replace(separator=history_separator, encoding=history_encoding)

@@ -25,12 +25,14 @@ from minirec_pl.selection.session.session import session_of
 from minirec_pl.trainers.grpo import GRPORecModule
 from minirec_pl.trainers.recommender import RecModule
 from minirec_pl.trainers.warm_start import WarmStartModule
-from minirec_pl.utils.checkpoints import load_policy_weights
+from minirec_pl.utils.checkpoints import load_policy_weights, weights_under_adapters
 from minirec_pl.utils.errors import InputError
-from minirec_pl.utils.files import write_json
-from minirec_pl.utils.seeds import isolated_random_state
+from minirec_pl.utils.files import write_atomically, write_json
+from minirec_pl.utils.ranks import gather_states
+from minirec_pl.utils.run_folder import is_first
+from minirec_pl.utils.seeds import isolated_random_state, random_state, restore_random_state
 
-RESULTS, STAGES, WARM_START = "results.json", "stages.json", "warm_start"
+RESULTS, STAGES, WARM_START, WARM_STATE = "results.json", "stages.json", "warm_start", "end.ckpt"
 
 
 @dataclass
@@ -99,6 +101,8 @@ class WarmStart:
 class Stages:
     """The stages of one fit, tested on the same samples.
 
+    What a killed run had done in its folder before its first checkpoint is not done again.
+
     Args:
         make_trainer: makes a Trainer on the devices of the fit, from options of its own.
         folder: of the run.
@@ -136,10 +140,11 @@ class Stages:
         if isinstance(self.model, GRPORecModule):
             self.model.use_columns(self.data.own_columns)
         self.model.policy.bind(self.data.catalogue)
+        self._read_rows(self.folder)
 
     def test(self, stage: str) -> None:
         """Tests the policy as it is, if tests are asked for; each result is written at once."""
-        if not self.tested:
+        if not self.tested or any(row["stage"] == stage for row in self.rows):
             return
         ranker = RecModule(self.model.policy)
         trainer = self.make_trainer(logger=False, enable_checkpointing=False)
@@ -156,6 +161,9 @@ class Stages:
     def warm_start(self, options: WarmStart, fit: Trainer) -> None:
         """Trains the policy on the warm part and keeps it in `warm_start/policy`.
 
+        Weights, costs and random numbers at its end are kept until the fit ends, so that a run that is killed before
+        its first checkpoint goes on from there.
+
         Args:
             options: of the warm start.
             fit: the Trainer that GRPO will run in, which a reset of the policy is entrusted to.
@@ -163,6 +171,9 @@ class Stages:
         policy, folder = self.model.policy, self.folder / WARM_START
         if options.reset_policy:
             fit.callbacks.append(_StartWeights(policy))  # type: ignore[attr-defined]
+        if (folder / WARM_STATE).is_file():
+            self._take_warm_state(folder / WARM_STATE, fit.global_rank)
+            return
         warm = WarmStartModule(policy, options.dropout, options.optimizer, options.lr_scheduler)
         warm.cost = self.model.cost
         best = ModelCheckpoint(folder, "best", monitor="val/ndcg@10", mode="max", save_weights_only=True)
@@ -184,17 +195,38 @@ class Stages:
         if trainer.is_global_zero:
             Path(best.best_model_path or folder / "best.ckpt").unlink(missing_ok=True)
             policy.save_pretrained(folder / "policy", self.model.cost.state_dict())
+        self._keep_warm_state(folder / WARM_STATE, trainer)
+
+    def _keep_warm_state(self, path: Path, trainer: Trainer) -> None:
+        policy, random = self.model.policy, gather_states(random_state(), trainer.strategy.root_device)
+        fixed = weights_under_adapters(policy)
+        weights = {name: value for name, value in policy.state_dict().items() if name not in fixed}
+        state = {"policy": weights, "cost": self.model.cost.state_dict(), "random": random}
+        if trainer.is_global_zero:
+            write_atomically(path, lambda scratch: torch.save(state, scratch))
+        trainer.strategy.barrier()
+
+    def _take_warm_state(self, path: Path, rank: int) -> None:
+        policy, state = self.model.policy, torch.load(path, map_location="cpu", weights_only=True)
+        policy.load_state_dict({**weights_under_adapters(policy), **state["policy"]})
+        self.model.cost.load_state_dict(state["cost"])
+        restore_random_state(state["random"][rank % len(state["random"])])
 
     def take_over(self, checkpoint: Path) -> None:
         """Resumes the stages of the run that a checkpoint was taken in."""
-        for name in (STAGES, RESULTS):
-            earlier = checkpoint.parent.parent / name
+        self._read_rows(checkpoint.parent.parent)
+        if self.rows and is_first():
+            write_json(self.folder / STAGES, {"stages": self.rows})
+
+    def _read_rows(self, run: Path) -> None:
+        for earlier in (run / STAGES, run / RESULTS):
             if self.tested and not self.rows and earlier.is_file():
                 rows = json.loads(earlier.read_text(encoding="utf-8")).get("stages", [])
                 self.rows = [row for row in rows if row["stage"] != "trained"]
 
     def finish(self) -> None:
-        """Adds the stages to `results.json` and prints their table."""
+        """Ends the stages: adds them to `results.json` and prints their table, and drops what a resume needs."""
+        (self.folder / WARM_START / WARM_STATE).unlink(missing_ok=True)
         if not self.tested or not self.rows:
             return
         results = json.loads((self.folder / RESULTS).read_text(encoding="utf-8"))

@@ -31,7 +31,14 @@ SECTIONS = {
     "lora": Lora,
     "prompt": PromptTemplate,
 }
-TOP = {"seed_everything": 42, "selection": None, "warm_start": None, "test_stages": False, "ckpt_path": None}
+TOP = {
+    "seed_everything": 42,
+    "selection": None,
+    "warm_start": None,
+    "test_stages": False,
+    "ckpt_path": None,
+    "working_dir": None,
+}
 PUBLIC = ("", ".callbacks", ".selection", ".policy", ".rewards", ".data.sources")
 KEY = re.compile(r"^ *(?:- )?(\w+):(?: |$)")
 
@@ -43,6 +50,7 @@ def name_of(path):
 @pytest.mark.parametrize("path", [slow(path) if path.stem in LIKE_OTHERS else path for path in FILES], ids=name_of)
 def test_it_parses_and_its_classes_can_be_made(path, command, printed, tmp_path, monkeypatch):
     monkeypatch.setattr(MiniRecCLI, "_run_subcommand", lambda self, subcommand: None)
+    monkeypatch.setattr(MiniRecCLI, "_check_inputs", lambda self: None)
     policy = [f"--model.policy.pretrained={command.policy}"] if "pretrained: runs/" in path.read_text() else []
     if "language_model:" in path.read_text():
         policy = [f"--model.policy.init_args.language_model.name={write_model(tmp_path / 'model')}"]

@@ -216,14 +216,30 @@ def test_ctrl_c_between_warm_start_and_first_checkpoint(command, whole, tmp_path
     capsys.readouterr()
     assert main(fit(command, tmp_path / "runs", *interrupt("on_fit_start"))) == 2
     said = sentence(capsys)
-    assert "after the warm start" in said
+    assert "go on from the end of its warm start" in said
     command_line = shlex.split(said.split("with `")[1].split("`")[0])
     monkeypatch.setattr(cli_tools.InterruptAt, "armed", False)
+    monkeypatch.setattr(WarmStartModule, "training_step", None)
     assert main(command_line[1:]) == 0
-    rows = stages(tmp_path / "runs" / "latest")
-    assert list(rows) == ["popularity", "start", "trained"]
-    for name in ("ndcg@10", "tokens"):
-        assert rows["start"][name] == stages(whole)["warm_start"][name]
+    resumed = tmp_path / "runs" / "version_0"
+    assert without_clock(resumed) == without_clock(whole)
+    assert equal_weights(resumed, whole)
+    assert not (resumed / "warm_start" / "end.ckpt").exists()
+
+
+@pytest.mark.slow
+def test_a_proxy_that_has_selected_is_not_trained_again(command, tmp_path, capsys, monkeypatch):
+    roots = tmp_path / "whole", tmp_path / "runs"
+    assert main(fit(command, roots[0], *ONCE, reset_policy=True)) == 0
+    capsys.readouterr()
+    assert main(fit(command, roots[1], *ONCE, *interrupt("on_train_start"), reset_policy=True)) == 2
+    command_line = shlex.split(sentence(capsys).split("with `")[1].split("`")[0])
+    monkeypatch.setattr(cli_tools.InterruptAt, "armed", False)
+    monkeypatch.setattr(WarmStartModule, "training_step", None)
+    assert main(command_line[1:]) == 0
+    one, other = (root / "version_0" for root in roots)
+    assert without_clock(one) == without_clock(other)
+    assert equal_weights(one, other)
 
 
 def test_a_warm_start_before_a_warm_start(command, tmp_path, capsys):

@@ -19,14 +19,16 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import Tensor
 
+from minirec_pl.cli.arguments import class_of
 from minirec_pl.cli.compare.results import Point, points_of, read_cell, write_cell
 from minirec_pl.cli.compare.study import Cell, Data, Study, as_words, seeded
-from minirec_pl.cli.fit import CLI_OPTIONS, MiniRecCLI, ParserError, config_after_warm_start
+from minirec_pl.cli.fit import CLI_OPTIONS, MiniRecCLI, ParserError, refusing
 from minirec_pl.cli.sentences import sentence_of
 from minirec_pl.cli.stages import Stages, WarmStart
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.sources.assemble import Samples, Source, samples_of
 from minirec_pl.metrics.evaluation import sample_ranks
+from minirec_pl.policy import Policy
 from minirec_pl.selection.session.session import session_of
 from minirec_pl.trainers.grpo import GRPORecModule
 from minirec_pl.trainers.recommender import RecModule
@@ -75,6 +77,11 @@ class Parts(MiniRecCLI):
 
     def before_instantiate_classes(self) -> None:
         """Leaves everything as it was given."""
+
+    def instantiate_classes(self) -> None:
+        """Makes model, data and Trainer."""
+        with refusing():
+            LightningCLI.instantiate_classes(self)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with the observers and the selection."""
@@ -197,6 +204,21 @@ def warm_start(study: Study, data: Data, seed: int, to: Path) -> float:
 
     _quiet(lambda: replace_folder(folder, write, holds=START, what="warm start"))
     return time.perf_counter() - started
+
+
+def config_after_warm_start(config: dict[str, Any], policy: Path) -> dict[str, Any]:
+    """The config of a fit that starts from a warm policy instead of making one.
+
+    Args:
+        config: of a fit with a warm start; its policy is changed in place.
+        policy: folder of the warm policy.
+    """
+    given = config["model"]["init_args"]["policy"]
+    kind: type[Policy] = class_of(given["class_path"])
+    options = given.setdefault("init_args", {})
+    options |= dict.fromkeys(kind.made_of & set(options))
+    options["pretrained"] = str(policy)
+    return {**config, "warm_start": None}
 
 
 def run_cell(study: Study, cell: Cell, to: Path) -> dict[str, Any]:

@@ -131,7 +131,7 @@ class SelectionSession:
         self._written = time.monotonic()
         self._expected: tuple[int, Callable[[int], int] | None] = (0, None)
         self._folder: Path | None = None
-        self._prepared = self._finished = False
+        self._placed = self._prepared = self._finished = False
         self._first: tuple[str, Mapping[str, Any]] | None = None
         self._batch, self._ended = (-1, -1), -1
         self._no_loss = 0
@@ -170,7 +170,7 @@ class SelectionSession:
             self.warn_once(trainer, text, text)
             return
         self.cost = getattr(module, "cost", self.cost)
-        self._folder = None
+        self._placed = False
         self.folder(trainer)
         self._train = TrainLoader(trainer)
         self.sampler = self._train.sampler
@@ -180,7 +180,7 @@ class SelectionSession:
             epoch = self._take_up(self._restored, trainer)
             self._restored = None
         self.epoch = epoch
-        if self.plan_epoch == epoch:
+        if self.plan_epoch == epoch or trainer.should_stop or self._is_over(trainer, epoch, self._restored_step):
             self.sampler.set_plan(self.plan)
             return
         with isolated_random_state():
@@ -228,10 +228,15 @@ class SelectionSession:
         """Plans the next epoch, once, if there is one; called in `on_train_epoch_end`."""
         self._end_epoch(trainer)
         epoch = trainer.current_epoch + 1
-        last = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch
-        last |= 0 <= trainer.max_steps <= trainer.global_step
-        if self.plan_epoch != epoch and not last and not trainer.should_stop:
+        over = self._is_over(trainer, epoch, trainer.global_step)
+        if self.plan_epoch != epoch and not over and not trainer.should_stop:
             self._run(trainer, module, epoch)
+
+    @staticmethod
+    def _is_over(trainer: Trainer, epoch: int, step: int) -> bool:
+        """Says whether there is no such epoch, or no step after this one."""
+        over = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch
+        return over or 0 <= trainer.max_steps <= step
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
         """Checks that the Trainer draws from the session's sampler; called in `on_train_epoch_start`.
@@ -369,24 +374,28 @@ class SelectionSession:
         """Whether the run has been prepared, so that there is a state to save."""
         return self._prepared and self.active
 
-    def folder(self, trainer: Trainer) -> Path:
-        """Returns the run folder: where the first logger writes, else `default_root_dir`; all ranks ask at once."""
-        if self._folder is None:
-            self._folder = run_folder(trainer)
+    def folder(self, trainer: Trainer) -> Path | None:
+        """Returns the run folder, None for none, see `run_folder`; all ranks ask at once."""
+        if not self._placed:
+            self._folder, self._placed = run_folder(trainer), True
         return self._folder
 
     def state_dict(self, trainer: Trainer) -> dict[str, Any]:
-        """Returns tensors and primitives for a checkpoint, and writes the file of vectors that it names."""
-        folder = self.folder(trainer)
-        vectors = self._files.save(self.store, folder / "signals") if trainer.is_global_zero else None
-        self._prune(trainer, folder)
+        """Returns tensors and primitives for a checkpoint, and writes the file of vectors that it names.
+
+        Without a run folder the vectors are in the checkpoint itself.
+        """
+        folder, vectors = self.folder(trainer), None
+        if folder is not None and trainer.is_global_zero:
+            vectors = self._files.save(self.store, folder / "signals")
+        self._prune(trainer)
         embedding = self.store.vectors().get("embedding")
         own = {"loader": self._train.loader.state_dict() if isinstance(self._train.loader, ForeignLoader) else None}
         return {
             **{name: getattr(self, name) for name in _KEPT + _ADDED},
-            "store": self.store.state_dict(vectors=False),
+            "store": self.store.state_dict(vectors=folder is None),
             "vectors": vectors,
-            "run": str(folder.absolute()),
+            "run": None if folder is None else str(folder.absolute()),
             "ledger": None if self.ledger is None else self.ledger.state_dict(embedding=embedding),
             "next_epoch": self.epoch + int(epoch_is_done(trainer)),
             "step": trainer.global_step,
@@ -410,10 +419,10 @@ class SelectionSession:
         if self.ready and not self._finished:
             self._finished = True
             self.leave_files(trainer, at_once=True)
-            self._prune(trainer, self.folder(trainer))
+            self._prune(trainer)
 
     def leave_files(self, trainer: Trainer, *, at_once: bool = False) -> None:
-        """Writes what the last selection leaves in the run folder, on the first rank.
+        """Writes what the last selection leaves in the run folder, if there is one, on the first rank.
 
         `ledger.parquet`, `diagnostics.json` and, if the pool was scored, `signals.safetensors`. At the end also
         `plan.parquet` (see `plan_table`) and, where the DataModule has words, `examples.parquet`, the samples of
@@ -426,11 +435,11 @@ class SelectionSession:
         Raises:
             InputError: if the folder cannot be written.
         """
-        if not trainer.is_global_zero:
+        folder = self._folder
+        if folder is None or not trainer.is_global_zero:
             return
         if not at_once and (self.ledger is None or time.monotonic() - self._written < _PAUSE):
             return
-        folder = self.folder(trainer)
         if at_once and self.plan is not None:
             _write_table(self.plan_table(), folder / PLAN)
         if self.ledger is None:
@@ -494,15 +503,15 @@ class SelectionSession:
             if trainer.is_global_zero:
                 warnings.warn(text, stacklevel=3)
 
-    def _prune(self, trainer: Trainer, folder: Path) -> None:
-        if trainer.is_global_zero:
+    def _prune(self, trainer: Trainer) -> None:
+        if self._folder is not None and trainer.is_global_zero:
             callbacks = [Path(found) for c in trainer.checkpoint_callbacks if (found := getattr(c, "dirpath", None))]
-            self._files.prune(folder / "signals", [folder, *callbacks])
+            self._files.prune(self._folder / "signals", [self._folder, *callbacks])
 
     def _take_up(self, state: Mapping[str, Any], trainer: Trainer) -> int:
         vectors = {}
         if state["vectors"] is not None:
-            places = [Path(state["run"]) / "signals", self.folder(trainer) / "signals"]
+            places = [Path(folder) / "signals" for folder in (state["run"], self._folder) if folder is not None]
             vectors = read_vectors(state["vectors"], str(trainer.ckpt_path), places)
         self.store.load_state_dict({**state["store"], **vectors})
         if state["ledger"] is not None:

@@ -5,7 +5,9 @@ import shutil
 import pytest
 import torch
 from helpers.foreign import Classifier, loader_of
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 
 from minirec_pl import InputError
 from minirec_pl.callbacks import MiniRec
@@ -98,3 +100,47 @@ def test_absence_and_damage_are_clear_errors(make_trainer, tmp_path):
     with pytest.raises(InputError, match=rf"goes with {file.name}.*copy it from the folder signals/"):
         fit(make_trainer, tmp_path / "second", ckpt_path=checkpoint)
     make_trainer(callbacks=[minirec()], limit_val_batches=1).validate(Classifier(), loader_of(), ckpt_path=checkpoint)
+
+
+def test_without_a_logger_nothing_is_written_into_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {**options, "enable_checkpointing": False, "limit_val_batches": 0}
+
+    def fit(epochs, ckpt_path=None):
+        trainer, module = Trainer(max_epochs=epochs, callbacks=[minirec()], **quiet), Classifier()
+        trainer.fit(module, loader_of(), ckpt_path=ckpt_path)
+        return trainer, module
+
+    _, whole = fit(4)
+    trainer, _ = fit(2)
+    assert list(tmp_path.iterdir()) == []
+    trainer.save_checkpoint(tmp_path / "kept" / "last.ckpt")
+    assert [path.name for path in tmp_path.rglob("*")] == ["kept", "last.ckpt"]
+    elsewhere = tmp_path / "moved.ckpt"
+    shutil.move(tmp_path / "kept" / "last.ckpt", elsewhere)
+    resumed, module = fit(4, elsewhere)
+    assert set(session_of(resumed).store.vectors()) == {"gradient", "embedding"}
+    assert torch.equal(whole.path[-1], module.path[-1])
+
+
+class _Elsewhere(Logger):
+    """A logger that writes no files, as many do."""
+
+    name, version = "project", "run1"
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        pass
+
+
+def test_a_logger_without_a_folder_has_its_run_where_its_checkpoints_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", logger=_Elsewhere(), callbacks=[minirec()], enable_progress_bar=False
+    )
+    trainer.fit(Classifier(), loader_of())
+    assert [path.name for path in tmp_path.iterdir()] == ["project"]
+    assert {"ledger.parquet", "signals", "checkpoints"} <= {path.name for path in (tmp_path / "project/run1").iterdir()}
