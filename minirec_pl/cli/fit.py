@@ -22,6 +22,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 
 from minirec_pl.callbacks.run_folder import RunFolder, best_checkpoint
 from minirec_pl.cli.arguments import class_of, config_of_checkpoint, configs_first, values_of
+from minirec_pl.cli.made_for import MadeFor
 from minirec_pl.cli.process import finish_wandb, own_process_state, quiet_wandb
 from minirec_pl.cli.progress import progress_lines
 from minirec_pl.cli.score import ScoringTrainer
@@ -130,6 +131,12 @@ class MiniRecCLI(LightningCLI):
             default=False,
             help="Test the policy before the fit, after the warm start and at the end, next to popularity.",
         )
+        parser.add_argument(
+            "--allow_changed_data",
+            type=bool,
+            default=False,
+            help="Go on with a checkpoint or ledger that was made for other data, another prompt or other rewards.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses, then checks the checkpoint before anything reads it."""
@@ -184,7 +191,8 @@ class MiniRecCLI(LightningCLI):
         """
         selection, given = self._get(self.config_init, "selection"), self._get(self.config_init, "trainer")
         callbacks: list[Callback] = [selection] if selection is not None else []
-        callbacks += [*self.more_callbacks, RunFolder()]
+        resumed = self._get(self.config, "ckpt_path") if self.subcommand == "fit" else None
+        callbacks += [*self.more_callbacks, RunFolder(), MadeFor(self.run_dir, Path(resumed) if resumed else None)]
         if not given.barebones and not any(isinstance(callback, ProgressBar) for callback in given.callbacks or []):
             callbacks += progress_lines(given.enable_progress_bar)
         self.trainer_defaults["callbacks"] = callbacks
@@ -192,7 +200,9 @@ class MiniRecCLI(LightningCLI):
             kwargs["enable_model_summary"] = False
         if not given.get("plugins"):
             kwargs["plugins"] = [AtomicCheckpointIO()]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.allow_changed_data = self._get(self.config_init, "allow_changed_data")  # type: ignore[attr-defined]
+        return trainer
 
     def discard_failed_start(self) -> None:
         """Removes the run folder where the run never got as far as leaving something of use."""
