@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from minirec_pl.selection.budget import budget_count, check_budget
 from minirec_pl.selection.diagnostics import Diagnostics
-from minirec_pl.selection.fingerprints import data_fingerprint
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.remedies import NEAR_ZERO
 from minirec_pl.selection.selectors.baselines import FullSelector
@@ -19,6 +18,7 @@ from minirec_pl.selection.selectors.checked import check_selector, pick
 from minirec_pl.selection.selectors.minirec import MiniRecSelector
 from minirec_pl.selection.selectors.protocol import Selector, signal_options
 from minirec_pl.selection.session.callback import SessionCallback
+from minirec_pl.selection.session.ledger_data import check_ledger
 from minirec_pl.selection.session.session import SelectionSession, session_of
 from minirec_pl.utils.errors import InputError
 
@@ -144,13 +144,7 @@ class SelectSamples(SessionCallback):
     def _fixed(self, session: SelectionSession, trainer: Trainer) -> SelectionLedger:
         assert self.ledger is not None
         ledger = SelectionLedger.from_parquet(Path(self.ledger))
-        made_for = ledger.fingerprints.get("data")
-        data = data_fingerprint(getattr(trainer, "datamodule", None), session.store.sample_ids)
-        if made_for is not None and made_for != data:
-            raise InputError(
-                f"{self.ledger} was made for other data, whose sample_ids mean other samples: train on the data it was "
-                "made for, or score and select again"
-            )
+        check_ledger(ledger, self.ledger, session, trainer)
         strange = set(ledger.table["sample_id"]) - set(session.store.sample_ids.tolist())
         if strange:
             raise InputError(

@@ -24,6 +24,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from minirec_pl.callbacks.run_folder import RunFolder, best_checkpoint
 from minirec_pl.callbacks.select_samples import SelectSamples
 from minirec_pl.cli.arguments import without_types
+from minirec_pl.cli.made_for import MadeFor
 from minirec_pl.cli.process import finish_wandb, own_process_state, quiet_wandb
 from minirec_pl.cli.progress import progress_lines
 from minirec_pl.cli.runs import (
@@ -181,6 +182,12 @@ class MiniRecCLI(LightningCLI):
             help="Folder that relative paths are in; null for the one that the command runs in, which the config of a "
             "run names.",
         )
+        parser.add_argument(
+            "--allow_changed_data",
+            type=bool,
+            default=False,
+            help="Go on with a checkpoint or ledger that was made for other data, another prompt or other rewards.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses, then checks the checkpoint before anything reads it."""
@@ -317,7 +324,9 @@ class MiniRecCLI(LightningCLI):
         callbacks: list[Callback] = [selection] if selection is not None else []
         # Until then other ranks compare the config of a run that is resumed with theirs.
         self._folder = RunFolder(self._config_text if self.resumes else None)
-        callbacks += [*self.more_callbacks, self._folder]
+        checkpoint = self._get(self.config, "ckpt_path") if self.subcommand == "fit" else None
+        made_for = MadeFor(self.run_dir, self._config_text, Path(checkpoint) if checkpoint else None)
+        callbacks += [*self.more_callbacks, self._folder, made_for]
         if not given.barebones and not any(isinstance(callback, ProgressBar) for callback in given.callbacks or []):
             callbacks += progress_lines(given.enable_progress_bar)
         self.trainer_defaults["callbacks"] = callbacks
@@ -325,7 +334,9 @@ class MiniRecCLI(LightningCLI):
             kwargs["enable_model_summary"] = False
         if not given.get("plugins"):
             kwargs["plugins"] = [AtomicCheckpointIO()]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.allow_changed_data = self._get(self.config_init, "allow_changed_data")  # type: ignore[attr-defined]
+        return trainer
 
     def discard_failed_start(self) -> None:
         """Removes the folder of a new run that never got as far as leaving something of use; `latest` is put back.

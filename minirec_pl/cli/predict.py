@@ -39,11 +39,13 @@ from minirec_pl.data.sources.tables import (
 from minirec_pl.selection.fingerprints import weights_fingerprint
 from minirec_pl.trainers.recommender import RecModule
 from minirec_pl.utils.errors import InputError
-from minirec_pl.utils.files import write_atomically
+from minirec_pl.utils.files import write_atomically, write_json
+from minirec_pl.utils.identity import Identity, fact
 
 REASONING = "reasoning"
 SECONDS_A_PART = 30.0
 HISTORY_TEXT = TextFormat(prefix="--history_")
+_PARTS, _FACTS = ".predictions-", "made_for.json"
 
 
 def rows_of(outputs: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -98,6 +100,7 @@ class RequestData(LightningDataModule):
     """
 
     folder: Path
+    made_for: Identity
     requests: Requests
 
     def __init__(
@@ -139,7 +142,9 @@ class RequestData(LightningDataModule):
     def predict_dataloader(self) -> SampleLoader:
         """Makes the loader of what is not done; called when the weights of a checkpoint are in place."""
         module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
-        self.folder = self.parts / f".predictions-{self._fingerprint(module)[:16]}"
+        self.made_for = self._made_for(module)
+        compared = sorted((name, value.rpartition(" #")[2]) for name, value in self.made_for.facts.items())
+        self.folder = self.parts / f"{_PARTS}{hashlib.sha256(json.dumps(compared).encode()).hexdigest()[:16]}"
         done = [pd.read_parquet(path, columns=[Columns.SAMPLE_ID]) for path in self.finished()]
         ids = self.requests.sample_ids
         if done:
@@ -148,6 +153,7 @@ class RequestData(LightningDataModule):
         if self.trainer.is_global_zero:  # type: ignore[union-attr]
             for text in self.requests.dropped:
                 print(f"history: {text}")
+            self._tell_of_others()
             if done:
                 print(f"resuming after {len(self.requests.sample_ids) - len(ids):,} finished samples")
         table, window = self.requests.table, self.data.history_window
@@ -159,24 +165,39 @@ class RequestData(LightningDataModule):
             num_workers=self.data.num_workers,
         )
 
+    def _tell_of_others(self) -> None:
+        """Says how predictions that were not finished, and lie where these do, differ from these."""
+        for path in sorted(self.parts.glob(f"{_PARTS}*/{_FACTS}")):
+            if path.parent != self.folder:
+                stored = json.loads(path.read_text(encoding="utf-8"))
+                differences = "; ".join(self.made_for.differences(stored)) or "something else"
+                print(f"not resumed: the unfinished predictions in '{path.parent}' were made otherwise ({differences})")
+
     def finished(self) -> list[Path]:
         """Lists the parts there are."""
         return sorted(self.folder.glob("part-*.parquet"))
 
-    def _fingerprint(self, module: RecModule) -> str:
-        """SHA-256 (hex) of all that predictions depend on: weights, settings, requests and catalogue."""
-        settings = [
-            {name: repr(value) for name, value in sorted(vars(part).items()) if _is_setting(name, value)}
-            for part in (module, module.policy)
-        ]
-        sha = hashlib.sha256(weights_fingerprint(module.policy).encode())
-        sha.update(json.dumps(settings).encode())
-        sha.update(f"{self.data.fingerprint} {self.data.history_window}".encode())
-        for path in (self.history, self.candidates):
-            sha.update(b"-" if path is None else hashlib.sha256(path.read_bytes()).digest())
-        sha.update(f"{self.columns} {self.text}".encode())
-        sha.update(self.requests.sample_ids.tobytes())
-        return sha.hexdigest()
+    @property
+    def identity(self) -> Identity:
+        """What of the data predictions are made for; those for a history file do not depend on the samples."""
+        names = ("catalogue", "history_window", "samples", "split")
+        return self.data.identity.only(names if self.history is None else names[:2])
+
+    def _made_for(self, module: RecModule) -> Identity:
+        """All that predictions depend on: weights, settings, requests and data."""
+        settings = {
+            f"setting.{name}": fact(value, value.encode())
+            for part in (module.policy, module)
+            for name, value in sorted((name, repr(v)) for name, v in vars(part).items() if _is_setting(name, v))
+        }
+        files = {"history": self.history, "candidates": self.candidates}
+        own = {
+            **{name: "none" if path is None else fact(str(path), path.read_bytes()) for name, path in files.items()},
+            "history_format": f"{self.columns} {self.text}",
+            "weights": weights_fingerprint(module.policy),
+            "requests": fact(f"{len(self.requests.sample_ids):,} samples", self.requests.sample_ids.tobytes()),
+        }
+        return Identity.of([self.identity, module.policy.identity, Identity({**own, **settings})])
 
 
 def _is_setting(name: str, value: Any) -> bool:
@@ -217,6 +238,8 @@ class PartWriter(Callback):
             return
         rows = rows_of(self._outputs)
         first = int(rows[Columns.SAMPLE_ID].iloc[0])
+        if trainer.is_global_zero and not (self._data.folder / _FACTS).is_file():
+            write_json(self._data.folder / _FACTS, self._data.made_for.facts)
         path = self._data.folder / f"part-{trainer.global_rank:04d}-{first:012d}.parquet"
         write_atomically(path, lambda temporary: rows.to_parquet(temporary, index=False))
         self._outputs = []
@@ -237,6 +260,7 @@ def merge_parts(data: RequestData, path: Path) -> None:
     table = table_of(rows, data.catalogue.item_ids, data.requests.table.user_ids)
     if data.history is not None:
         table = table.drop(columns=Columns.SAMPLE_ID)
+    table.attrs = {"fingerprints": data.made_for.facts}
     write_atomically(path, lambda temporary: table.to_parquet(temporary, index=False))
     shutil.rmtree(data.folder, ignore_errors=True)
 

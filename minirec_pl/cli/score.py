@@ -16,9 +16,11 @@ from minirec_pl.selection.fingerprints import fingerprints_of
 from minirec_pl.selection.merge import merge_stores
 from minirec_pl.selection.selectors.protocol import signal_options
 from minirec_pl.selection.session.callback import SessionCallback
+from minirec_pl.selection.session.identity import of_signals
 from minirec_pl.selection.session.scorers import Scorer
 from minirec_pl.selection.store import SignalStore
 from minirec_pl.trainers.grpo import GRPORecModule
+from minirec_pl.trainers.policy_data import tell_of_other_data
 from minirec_pl.trainers.recommender import RecModule
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import write_atomically, write_json
@@ -121,8 +123,11 @@ class ScoringTrainer(Trainer):
             raise InputError(
                 f"shard {shard} is empty: the pool has {len(datamodule.pool_ids)} samples, make fewer shards"
             )
-        store = SignalStore(pool, fingerprints=fingerprints_of(model, datamodule, datamodule.pool_ids))
         asked = next((signal_options(part.selector) for part in parts if part.selector is not None), {})
+        tell_of_other_data(self, model.policy, datamodule)
+        made_for = of_signals(datamodule.identity, model)
+        made_for |= fingerprints_of(model, datamodule, datamodule.pool_ids, asked)
+        store = SignalStore(pool, fingerprints=made_for)
         scorer = _Scorer(model, store, Scorer(model, probe, asked, foreign=False), folder / SIGNALS)
         with model.cost.timed("scoring"):
             super().predict(scorer, dataloaders=datamodule.sample_loader(pool), return_predictions=False)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from minirec_pl.data.batches import Batch, SampleDataset, identity
 from minirec_pl.data.columns import Columns
+from minirec_pl.data.identity import catalogue_table, part_facts, sample_table
 from minirec_pl.data.loader import GenerationSchedule, ResumableLoader, SampleLoader, limited
 from minirec_pl.data.own_columns import OwnColumns
 from minirec_pl.data.sampler import CurriculumSampler, OrderedSampler
@@ -24,6 +25,7 @@ from minirec_pl.data.splits import Parts, TimeSplit, random_part, split_table
 from minirec_pl.data.train_loader import end_workers
 from minirec_pl.data.warm_batches import WarmChunkSampler, WarmDataset, WarmSequenceDataset
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.identity import Identity, Table
 from minirec_pl.utils.ranks import world
 
 TRAIN_ON = ("warm", "pool", "warm_samples")
@@ -147,6 +149,7 @@ class RecDataModule(LightningDataModule):
         self.sizes = (warm_samples, pool_samples, val_samples, test_samples)
         self._ready = False
         self._asked: frozenset[str] = frozenset()
+        self._table_facts: dict[str, str] = {}
         self.save_hyperparameters(ignore=["source"])
 
     def setup(self, stage: str | None = None) -> None:
@@ -334,6 +337,23 @@ class RecDataModule(LightningDataModule):
     def fingerprint(self) -> str:
         """SHA-256 (hex) of catalogue and samples: equal fingerprints mean equal sample_ids and item indices."""
         return digest((self.catalogue.fingerprint, self.table.fingerprint))
+
+    @property
+    def identity(self) -> Identity:
+        """What is made with these data is made for: samples, catalogue, split and what is trained on; after `setup`."""
+        if not self._table_facts:
+            tables = self._tables().items()
+            self._table_facts = {f"{name}.{column}": f for name, t in tables for column, f in t.facts().items()}
+        window = "" if self.window is None else f", window {list(self.window)}"
+        split = self.split_by if isinstance(self.split_by, str) else list(self.split_by)
+        parts = {"validation_part": self.val_ids, "test_part": self.test_ids}
+        trained = ("the pool", self.pool_ids) if self.train_on == "pool" else ("the warm part", self.warm_ids)
+        facts = part_facts(self.parts, f"{split}, warm_fraction {self.warm_fraction}{window}", trained, parts)
+        return Identity({**self._table_facts, **facts, "history_window": str(self.history_window)}, self._tables)
+
+    def _tables(self) -> dict[str, Table]:
+        samples = sample_table(self.table, self.catalogue, self.parts)
+        return {"catalogue": catalogue_table(self.catalogue), "samples": samples}
 
     def describe(self) -> dict[str, int]:
         """Counts what there is: rows and eligible samples of each part, what was left out and why."""

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy.catalogue_text import Text, joined
+from minirec_pl.policy.identity import base_fact, tokenizer_fact
 from minirec_pl.policy.item_index import ItemIndex
 from minirec_pl.policy.language_models.adapters import Lora
+from minirec_pl.policy.language_models.causal_lm import without_adapter_wrapper
 from minirec_pl.policy.language_models.pretrained import LanguageModel, save_language_model
 from minirec_pl.policy.language_models.tiny import item_tokenizer, word_tokenizer
 from minirec_pl.policy.prompt import PromptTemplate
@@ -26,7 +28,7 @@ from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import replace_folder
 
 SIDE_FILE, ITEMS_FILE = "minirec.json", "items.safetensors"
-_KIND = "retrieval"
+_KIND, _MADE_FOR, _PARTS = "retrieval", "made_for", "made_of"
 
 
 class Chat(NamedTuple):
@@ -57,6 +59,7 @@ class StoredPolicy(NamedTuple):
         training_cost: `Cost.state_dict()` of the runs that made it, or empty.
         chat: for a pretrained language model; None for one whose tokens are those of item ids and nothing else.
         words: of the latter, the names of these tokens; None where each item has one.
+        made_for: see `minirec_pl.policy.interface.Policy`.
     """
 
     model: Any
@@ -65,6 +68,7 @@ class StoredPolicy(NamedTuple):
     training_cost: dict[str, Any]
     chat: Chat | None = None
     words: list[str] | None = None
+    made_for: Mapping[str, str] | None = None
 
 
 def read_policy(folder: Path) -> StoredPolicy:
@@ -97,7 +101,7 @@ def read_policy(folder: Path) -> StoredPolicy:
         reason = " ".join(str(error).split())
         raise InputError(f"the policy in '{folder}' cannot be read ({reason}): train or copy it again") from error
     cost, words = stored.get("training_cost", {}), stored.get("words")
-    return StoredPolicy(model.train(), catalogue, item_tokens, cost, chat, words)
+    return StoredPolicy(model.train(), catalogue, item_tokens, cost, chat, words, stored.get(_MADE_FOR))
 
 
 def _read_plain(folder: Path) -> Any:
@@ -117,10 +121,34 @@ def _read_chat(folder: Path, stored: Mapping[str, Any]) -> tuple[Any, Chat]:
     lora = None if options["lora"] is None else Lora(**options.pop("lora"))
     first = LanguageModel(**{**options, "lora": lora})
     model, tokenizer = replace(first, name=str(folder), lora=None).load()
+    check_parts(model, tokenizer, stored.get(_PARTS, {}))
     texts = stored["id_texts"]
     if len(texts) != len(stored["item_ids"]):
         raise ValueError(f"{SIDE_FILE} has {len(texts)} id_texts for {len(stored['item_ids'])} items")
     return model, Chat(first, tokenizer, PromptTemplate(**stored["prompt"]), stored["id_kind"], texts)
+
+
+def _made_of(model: Any, tokenizer: Any) -> dict[str, str]:
+    """Facts of what lies in a folder beside the trained weights, or is only named there."""
+    adapted = without_adapter_wrapper(model) is not model
+    return {"tokenizer": tokenizer_fact(tokenizer), **({"base_model": base_fact(model)} if adapted else {})}
+
+
+def check_parts(model: Any, tokenizer: Any, made_of: Mapping[str, str]) -> None:
+    """Refuses a tokenizer, or a model under adapters, that is not the one that a folder was written with.
+
+    Args:
+        model: as loaded.
+        tokenizer: as loaded.
+        made_of: the facts that the folder holds.
+
+    Raises:
+        InputError: naming the part.
+    """
+    for part, own in _made_of(model, tokenizer).items():
+        if made_of.get(part, own) != own:
+            what = "the model under its adapters" if part == "base_model" else "its tokenizer"
+            raise InputError(f"{what} is not the one that it was trained with: put that back")
 
 
 def write_policy(folder: Path, policy: StoredPolicy) -> None:
@@ -135,6 +163,7 @@ def write_policy(folder: Path, policy: StoredPolicy) -> None:
         "titles": catalogue.titles,
         "item_tokens": policy.item_tokens.tolist(),
         "training_cost": policy.training_cost,
+        _MADE_FOR: policy.made_for and dict(policy.made_for),
     }
     if policy.words is not None:
         side["words"] = policy.words
@@ -145,6 +174,7 @@ def write_policy(folder: Path, policy: StoredPolicy) -> None:
             "prompt": asdict(chat.prompt),
             "id_kind": chat.kind,
             "id_texts": chat.id_texts,
+            _PARTS: _made_of(policy.model, chat.tokenizer),
         }
 
     def write(new: Path) -> None:
@@ -201,6 +231,18 @@ class RetrieverText:
         """With those of the options that are not None."""
         return replace(self, **{name: value for name, value in options.items() if value is not None})
 
+    def facts(self) -> dict[str, str]:
+        """What the texts that the model reads are made with, see `Policy.identity`."""
+        prompt = {f"prompt.{name}": str(value) for name, value in asdict(self.prompt).items()}
+        own = {name: str(getattr(self, name)) for name in ("answer_marker", "item_prompt", "longest_item")}
+        return {**prompt, **own}
+
+    def unlike(self, other: RetrieverText) -> str:
+        """Says in words which options differ from those of another, and what they were."""
+        pairs = [(f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
+        changed = [f"another {name} ({mine!r}, before {old!r})" for name, mine, old in pairs if mine != old]
+        return " and ".join(changed)
+
 
 class StoredRetriever(NamedTuple):
     """What a folder says of its policy.
@@ -209,11 +251,15 @@ class StoredRetriever(NamedTuple):
         language_model: the model in the folder, to train further.
         text: see `RetrieverText`.
         training_cost: `Cost.state_dict()` of the runs that made it, or empty.
+        made_for: see `minirec_pl.policy.interface.Policy`.
+        made_of: see `check_parts`.
     """
 
     language_model: LanguageModel
     text: RetrieverText
     training_cost: dict[str, Any]
+    made_for: Mapping[str, str] | None
+    made_of: Mapping[str, str]
 
 
 def read_retriever(folder: Path) -> StoredRetriever:
@@ -232,7 +278,8 @@ def read_retriever(folder: Path) -> StoredRetriever:
         text = {f.name: stored["text"][f.name] for f in fields(RetrieverText)}
         text["prompt"] = PromptTemplate(**text["prompt"])
         model = LanguageModel(str(folder), **stored["language_model"])
-        return StoredRetriever(model, RetrieverText(**text), stored["training_cost"])
+        facts = stored.get(_MADE_FOR), stored.get(_PARTS, {})
+        return StoredRetriever(model, RetrieverText(**text), stored["training_cost"], *facts)
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"the policy in '{folder}' cannot be read ({reason}): train or copy it again") from error
@@ -247,6 +294,7 @@ def write_retriever(
     text: RetrieverText,
     index: ItemIndex | None,
     training_cost: dict[str, Any],
+    made_for: Mapping[str, str] | None,
 ) -> None:
     """Writes a folder that `read_retriever` reads.
 
@@ -264,6 +312,8 @@ def write_retriever(
             },
             "text": asdict(text),
             "training_cost": training_cost,
+            _MADE_FOR: made_for and dict(made_for),
+            _PARTS: _made_of(model, tokenizer),
         }
         (new / SIDE_FILE).write_text(json.dumps(side), encoding="utf-8")
         if index is not None:

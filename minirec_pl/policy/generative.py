@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy.distinct import sample_distinct
 from minirec_pl.policy.folder import StoredPolicy, read_policy, write_policy
+from minirec_pl.policy.identity import model_facts, other_item, texts_identity, tokenizer_fact
 from minirec_pl.policy.interface import (
     ITEM_OPTIONS,
     Batch,
@@ -39,6 +42,7 @@ from minirec_pl.policy.supervised import sequence_nll, sequence_tokens, shared_s
 from minirec_pl.policy.target_signals import target_signals
 from minirec_pl.policy.trie import TokenTrie, TrieHead
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.identity import Identity, fact
 from minirec_pl.utils.modules import evaluation_mode
 
 _LOGITS = 2**22  # of completions that are scored at a time
@@ -99,8 +103,12 @@ class GenerativePolicy(ItemIdGenerator):
         self.evaluation_beams = evaluation_beams
         self.chat = None
         self.id_words: list[str] | None = None
+        self._tokenizer_fact = ""
         if pretrained is not None:
             self._take(read_policy(Path(pretrained)))
+            kind = self.chat.kind if self.chat is not None else "token" if self.id_words is None else "semantic"
+            if item_ids not in ("title", kind):
+                warnings.warn(f"the policy in '{pretrained}' goes on with its item_ids {kind!r}", stacklevel=2)
 
     @classmethod
     def unloaded(cls, options: Mapping[str, Any]) -> GenerativePolicy:
@@ -111,6 +119,7 @@ class GenerativePolicy(ItemIdGenerator):
         self.trie = TokenTrie(stored.item_tokens)
         check_model(stored.model, cache=self.trie.depth > 1)
         self.model, self.training_cost, self.chat = stored.model, stored.training_cost, stored.chat
+        self.made_for = stored.made_for
         start = text_setting(self.model, "bos_token_id")
         self.pad_token_id = int(text_setting(self.model, "pad_token_id"))
         self.bos_token_id = self.pad_token_id if start is None else int(start)
@@ -126,19 +135,21 @@ class GenerativePolicy(ItemIdGenerator):
             if self.catalogue.fingerprint != catalogue.fingerprint:
                 raise InputError(
                     f"the policy was trained for a catalogue of {len(self.catalogue)} items and the data has "
-                    f"{len(catalogue)} (or other ids): train a warm start on this data set, or point "
-                    "`data.path` to the old one"
+                    f"{len(catalogue)}{other_item(self.catalogue, catalogue)}: train a warm start on this data set, or "
+                    "point `data.path` to the old one"
                 )
         elif self.language_model is not None:
             semantic = self.semantic_ids or SemanticIds()
-            self._take(load_with_ids(self.language_model, catalogue, self.item_ids, semantic, self.prompt))
+            loaded = load_with_ids(self.language_model, catalogue, self.item_ids, semantic, self.prompt)
+            self._take(loaded._replace(made_for={}))
         else:
             assert self.config is not None
             tokens, words = built_ids(catalogue, self.item_ids, self.semantic_ids or SemanticIds())
             model = build_tiny(self.config, len(SPECIAL_TOKENS) + len(words))
             try_untrained(model)
             tokens = tokens.where(tokens < 0, tokens + len(SPECIAL_TOKENS))
-            self._take(StoredPolicy(model, catalogue, tokens, {}, words=words if tokens.shape[1] > 1 else None))
+            several = words if tokens.shape[1] > 1 else None
+            self._take(StoredPolicy(model, catalogue, tokens, {}, words=several, made_for={}))
 
     def save_pretrained(self, folder: str | Path, training_cost: Mapping[str, Any] | None = None) -> None:
         """Writes model, or its adapters, tokenizer and side file as one folder, replacing it whole or not at all.
@@ -153,8 +164,22 @@ class GenerativePolicy(ItemIdGenerator):
         if self.catalogue is None:
             raise InputError("the policy has no catalogue yet: fit it, or call bind(catalogue), before saving")
         cost = dict(training_cost or self.training_cost)
-        stored = StoredPolicy(self.model, self.catalogue, self.trie.item_tokens, cost, self.chat, self.id_words)
+        tokens = self.trie.item_tokens
+        stored = StoredPolicy(self.model, self.catalogue, tokens, cost, self.chat, self.id_words, self.made_for)
         write_policy(Path(folder), stored)
+
+    @property
+    def identity(self) -> Identity:
+        """See `Policy.identity`: item ids, what kind of model it is, and what is put into words how."""
+        own = [super().identity]
+        if self.catalogue is not None:
+            own.append(Identity({"item_ids": fact(self.item_ids, self.trie.item_tokens.cpu().numpy().tobytes())}))
+            own.append(Identity(model_facts(self.model)))
+        if self.catalogue is not None and self.chat is not None:
+            self._tokenizer_fact = self._tokenizer_fact or tokenizer_fact(self.chat.tokenizer)
+            prompt = {f"prompt.{name}": str(value) for name, value in asdict(self.chat.prompt).items()}
+            own += [Identity({"tokenizer": self._tokenizer_fact, **prompt}), texts_identity(self.catalogue)]
+        return Identity.of(own)
 
     def item_logps(self, batch: Batch, chunk: int = 4096) -> Tensor:
         """Log-probability of every item, float32 [B, n_items]; seen items get the lowest finite value.

@@ -19,6 +19,7 @@ from minirec_pl.rewards.functions import hit
 from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace
 from minirec_pl.selection.probes.trajectory import Trajectory
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.identity import Identity
 
 Batch = Mapping[str, Tensor]
 RolloutKind = Literal["sample", "beam", "expected", "supervised"]
@@ -254,6 +255,8 @@ class Policy(ExactBuffers, ABC):
     Attributes:
         catalogue: of the items; None until `bind`.
         training_cost: what training this policy has cost, see `save_pretrained`.
+        made_for: facts of the data that it was last trained on, kept in its folder; empty before any training, None
+            where the folder does not say.
         extra_options: options of `GRPORecModule` for some policies only that make sense for this one, out of
             `ITEM_OPTIONS` and `TEXT_OPTIONS`.
         ranks_catalogue: whether each rollout ranks the catalogue, so that the best of a group learn the item, too.
@@ -266,10 +269,17 @@ class Policy(ExactBuffers, ABC):
     made_of: ClassVar[frozenset[str]] = frozenset()
     catalogue: Catalogue | None = None
     training_cost: Mapping[str, Any]
+    made_for: Mapping[str, str] | None
 
     def __init__(self) -> None:
         super().__init__()
         self.training_cost = {}
+        self.made_for = {}
+
+    @property
+    def identity(self) -> Identity:
+        """What its weights are for, besides the items of the catalogue; of a policy of your own its class."""
+        return Identity({"policy": type(self).__name__})
 
     @classmethod
     def unloaded(cls, options: Mapping[str, Any]) -> Policy:

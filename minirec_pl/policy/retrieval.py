@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy.catalogue_text import check_rows, encode_texts, rows_of
-from minirec_pl.policy.folder import RetrieverText, read_retriever, stored_vectors, write_retriever
+from minirec_pl.policy.folder import RetrieverText, check_parts, read_retriever, stored_vectors, write_retriever
+from minirec_pl.policy.identity import model_facts, texts_identity, tokenizer_fact
 from minirec_pl.policy.interface import (
     TEXT_OPTIONS,
     Batch,
@@ -39,6 +41,7 @@ from minirec_pl.rewards.calls import RewardFunction, reward_name
 from minirec_pl.rewards.functions import SoftmaxMixReward, hit, rank_penalty
 from minirec_pl.selection.probes.gradients import head_gradient, head_hvp
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.identity import Identity
 from minirec_pl.utils.modules import evaluation_mode
 
 SIGNAL_NEGATIVES = 64  # items that a sample's signal compares the target with, where training compares with none
@@ -101,10 +104,13 @@ class RetrievalPolicy(Policy):
     ) -> None:
         super().__init__()
         self.folder = None if pretrained is None else Path(pretrained)
+        self._made_of: Mapping[str, str] = {}
+        self._tokenizer_fact = ""
         text = RetrieverText()
         if self.folder is not None and language_model is None:
             stored = read_retriever(self.folder)
             language_model, text, self.training_cost = stored.language_model, stored.text, stored.training_cost
+            self.made_for, self._made_of = stored.made_for, stored.made_of
         elif self.folder is not None or language_model is None:
             raise InputError("RetrievalPolicy takes exactly one of `language_model` and `pretrained` (a folder)")
         self.text = text.updated(
@@ -115,6 +121,8 @@ class RetrievalPolicy(Policy):
             max_completion_length=max_completion_length,
             longest_item=longest_item,
         )
+        if self.folder is not None and self.text != text:
+            warnings.warn(f"the policy in '{self.folder}' goes on with {self.text.unlike(text)}", stacklevel=2)
         budget = 1 if refresh_budget is None else refresh_budget
         if cached_negatives < 0 or refresh_items_every_n_steps < 1 or budget < 1:
             raise InputError(
@@ -142,6 +150,10 @@ class RetrievalPolicy(Policy):
 
     def _load(self) -> None:
         self.model, self.tokenizer = self.language_model.load()
+        try:
+            check_parts(self.model, self.tokenizer, self._made_of)
+        except InputError as error:
+            raise InputError(f"the policy in '{self.folder}' cannot be read: {error}") from error
         check_support(self.model, cache=True)
         marker = self.tokenizer(self.text.answer_marker, add_special_tokens=False)["input_ids"]
         check_rows(max(marker), rows_of(self.model), self.tokenizer)
@@ -206,7 +218,19 @@ class RetrievalPolicy(Policy):
             text=self.text,
             index=self.index if fresh else None,
             training_cost=dict(training_cost or self.training_cost),
+            made_for=self.made_for,
         )
+
+    @property
+    def identity(self) -> Identity:
+        """See `Policy.identity`: what is put into words how, and what kind of model reads it."""
+        own = [super().identity, Identity(self.text.facts())]
+        if self.model is not None:
+            self._tokenizer_fact = self._tokenizer_fact or tokenizer_fact(self.tokenizer)
+            own.append(Identity({"tokenizer": self._tokenizer_fact, **model_facts(self.model)}))
+        if self.catalogue is not None:
+            own.append(texts_identity(self.catalogue))
+        return Identity.of(own)
 
     def _weights(self) -> float:
         """A number that changes with the trained weights; NaN where they have diverged."""

@@ -33,7 +33,8 @@ class Run:
         name: how the report calls it, its folder and that around it.
         folder: where it is.
         method: what trained on which samples, in words.
-        rows: of the headline table, as `results.json` has them, each with `label` and `part` (test or validation).
+        rows: of the headline table, as `results.json` has them, each with `label`, `part` (test or validation) and
+            `data`, a digest of its samples or None.
         evaluations: a row per validation, see `minirec_pl.callbacks.run_folder.RunFolder`.
         ledger: of the last selection.
         plan: of the last planned epoch, see `SelectionSession.plan_table`.
@@ -200,15 +201,20 @@ def _rows(run: Run, results: Row) -> list[Row]:
     if "stages" in results:
         own = {"trained": counts}
         return [
-            {**own.get(row["stage"], {}), **row, "label": f"{run.name}: {row['stage']}", "part": "test"}
+            {**own.get(row["stage"], {}), **row, "label": f"{run.name}: {row['stage']}", **_part("test", results)}
             for row in results["stages"]
         ]
     tested = _test_beside(run.folder, results.get("best_checkpoint"))
     if tested is not None:
-        return [{**counts, **tested, "label": run.name, "part": "test"}]
+        return [{**counts, **tested, "label": run.name, **_part("test", tested)}]
     shown = [*FIGURES, *(f"{name}_se_users" for name in FIGURES)]
     figures = {name: results["validation"][name] for name in shown if name in results["validation"]}
-    return [{**counts, **figures, "label": run.name, "part": "validation"}]
+    return [{**counts, **figures, "label": run.name, **_part("validation", results)}]
+
+
+def _part(name: str, results: Row) -> Row:
+    """The part that figures are of, and a digest of its data where the run says."""
+    return {"part": name, "data": (results.get("data") or {}).get(name)}
 
 
 def _test_beside(folder: Path, checkpoint: str | None) -> Row | None:

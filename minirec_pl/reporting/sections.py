@@ -175,7 +175,23 @@ def _headline(rows: Sequence[Row], runs: Sequence[Run]) -> Part:
             _number(sum(row["seconds"].values()), ",.1f"),
         ]
         lines.append([Cell(row["label"]), Cell(row["part"]), *quality, *cost])
-    return Part(grids=[Grid("Quality and cost", columns, lines), *known])
+    return Part(grids=[Grid("Quality and cost", columns, lines), *known], sentences=_of_other_data(rows))
+
+
+def _of_other_data(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each part whose figures are not all of the same samples."""
+    sentences = []
+    for part in ("test", "validation"):
+        labels: dict[str, list[str]] = {}
+        for row in rows:
+            if row["part"] == part:
+                labels.setdefault(row.get("data") or "", []).append(row["label"])
+        known = [", ".join(names) for data, names in labels.items() if data]
+        if len(known) > 1:
+            sentences.append(f"Not to be compared, the figures on {part} are of different data: {' | '.join(known)}.")
+        if "" in labels and known:
+            sentences.append(f"It is not known which data these figures on {part} are of: {', '.join(labels[''])}.")
+    return sentences
 
 
 def _quality(runs: Sequence[Run]) -> list[Part]:

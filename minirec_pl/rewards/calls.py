@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, Final
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from minirec_pl.data.own_columns import OwnColumns, Place, values_at
 from minirec_pl.data.samples import IntArray
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.identity import settings_of
 
 RewardFunction = Callable[..., Sequence[float | None]]
 Columns = Mapping[str, Callable[[], Sequence[Any]]]
@@ -64,6 +66,20 @@ def checked_rewards(rewards: Sequence[RewardFunction]) -> list[RewardFunction]:
         if not callable(fn):
             raise InputError(f"rewards is {rewards!r}: give a list of functions `reward(completions, **columns)`")
     return given
+
+
+def described(fn: RewardFunction) -> str:
+    """Names a reward with its own numbers, texts and switches, as two runs compare it.
+
+    Example:
+        >>> from minirec_pl.rewards import NDCGReward
+        >>> described(NDCGReward(k=5))
+        'NDCGReward(k=5)'
+    """
+    given = fn.keywords if isinstance(fn, functools.partial) else {}
+    options = "".join(f", {name}={value!r}" for name, value in given.items() if isinstance(value, str | int | float))
+    named = isinstance(fn, functools.partial | FunctionType)
+    return f"{reward_name(fn)}{options}" if named else settings_of(fn)
 
 
 def asked_for(fns: Sequence[RewardFunction]) -> frozenset[str]:

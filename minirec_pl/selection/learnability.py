@@ -165,7 +165,9 @@ def update_learnability(
         raise InputError("solve_probability has a value outside [0, 1]: give probabilities")
     weight = group_moments(p.log(), num_generations, scale_rewards=scale_rewards, baseline=baseline).weight
     size = expected_update(p.log(), weight)
+    nothing = size == 0
     if lengths is not None:
-        size = (weight * torch.as_tensor(lengths).detach().to("cpu", torch.float64)).masked_fill(size == 0, 0.0)
+        size = weight * torch.as_tensor(lengths).detach().to("cpu", torch.float64)
+    size = size.masked_fill(nothing, 0.0)
     largest = size.max() if len(size) else size.new_zeros(())
     return size / largest if largest > 0 else size

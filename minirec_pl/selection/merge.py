@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minirec_pl.selection.store import SignalStore
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.identity import Identity
 
 _FIELDS = {
     "reward": ("reward_mean", "reward_std", "solve_share", "n_rollouts", "n_wasted", "rewards"),
@@ -19,6 +20,7 @@ _FIELDS = {
     "embedding": ("embedding",),
 }
 _MATRICES = ("rewards", "gradient", "embedding")
+_OLDER = {"model", "data", "seed"}  # which are digests alone
 
 
 def merge_stores(stores: Sequence[SignalStore], names: Sequence[str] | None = None) -> SignalStore:
@@ -83,7 +85,13 @@ def _copy(source: Tensor, target: Tensor, rows: Tensor, chosen: Tensor) -> None:
 
 def _refuse_unlike(first: dict[str, Any], first_name: str, other: dict[str, Any], name: str) -> None:
     ours, theirs = first["fingerprints"], other["fingerprints"]
-    for key in sorted(ours.keys() | theirs.keys()):
+    facts = {key: value for key, value in theirs.items() if key not in _OLDER}
+    for difference in Identity(facts).differences(ours):
+        raise InputError(
+            f"{name} was measured for something else than {first_name} ({difference}): merge only signals of one "
+            "policy, data set and seed"
+        )
+    for key in sorted((ours.keys() | theirs.keys()) & (_OLDER | (ours.keys() ^ theirs.keys()))):
         if ours.get(key) != theirs.get(key):
             raise InputError(
                 f"{name} was measured with another {key} than {first_name} ({theirs.get(key)}, not {ours.get(key)}): "

@@ -24,7 +24,7 @@ from minirec_pl.grpo.objective import WASTED_GROUPS, Objective, WastedGroups
 from minirec_pl.grpo.reference import adapters_off, check_sync, frozen_copy, is_fresh_lora, mix_into
 from minirec_pl.grpo.sampler import RolloutSampler
 from minirec_pl.policy.interface import WITHOUT_ROLLOUTS, Policy, RolloutKind, RolloutOptions
-from minirec_pl.rewards.calls import Rewarder, RewardFunction, asked_for, check_columns, checked_rewards
+from minirec_pl.rewards.calls import Rewarder, RewardFunction, asked_for, check_columns, checked_rewards, described
 from minirec_pl.rewards.hit_or_miss import check_hit_values, hit_values
 from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace
 from minirec_pl.selection.probes.trajectory import Trajectory
@@ -33,6 +33,7 @@ from minirec_pl.selection.session.session import session_of
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.trainers.recommender import EVALUATION_K, RecModule
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.identity import Identity
 from minirec_pl.utils.modules import evaluation_mode
 from minirec_pl.utils.ranks import gather_states, own_state
 
@@ -208,6 +209,12 @@ class GRPORecModule(RecModule):
         """
         check_columns(self.rewards, own)
         self.own_columns = own
+
+    @property
+    def identity(self) -> Identity:
+        """See `RecModule.identity`; the rewards too."""
+        rewards = ", ".join(sorted(described(reward) for reward in self.rewards))
+        return Identity.of([super().identity, Identity({"rewards": rewards})])
 
     @property
     def rollout_options(self) -> RolloutOptions:

@@ -19,8 +19,10 @@ from minirec_pl.grpo.buffer import take_rows
 from minirec_pl.metrics.ranking import MRR, NDCG, Coverage, HitRate, SampleRanks, target_rank, top_items
 from minirec_pl.policy.interface import Policy
 from minirec_pl.policy.returned import item_logps
+from minirec_pl.selection.session.identity import allowed
 from minirec_pl.selection.session.resume import RUNNING_KEY
 from minirec_pl.selection.session.session import session_of
+from minirec_pl.trainers.policy_data import data_of_policy, tell_of_other_data
 from minirec_pl.utils.checkpoints import (
     keep_frozen,
     leave_out_copies,
@@ -30,6 +32,7 @@ from minirec_pl.utils.checkpoints import (
 )
 from minirec_pl.utils.cost import Cost, Phase
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.identity import Identity
 from minirec_pl.utils.protocols import what_it_lacks
 
 if TYPE_CHECKING:
@@ -88,6 +91,11 @@ class RecModule(LightningModule):
         self._adapted_digest = ""
         self._clock = time.perf_counter()
 
+    @property
+    def identity(self) -> Identity:
+        """What its checkpoints are made for besides the data."""
+        return Identity.of([Identity({"module": type(self).__name__}), self.policy.identity])
+
     def _keep_frozen(self) -> None:
         keep_frozen(self.trainer.callbacks, self)  # type: ignore[attr-defined]
 
@@ -100,6 +108,7 @@ class RecModule(LightningModule):
             self.policy.bind(catalogue)
             if self.policy.catalogue is None:
                 raise InputError(f"{type(self.policy).__name__}.bind left `catalogue` None: set self.catalogue in it")
+            tell_of_other_data(self.trainer, self.policy, self.trainer.datamodule)  # type: ignore[attr-defined]
         if self.policy.catalogue is None:
             raise InputError(
                 "the policy has no catalogue: fit with a RecDataModule, or call policy.bind(catalogue) first"
@@ -196,6 +205,8 @@ class RecModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Puts back what a checkpoint was taken in the middle of, and starts the clock of the training phase."""
+        session_of(self.trainer).identity.check_loader(self.trainer, self.trainer.train_dataloader)
+        self.policy.made_for = data_of_policy(self.trainer, self.policy)
         running = session_of(self.trainer).running
         running.start(self.trainer, self)
         if running.validation_left_out:
@@ -257,6 +268,7 @@ class RecModule(LightningModule):
         """
         checkpoint["cost"] = self.cost.state_dict()
         session_of(self.trainer).running.save(self.trainer, self, checkpoint)
+        session_of(self.trainer).identity.save(self.trainer, self, checkpoint)
         fixed = weights_under_adapters(self.policy)
         if fixed and {f"policy.{name}" for name in fixed} <= checkpoint["state_dict"].keys():
             self._keep_frozen()
@@ -274,8 +286,10 @@ class RecModule(LightningModule):
 
         Raises:
             InputError: if it has weights of other names, shapes or dtypes than the module, adapters of another model,
-                or the catalogue has other items.
+                or if it was made for other data, and `allow_changed_data` of the Trainer is not set.
         """
+        if self._trainer is not None:
+            session_of(self.trainer).identity.load(self.trainer, self, checkpoint)
         if "under_adapters" in checkpoint:
             fixed = weights_under_adapters(self.policy)
             self._adapted_digest = self._digest(fixed)
@@ -300,7 +314,7 @@ class RecModule(LightningModule):
                     f"the checkpoint does not fit: '{name}' is {there} there and {here} here; it was trained for "
                     "another catalogue, model or dtype, so use the data and config it was trained with"
                 )
-        catalogue = self.policy.catalogue
+        catalogue = None if self._trainer is not None and allowed(self.trainer) else self.policy.catalogue
         if catalogue is not None and checkpoint.get("catalogue", catalogue.fingerprint) != catalogue.fingerprint:
             raise InputError(
                 "the checkpoint was trained on another catalogue with as many items, or on the same items in another "

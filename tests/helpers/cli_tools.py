@@ -48,9 +48,9 @@ class Command:
 
 
 def results(run):
-    """`results.json` of a run folder without what depends on the clock and the folder."""
+    """`results.json` of a run folder without what depends on the clock, the folder and where the run was resumed."""
     values = json.loads((Path(run) / "results.json").read_text())
-    return {name: value for name, value in values.items() if name not in ("seconds", "best_checkpoint")}
+    return {name: value for name, value in values.items() if name not in ("seconds", "best_checkpoint", "changed")}
 
 
 def weights(run):

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 
 from minirec_pl import GRPORecModule, InputError, RecDataModule, WarmStartModule
 from minirec_pl.policy import GenerativePolicy
+from minirec_pl.selection.session.identity import IDENTITY_KEY
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
@@ -74,22 +75,33 @@ def checkpoint(toy_data, tiny_policy, make_trainer, tmp_path):
     return tmp_path / "a.ckpt"
 
 
+DOES_NOT_FIT = r"the checkpoint does not fit: 'policy\.model\.model\.embed_tokens\.weight' is \[83, 16\] float32 there"
+
+
 @pytest.mark.parametrize(
-    ("n_items", "message"),
+    ("n_items", "message", "of_version_0_1", "allowed"),
     [
-        (
-            70,
-            r"the checkpoint does not fit: 'policy\.model\.model\.embed_tokens\.weight' is \[83, 16\] float32 there",
-        ),
-        (80, "another catalogue with as many items"),
+        (70, r"the checkpoint was made for something else \(there are 70 items here and 80 there", False, False),
+        (80, r"\(item 0 of the catalogue has the id 'i\d+' here and 'i\d+' there, and ", False, False),
+        (70, DOES_NOT_FIT, False, True),
+        (70, DOES_NOT_FIT, True, False),
+        (80, "another catalogue with as many items", True, False),
     ],
 )
-def test_a_checkpoint_of_another_catalogue(checkpoint, make_trainer, tmp_path, n_items, message):
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_of_another_catalogue(
+    checkpoint, make_trainer, tmp_path, n_items, message, of_version_0_1, allowed
+):
     from helpers.tiny_config import TINY
 
-    module = GRPORecModule(GenerativePolicy(config=TINY), num_generations=2)
+    if of_version_0_1:
+        content = torch.load(checkpoint, weights_only=True)
+        del content[IDENTITY_KEY]
+        torch.save(content, checkpoint)
+    module, trainer = GRPORecModule(GenerativePolicy(config=TINY), num_generations=2), make_trainer()
+    trainer.allow_changed_data = allowed
     with pytest.raises(InputError, match=message):
-        make_trainer().test(module, other_data(tmp_path / "other", n_items), ckpt_path=checkpoint, verbose=False)
+        trainer.test(module, other_data(tmp_path / "other", n_items), ckpt_path=checkpoint, verbose=False)
 
 
 def test_a_checkpoint_gives_the_same_figures_again(checkpoint, toy_data, make_trainer):

@@ -165,8 +165,8 @@ class Study:
             for setting, overrides in settings.items()
         ]
 
-    def warm_fingerprint(self, data: Data, seed: int) -> str:
-        """Computes the SHA-256 (hex) of what a warm start is made of."""
+    def warm_fingerprint(self, data: Data, seed: int | None) -> str:
+        """Computes the SHA-256 (hex) of what a warm start is made of; without a seed what those of all seeds share."""
         return _digest([FORMAT, _parsed(self.config.read_text(encoding="utf-8")), data.overrides, seed])
 
     def fingerprint(self, cell: Cell) -> str:

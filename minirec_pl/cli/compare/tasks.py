@@ -28,12 +28,14 @@ from minirec_pl.cli.stages import Stages, WarmStart
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.sources.assemble import Samples, Source, samples_of
 from minirec_pl.metrics.evaluation import sample_ranks
-from minirec_pl.policy import Policy
+from minirec_pl.policy.identity import base_fact, texts_identity
+from minirec_pl.policy.interface import Policy
 from minirec_pl.selection.session.session import session_of
 from minirec_pl.trainers.grpo import GRPORecModule
 from minirec_pl.trainers.recommender import RecModule
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import replace_folder
+from minirec_pl.utils.identity import Identity, refuse_changed
 
 WARM, CELLS, START = "warm", "cells", "start.safetensors"
 QUIET = {
@@ -46,6 +48,7 @@ QUIET = {
     "trainer.limit_val_batches": 0,
     "test_stages": False,
 }
+_COMPARED = ("catalogue", "samples", "split", "validation_part", "test_part", "tokenizer", "base_model", "base_weights")
 _read: dict[str, Samples] = {}
 
 
@@ -190,6 +193,11 @@ def warm_start(study: Study, data: Data, seed: int, to: Path) -> float:
         if not isinstance(options, WarmStart):
             raise InputError(f"{study.config}: warm_start is missing: add it, all cells of a seed start from one")
         module, table = parts.read()
+        shared = study.warm_fingerprint(data, None)
+        starts = [path for path in folder.parent.glob(f"*/{START}") if path.parent != folder]
+        others = [path for path in starts if read_cell(path)[1].get("shared") == shared]
+        same_data(table, data.label, others, module.policy)
+        identity = _identity(table, module.policy).brief()
         seed_everything(seed, verbose=False)
         stages = Stages(parts._side_trainer, new, module, table, tested=False)
         stages.warm_start(options, parts.trainer)
@@ -199,6 +207,8 @@ def warm_start(study: Study, data: Data, seed: int, to: Path) -> float:
             "pool": len(table.pool_ids),
             "batch_size": table.batch_size,
             "data": table.fingerprint,
+            "identity": identity,
+            "shared": shared,
         }
         write_cell(new / START, [point], facts, _user_index(table))
 
@@ -219,6 +229,39 @@ def config_after_warm_start(config: dict[str, Any], policy: Path) -> dict[str, A
     options |= dict.fromkeys(kind.made_of & set(options))
     options["pretrained"] = str(policy)
     return {**config, "warm_start": None}
+
+
+def same_data(data: RecDataModule, label: str, starts: Sequence[Path], policy: Policy | None = None) -> None:
+    """Refuses data, or a language model, other than those that warm starts of the same data set were made with.
+
+    Args:
+        data: read.
+        label: of the data set.
+        starts: files of warm starts.
+        policy: that is to have a warm start of its own; None for a cell.
+
+    Raises:
+        InputError: naming the first difference.
+    """
+    here = Identity.of([_identity(data, policy).only(_COMPARED), texts_identity(data.catalogue)])
+    for start in starts:
+        facts = read_cell(start)[1]
+        found = here.differences(facts.get("identity", {}))
+        if not found and facts["data"] != data.fingerprint:
+            found = ["samples or catalogue differ"]
+        refuse_changed(
+            f"the data and model of {label} are not those that {start.parent} was made with",
+            found,
+            "put them back, or choose another --to for a study of the new ones",
+        )
+
+
+def _identity(data: RecDataModule, policy: Policy | None) -> Identity:
+    """What a warm start is made with; of a model in words before it is trained, its weights too."""
+    parts = [data.identity, *([] if policy is None else [policy.identity])]
+    if policy is not None and "tokenizer" in policy.identity.facts:
+        parts.append(Identity({"base_weights": base_fact(policy.model)}))  # type: ignore[arg-type]
+    return Identity.of(parts)
 
 
 def run_cell(study: Study, cell: Cell, to: Path) -> dict[str, Any]:
@@ -247,6 +290,7 @@ def run_cell(study: Study, cell: Cell, to: Path) -> dict[str, Any]:
             parts = Parts(words, [observer])
             phases["parsing"] = time.perf_counter() - started
             module, data = parts.read()
+            same_data(data, cell.data.label, [warm / START])
             phases["reading"] = time.perf_counter() - started - phases["parsing"]
             seed_everything(cell.seed, verbose=False)
             parts.trainer.fit(module, datamodule=data)

@@ -93,10 +93,12 @@ class SessionCallback(Callback):
         if CHECKPOINT_KEY not in checkpoint and session_of(trainer).ready:
             checkpoint[CHECKPOINT_KEY] = session_of(trainer).state_dict(trainer)
             session_of(trainer).running.save(trainer, pl_module, checkpoint)
+            session_of(trainer).identity.save(trainer, pl_module, checkpoint)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restores the session that a fit resumes."""
         if CHECKPOINT_KEY in checkpoint and trainer.state.fn == "fit" and not session_of(trainer).ready:
+            session_of(trainer).identity.load(trainer, pl_module, checkpoint)
             session_of(trainer).restore(checkpoint[CHECKPOINT_KEY])
             ranks = checkpoint[CHECKPOINT_KEY]["ranks"]
             # Checkpoints of 0.1 kept the state of a rank inside the session.

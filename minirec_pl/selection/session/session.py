@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 import pandas as pd
 import torch
+from torch.utils.data import DataLoader
 
 from minirec_pl.data.foreign_loader import ForeignLoader
 from minirec_pl.data.train_loader import TrainLoader, foresee
@@ -21,6 +22,7 @@ from minirec_pl.selection.fingerprints import fingerprints_of
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.probes.head import HeadProbe
 from minirec_pl.selection.remedies import Situation, Source
+from minirec_pl.selection.session.identity import RunIdentity, allowed, of_signals
 from minirec_pl.selection.session.resume import Running, epoch_is_done
 from minirec_pl.selection.session.scorers import Probe
 from minirec_pl.selection.session.scoring import is_sharded, measure
@@ -99,6 +101,7 @@ class SelectionSession:
         target_difficulty: target of a `MovingTargetCurriculum`, in [0, 1]; None before its first plan.
         cost: what the run spent; that of the module where it has one.
         running: what the run is in the middle of, shared with our modules.
+        identity: what the run's checkpoints are made for, shared with our modules.
     """
 
     store: SignalStore
@@ -123,6 +126,7 @@ class SelectionSession:
         self.target_difficulty: float | None = None
         self.cost = Cost()
         self.running = Running()
+        self.identity = RunIdentity()
         self._steps: dict[Phase, Step] = {}
         self._restored: Mapping[str, Any] | None = None
         self._restored_step = 0
@@ -174,6 +178,7 @@ class SelectionSession:
         self.folder(trainer)
         self._train = TrainLoader(trainer)
         self.sampler = self._train.sampler
+        self.identity.check_loader(trainer, self._train.loader)
         self._begin()
         epoch, new = trainer.current_epoch, self._restored is None
         if self._restored is not None:
@@ -312,7 +317,8 @@ class SelectionSession:
         """
         data = getattr(trainer, "datamodule", None)
         if not self.scored:
-            self.store.fingerprints = fingerprints_of(module, data, self.store.sample_ids)
+            known = of_signals(self.identity.of_data(trainer, self._train.loader), module)
+            self.store.fingerprints = known | fingerprints_of(module, data, self.store.sample_ids, self.asked)
         n_ranks, rank = world()
         error, parts = None, []
         with self.cost.timed("scoring"):
@@ -368,6 +374,11 @@ class SelectionSession:
         """Sends figures to every logger at the current step."""
         for logger in trainer.loggers:
             logger.log_metrics(dict(values), step=self.step(trainer))
+
+    @property
+    def loader(self) -> DataLoader[Any]:
+        """The training loader; once the run has been prepared."""
+        return self._train.loader
 
     @property
     def ready(self) -> bool:
@@ -509,6 +520,10 @@ class SelectionSession:
             self._files.prune(self._folder / "signals", [self._folder, *callbacks])
 
     def _take_up(self, state: Mapping[str, Any], trainer: Trainer) -> int:
+        self._restored_step = int(state["step"])
+        if allowed(trainer) and not torch.equal(state["store"]["sample_ids"], self.store.sample_ids):
+            warnings.warn("the pool has other samples, so the selection starts anew", stacklevel=2)
+            return int(state["next_epoch"])
         vectors = {}
         if state["vectors"] is not None:
             places = [Path(folder) / "signals" for folder in (state["run"], self._folder) if folder is not None]
@@ -524,7 +539,6 @@ class SelectionSession:
         self._own = state["ranks"][world()[1] % len(state["ranks"])]
         if isinstance(self._train.loader, ForeignLoader) and self._own["loader"] is not None:
             self._train.loader.load_state_dict(self._own["loader"])  # Lightning does so inside an epoch only
-        self._restored_step = int(state["step"])
         return int(state["next_epoch"])
 
 
