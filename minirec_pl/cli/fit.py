@@ -30,9 +30,9 @@ from minirec_pl.cli.stages import STAGES, WARM_START, Stages, WarmStart
 from minirec_pl.policy import Policy
 from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.trainers.recommender import RecModule
-from minirec_pl.utils.checkpoints import AtomicCheckpointIO, check_checkpoint, policy_of
+from minirec_pl.utils.checkpoints import AtomicCheckpointIO, policy_of
 from minirec_pl.utils.errors import InputError
-from minirec_pl.utils.files import write_atomically
+from minirec_pl.utils.files import check_checkpoint, write_atomically
 from minirec_pl.utils.run_folder import CONFIG, claim_folder, csv_logger, is_first, pin_policy, send_to
 
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -58,6 +58,9 @@ class ParserError(ValueError):
 
 class Parser(LightningArgumentParser):
     """Raises errors instead of printing them and exiting; prints a config with one line of comment per option."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raises ParserError."""

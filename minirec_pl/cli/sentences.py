@@ -44,10 +44,10 @@ def one_sentence(message: str, see: str | None = None) -> str:
     where = ".".join(dict.fromkeys(keys))
     if unknown := next((r for r in reasons if r.startswith("unknown option ")), None):
         option = ".".join([*([where] if where else []), unknown.removeprefix("unknown option ")])
-        return f"unknown option {option}: {see or _help(where)}"
+        return f"unknown option {option}: {see or where_options_are(where)}"
     what = " or ".join(dict.fromkeys(reasons)).replace(" or expected ", " or ") or "the value is not accepted"
     value = f", got {got[:80]}" if got and what.startswith("expected ") and len(got) < 200 else ""
-    return f"{where + ': ' if where else ''}{what}{value}: {see or _help(where)}"
+    return f"{where + ': ' if where else ''}{what}{value}: {see or where_options_are(where)}"
 
 
 def sentence_of(error: BaseException) -> str:
@@ -71,11 +71,13 @@ def _plain(text: str) -> str:
     return text.removesuffix(".")
 
 
-def _help(where: str) -> str:
-    top = where.split(".")[0]
+def where_options_are(option: str, command: str = "fit") -> str:
+    """Says which command lists an option."""
+    top = option.split(".")[0]
     if top == "selection":
         return "see `minirec fit --selection.help=minirec_pl.callbacks.MiniRec`"
-    return f"see `minirec fit --{top}.help`" if top in ("model", "data") else "see `minirec fit --help`"
+    of_class = "." in option and top in ("model", "data") and command != "data describe"
+    return f"see `minirec {command} --{top}.help`" if of_class else f"see `minirec {command} --help`"
 
 
 class CommentFormatter(DefaultHelpFormatter):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from minirec_pl.utils.errors import InputError
 
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
 
 CONFIG, EVALUATIONS = "config.yaml", "evaluations.csv"
 RUN_DIR_VARIABLE = "MINIREC_RUN_DIR"
+SIDE_FILE = "minirec.json"  # what a policy is, beside its weights
 
 
 def is_first() -> bool:
@@ -71,6 +71,22 @@ def pin_policy(config: Any) -> None:
         policy.pretrained = os.path.relpath(Path(policy.pretrained).resolve())
 
 
+def policy_file(folder: Path) -> Path:
+    """Finds the file of a policy folder that says what the policy is.
+
+    Raises:
+        InputError: if there is no policy in the folder.
+    """
+    side = folder / SIDE_FILE
+    if not side.is_file():
+        raise InputError(
+            f"no policy in '{folder}' ({SIDE_FILE} is missing): train one first, for example with "
+            "`minirec fit --config configs/ml-100k/warm-start.yaml`, or give its folder as "
+            "policy.init_args.pretrained"
+        )
+    return side
+
+
 def csv_logger(folder: Path) -> Any:
     """Makes the config of a CSVLogger that writes into a folder."""
     init_args = Namespace(save_dir=str(folder), name="", version="")  # type: ignore[no-untyped-call]
@@ -80,9 +96,9 @@ def csv_logger(folder: Path) -> Any:
 def send_to(logger: Any, folder: Path) -> None:
     """Makes the config of a logger name a folder, where it is one of those that write files."""
     kind = str(getattr(logger, "class_path", "")).rsplit(".", 1)[-1]
-    if kind in (CSVLogger.__name__, WandbLogger.__name__, "TensorBoardLogger"):
+    if kind in ("CSVLogger", "WandbLogger", "TensorBoardLogger"):
         logger.init_args.save_dir = str(folder)
-    if kind in (CSVLogger.__name__, "TensorBoardLogger"):
+    if kind in ("CSVLogger", "TensorBoardLogger"):
         logger.init_args.name, logger.init_args.version = "", ""
 
 

@@ -106,12 +106,12 @@ def run_block(block):
 
 def parse(words):
     """Refuses a command that does not exist or has no such options."""
-    from minirec_pl.cli.main import TRAINER_COMMANDS, _parser
+    from minirec_pl.cli.main import TRAINER_COMMANDS, parsers
 
     if words[0] in TRAINER_COMMANDS:
         parsed(words)
     elif words[0] in ("fetch", "quickstart"):
-        _parser().parse_args(words)
+        parsers()[words[0]].parse_args(words[1:])
     else:
         check_options(words)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from minirec_pl.data.columns import Columns
+from minirec_pl.data.fetch import atomic_file
 from minirec_pl.data.samples import Catalogue, SampleTable
 from minirec_pl.data.sources.assemble import INTERACTION_COLUMNS, Faults, Samples
 from minirec_pl.utils.errors import InputError
@@ -50,11 +51,7 @@ class AtomicFiles:
             InputError: A file is missing or wrong; names the line.
         """
         folder = Path(self.path, self.dataset)
-        interactions = folder / f"{self.dataset}.inter"
-        if not interactions.is_file():
-            fetch = f"run 'minirec fetch {self.dataset} --to {self.path}'"
-            other = f"put {self.dataset}.inter and {self.dataset}.item (RecBole atomic files) there"
-            raise InputError(f"{interactions} is missing: {fetch if self.dataset == 'ml-100k' else other}")
+        interactions = atomic_file(Path(self.path), self.dataset)
         frame = read_atomic(interactions, required=INTERACTION_COLUMNS)
         if frame[Columns.TIMESTAMP].dtype != np.float64:
             raise InputError(
