@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from minirec_pl.cli.arguments import config_of_checkpoint, configs_first, values_of
-from minirec_pl.cli.known import FLAGS, did_you_mean, option_list, options_of
+from minirec_pl.cli.arguments import class_of, config_of_checkpoint, configs_first, values_of
+from minirec_pl.cli.known import FLAGS, did_you_mean, is_known, option_list, options_of
 from minirec_pl.cli.sentences import FIT_KEYS, check_yaml, where_options_are
 from minirec_pl.data.fetch import atomic_file
 from minirec_pl.utils.errors import InputError
@@ -38,13 +41,27 @@ def check_command_line(command: str, words: Sequence[str]) -> None:
         InputError: naming the option, or the file and the line.
     """
     given = _Given(command)
-    words = configs_first([command, *words, *config_of_checkpoint(words)])[1:]
-    for config in values_of(words, "--config", "-c"):
-        if command != "compare":  # which reads its study itself
-            check_yaml(Path(config), FIT_KEYS)
-            given.add_file(Path(config))
-    given.add_words(words)
-    given.check_files()
+    given.add(words)
+    if not any(word.startswith("--print_config") or ".help" in word for word in words):
+        given.check_required()
+        given.check_files()
+
+
+def with_nearest_option(sentence: str, command: str, words: Sequence[str]) -> str:
+    """Adds the nearest option to the sentence on one that the class of a command line or its configs does not have.
+
+    The class can be any that is importable, such as those of torch and Lightning and those of the user.
+    """
+    unknown = re.match(r"unknown option (\w[\w.]*)\.(\w+):", sentence)
+    if unknown is None or not is_known(command):
+        return sentence
+    given = _Given(command)
+    with contextlib.suppress(InputError, ImportError, AttributeError, TypeError, ValueError):
+        given.add(words)
+        names = inspect.signature(class_of(given.classes[unknown[1]])).parameters
+        near = did_you_mean(unknown[0][15:-1], [f"{unknown[1]}.{name}" for name in names])
+        return unknown[0][:-1] + near + sentence[unknown.end() - 1 :]
+    return sentence
 
 
 class _Given:
@@ -55,13 +72,23 @@ class _Given:
         self.classes: dict[str, str] = {}
         self.values: dict[str, list[str]] = {}
 
+    def add(self, words: Sequence[str]) -> None:
+        """Takes the configs of a command line, then its options."""
+        words = configs_first([self.command, *words, *config_of_checkpoint(words)])[1:]
+        for config in values_of(words, "--config", "-c"):
+            if self.command != "compare":  # which reads its study itself
+                check_yaml(Path(config), FIT_KEYS)
+                self.add_file(Path(config))
+        self.add_words(words)
+
     def add_words(self, words: Sequence[str]) -> None:
         """Takes the options of a command line and what they are given."""
         positional = [row["key"] for name, row in self.options.items() if not row["names"]]
         for name, value in self._pairs(words):
             if name is None:
                 if not positional:
-                    raise InputError(f"'{value}' follows no option: see `minirec {self.command} --help`")
+                    see = f"see `minirec {self.command} --help`"
+                    raise InputError(f"'{value}' follows no option: give a config as --config FILE, or {see}")
                 self.values.setdefault(positional[0], []).append(str(value))
                 continue
             keys = name.rstrip("+").split(".")
@@ -170,6 +197,15 @@ class _Given:
         near = did_you_mean(name, [other for other in names if not other.endswith(".help")])
         see = where_options_are(name, self.command)
         return InputError(f"{place}unknown option {name}{near}: {see}")
+
+    def check_required(self) -> None:
+        """Refuses a command line that lacks what the command needs."""
+        given = {name.partition(".")[0] for name in [*self.values, *self.classes]}
+        for name, row in self.options.items():
+            if row.get("required") and name not in given:
+                what = f"--{name}" if row["names"] else row.get("metavar", name)
+                config = ": give a YAML file with --config, or " if name in ("model", "data") else ": "
+                raise InputError(f"{what} is missing{config}see `minirec {self.command} --help`")
 
     def check_files(self) -> None:
         """Refuses files to read that are not there.

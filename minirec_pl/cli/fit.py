@@ -22,6 +22,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 
 from minirec_pl.callbacks.run_folder import RunFolder, best_checkpoint
 from minirec_pl.cli.arguments import class_of, config_of_checkpoint, configs_first, values_of
+from minirec_pl.cli.early import with_nearest_option
 from minirec_pl.cli.process import finish_wandb, own_process_state, quiet_wandb
 from minirec_pl.cli.progress import progress_lines
 from minirec_pl.cli.score import ScoringTrainer
@@ -295,7 +296,7 @@ def parsed(args: Sequence[str]) -> Namespace:
         with own_process_state():
             _start(cli, args)
     except ParserError as error:
-        raise InputError(sentence_of(error)) from error
+        raise InputError(with_nearest_option(sentence_of(error), args[0], args[1:])) from error
     config: Namespace = cli.config[cli.subcommand]
     return config
 
@@ -335,7 +336,7 @@ def run(args: Sequence[str], callbacks: Sequence[Callback] = ()) -> MiniRecCLI:
             raise
         raise InputError(_interrupted(cli)) from stop
     except ParserError as error:
-        raise InputError(sentence_of(error)) from error
+        raise InputError(with_nearest_option(sentence_of(error), args[0], args[1:])) from error
     except MisconfigurationException as error:
         raise InputError(" ".join(str(error).split())) from error
     except OSError as error:

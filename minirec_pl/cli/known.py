@@ -57,7 +57,9 @@ def help_of(command: str) -> str:
         place = own.get(title) or parser.add_argument_group(title)
         for row in group:
             takes = {name: row[name] for name in ("nargs", "metavar", "required") if name in row}
-            if row["names"]:
+            if not row["names"]:
+                takes.pop("required", None)
+            else:
                 takes.setdefault("metavar", row["key"].rpartition(".")[2].upper())
             if takes.get("nargs") == FLAGS:
                 takes = {"action": "store_true"}

@@ -70,7 +70,7 @@ def _dispatch(argv: list[str]) -> int:
         small["minirec"].print_help(sys.stderr)
         return 2
     if argv[0].startswith("-"):
-        small["minirec"].parse_args(argv[:1])
+        small["minirec"].parse_args([*argv[:1], "init"])  # help, version, or no such option
     length = 2 if argv[0] == "data" else 1
     command, words = " ".join(argv[:length]), argv[length:]
     if command in ("data", "data --help", "data -h"):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+import sys
 from argparse import Action
 from pathlib import Path
+from pkgutil import iter_modules
 
 import yaml
 from jsonargparse import DefaultHelpFormatter
 
+from minirec_pl.cli.known import did_you_mean, option_list
 from minirec_pl.utils.errors import InputError
 
 _NOISE = re.compile(
-    r"Does not validate against|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but|"
-    r"Expected a dot import"
+    r"Does not validate against|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but"
 )
 _SENTENCE_END = re.compile(r"(?<=\.)\s+(?=[A-Z`*])")
 _COMMENT_LENGTH = 160
@@ -66,9 +68,25 @@ def _plain(text: str) -> str:
     text = re.sub(r"^Option '(.*)' is not accepted$", r"unknown option \1", text)
     text = re.sub(r"^Subcommand '.*' does not accept option '(.*)'$", r"unknown option \1", text)
     text = re.sub(r"^unrecognized arguments: --([^\s=]+).*", r"unknown option \1", text)
+    text = re.sub(r"module '([\w.]+)' has no attribute '(\w+)'", _with_nearest_name, text)
+    text = re.sub(r"No module named '([\w.]+)\.(\w+)'", _with_nearest_name, text)
+    text = re.sub(r"^Expected a dot import path string: (\w+)$", _with_nearest_class, text)
     text = re.sub(r"^Expected a typing\.Literal\[(.*)\]$", r"expected one of \1", text)
     text = re.sub(r"^Expected an? (?:<class '(?:\w+\.)*(\w+)'>|(.*))$", r"expected \1\2", text)
     return text.removesuffix(".")
+
+
+def _with_nearest_name(said: re.Match[str]) -> str:
+    """The name of a module that is nearest to one that it does not have."""
+    module = sys.modules.get(said[1])
+    inside = [part.name for part in iter_modules(getattr(module, "__path__", []))]
+    return said[0] + did_you_mean(said[2], [*getattr(module, "__all__", ()), *dir(module), *inside])
+
+
+def _with_nearest_class(said: re.Match[str]) -> str:
+    """The shipped class whose name is nearest to one without a module."""
+    names = [path.rpartition(".")[2] for path in option_list()["classes"]]
+    return f"there is no class '{said[1]}'{did_you_mean(said[1], names)}"
 
 
 def where_options_are(option: str, command: str = "fit") -> str:

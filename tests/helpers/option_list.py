@@ -54,6 +54,7 @@ def trainer_parsers():
 def rows_of(parser):
     """The options of a parser by group, in words, in the order of its help."""
     groups = {}
+    required = {action.dest for action in parser._actions if action.required} | parser._extra_required_keys
 
     class Recorder(DefaultHelpFormatter):
         def start_section(self, heading):
@@ -63,14 +64,14 @@ def rows_of(parser):
         def add_argument(self, action):
             super().add_argument(action)
             if action.help is not SUPPRESS:
-                self.rows.append(row_of(action, " ".join(self._expand_help(action).split())))
+                self.rows.append(row_of(action, " ".join(self._expand_help(action).split()), required))
 
     parser.formatter_class = Recorder
     parser.format_help()
     return {title: rows for title, rows in groups.items() if rows}
 
 
-def row_of(action, text):
+def row_of(action, text, required):
     row = {"names": list(action.option_strings), "key": action.dest, "help": text}
     if action.metavar is not None:
         row["metavar"] = str(action.metavar)
@@ -78,7 +79,7 @@ def row_of(action, text):
         row["metavar"] = "{" + ",".join(map(str, action.choices)) + "}"
     if action.nargs is not None:
         row["nargs"] = action.nargs
-    if action.required and action.option_strings:
+    if action.dest in required:
         row["required"] = True
     return {**row, **value_of(action)}
 
