@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.selection.session.session import SelectionSession, session_of
+from minirec_pl.utils.seeds import check_seed
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -29,7 +30,7 @@ class Curriculum(SessionCallback, ABC):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        self.seed = seed
+        self.seed = check_seed(seed)
 
     @abstractmethod
     def _plan(

@@ -23,7 +23,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from minirec_pl.callbacks.run_folder import RunFolder, best_checkpoint
 from minirec_pl.cli.arguments import class_of, config_of_checkpoint, configs_first, values_of
 from minirec_pl.cli.early import with_nearest_option
-from minirec_pl.cli.process import finish_wandb, own_process_state, quiet_wandb
+from minirec_pl.cli.process import finish_wandb, own_process_state, quiet_wandb, without_anonymous
 from minirec_pl.cli.progress import progress_lines
 from minirec_pl.cli.score import ScoringTrainer
 from minirec_pl.cli.sentences import CommentFormatter, check_yaml, sentence_of
@@ -35,6 +35,7 @@ from minirec_pl.utils.checkpoints import AtomicCheckpointIO, policy_of
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import check_checkpoint, write_atomically
 from minirec_pl.utils.run_folder import CONFIG, claim_folder, csv_logger, is_first, pin_policy, send_to
+from minirec_pl.utils.seeds import check_seed
 
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 LEFT_BY_A_FAILED_START = {CONFIG, "hparams.yaml", "metrics.csv", "wandb", STAGES, WARM_START}
@@ -136,13 +137,16 @@ class MiniRecCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses, then checks the checkpoint before anything reads it."""
+        """Parses, then checks the seed and the checkpoint before anything reads them."""
         arguments, sys.argv = sys.argv, sys.argv[:1]
         try:
             super().parse_arguments(parser, args)
         finally:
             sys.argv = arguments
-        checkpoint = self.config[self.config.subcommand].get("ckpt_path")
+        given = self.config[self.config.subcommand]
+        if not isinstance(given.seed_everything, bool):
+            check_seed(given.seed_everything, "seed_everything")
+        checkpoint = given.get("ckpt_path")
         if checkpoint and checkpoint not in ("best", "last", "hpc"):
             check_checkpoint(Path(checkpoint))
 
@@ -196,7 +200,10 @@ class MiniRecCLI(LightningCLI):
             kwargs["enable_model_summary"] = False
         if not given.get("plugins"):
             kwargs["plugins"] = [AtomicCheckpointIO()]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        for logger in trainer.loggers:
+            without_anonymous(logger)
+        return trainer
 
     def discard_failed_start(self) -> None:
         """Removes the run folder where the run never got as far as leaving something of use."""

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from minirec_pl import __version__
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.seeds import check_seed
 
 TRAINER_COMMANDS = {
     "fit": "train: warm start or GRPO, from a YAML file",
@@ -40,7 +41,6 @@ OWN_HELP = {
     "dashboard": "a W&B workspace and a report template for the runs of a project",
     "check": "what a fit would do, need and trip over, before it starts",
 }
-LARGEST_SEED = 2**32 - 1
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -122,6 +122,7 @@ def _run_small(command: str, options: argparse.Namespace) -> int:
 def _quickstart(options: argparse.Namespace) -> None:
     from minirec_pl.cli.configs import shipped_configs
 
+    check_seed(options.seed, "--seed")
     data, configs = Path(options.data), Path(options.configs or shipped_configs() / "ml-100k")
     for path in (configs / "warm-start.yaml", configs / "quickstart.yaml"):
         if not path.is_file():
@@ -182,7 +183,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     quick.add_argument(
         "--configs", metavar="DIR", help="folder with warm-start.yaml and quickstart.yaml (default: the shipped ones)"
     )
-    quick.add_argument("--seed", type=_seed, default=42, help="seed of all runs (default: 42)")
+    quick.add_argument("--seed", type=int, default=42, help="seed of all runs (default: 42)")
     init = commands.add_parser(
         "init",
         help="write the shipped configs into a folder, to change them",
@@ -200,9 +201,3 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     for name, text in OWN_HELP.items():
         commands.add_parser(name, help=text)
     return made
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) > LARGEST_SEED:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {LARGEST_SEED}")
-    return int(text)

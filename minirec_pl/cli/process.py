@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from lightning.pytorch.loggers import Logger, WandbLogger
 from transformers.utils.logging import disable_progress_bar
 
 _NOISE = ("💡 Tip:", "GPU available:", "TPU available:", "HPU available:", "LOCAL_RANK:", "`Trainer.fit` stopped:")
@@ -23,6 +24,12 @@ def quiet_wandb(offline: bool) -> None:
     os.environ.setdefault(_WANDB_QUIET, "true")
     if offline or os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
         os.environ.setdefault(_WANDB_INFO, "false")
+
+
+def without_anonymous(logger: Logger) -> None:
+    """Takes a setting out of a WandbLogger that Lightning always passes on, and that W&B warns of."""
+    if isinstance(logger, WandbLogger) and logger._wandb_init.get("anonymous") is None:
+        logger._wandb_init.pop("anonymous", None)
 
 
 def finish_wandb(failed: bool) -> None:
