@@ -69,7 +69,6 @@ def _plain(text: str) -> str:
     text = re.sub(r"^Subcommand '.*' does not accept option '(.*)'$", r"unknown option \1", text)
     text = re.sub(r"^unrecognized arguments: --([^\s=]+).*", r"unknown option \1", text)
     text = re.sub(r"module '([\w.]+)' has no attribute '(\w+)'", _with_nearest_name, text)
-    text = re.sub(r"No module named '([\w.]+)\.(\w+)'", _with_nearest_name, text)
     text = re.sub(r"^Expected a dot import path string: (\w+)$", _with_nearest_class, text)
     text = re.sub(r"^Expected a typing\.Literal\[(.*)\]$", r"expected one of \1", text)
     text = re.sub(r"^Expected an? (?:<class '(?:\w+\.)*(\w+)'>|(.*))$", r"expected \1\2", text)

@@ -64,7 +64,12 @@ def write_workplace(folder, warm_policy):
     run_folder = folder / "runs" / "ml-100k" / "warm-start" / "version_0"
     shutil.copytree(warm_policy, run_folder / "policy")
     (run_folder.parent / "latest").symlink_to(run_folder.name)
-    own = folder / "data" / "own"
+    write_own_data(folder / "data" / "own")
+    write_model(folder / "models" / "smollm2-135m")
+
+
+def write_own_data(own):
+    """The files of a user, as the pages name them."""
     own.mkdir()
     log = log_frame(n=1500, n_users=25, n_moments=600, n_items=60)
     names = {"user_id": "customer", "item_id": "sku", "timestamp": "bought_at"}
@@ -77,7 +82,6 @@ def write_workplace(folder, warm_policy):
     pd.DataFrame({"user_id": ["new"], "history_item_id": [items["item_id"].head(3).tolist()]}).to_parquet(
         own / "users.parquet"
     )
-    write_model(folder / "models" / "smollm2-135m")
 
 
 def run_block(block):

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from types import UnionType
 from typing import Literal, Union, get_args, get_origin
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from lightning.pytorch import LightningDataModule
 
 from minirec_pl.cli.fit import CLI_OPTIONS, MiniRecCLI
@@ -81,7 +81,7 @@ def row_of(action, text, required):
         row["nargs"] = action.nargs
     if action.dest in required:
         row["required"] = True
-    return {**row, **value_of(action)}
+    return row if action.dest.endswith(".help") else {**row, **value_of(action)}
 
 
 def value_of(action):
@@ -98,7 +98,7 @@ def value_of(action):
     fields = [kind for kind in kinds if inspect.isclass(kind) and dataclasses.is_dataclass(kind)]
     if len(fields) == 1:
         value["class"] = f"{fields[0].__module__}.{fields[0].__qualname__}"
-    elif isinstance(action.default, dict) and "class_path" in action.default:
+    elif isinstance(action.default, dict | Namespace) and "class_path" in action.default:
         value["class"] = action.default["class_path"]
     return value
 
