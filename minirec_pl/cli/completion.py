@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from minirec_pl.cli.known import options_of, option_list
+from minirec_pl.cli.known import option_list, options_of
 
 OFFERED = {  # options of classes that are offered, by the option that names the class
     "model": ("minirec_pl.GRPORecModule", "minirec_pl.WarmStartModule"),
@@ -78,27 +78,27 @@ def script(shell: str, parsers: Mapping[str, argparse.ArgumentParser]) -> str:
         options[command] = []
         for name, row in options_of(command).items():
             options[command] += row["names"]
-            _add(values, f"*\" --{name}\"", row.get("values", OFFERED.get(name, ())))
+            _add(values, f'*" --{name}"', row.get("values", OFFERED.get(name, ())))
         for at, kinds in OFFERED.items():
             if f"--{at.partition('.')[0]}" not in options[command]:
                 continue
             for kind in kinds:
                 for name, value in option_list()["classes"][kind].items():
                     options[command].append(f"--{at}.{name}")
-                    _add(values, f"*\" --{at}.{name}\"", value.get("values", OFFERED.get(f"{at}.{name}", ())))
+                    _add(values, f'*" --{at}.{name}"', value.get("values", OFFERED.get(f"{at}.{name}", ())))
     for command, parser in parsers.items():
         if command == parser.prog:
             continue
         options[command] = [name for action in parser._actions for name in action.option_strings]
         for action in parser._actions:
-            _add(values, f"\"{command} \"", () if action.option_strings else action.choices or ())
+            _add(values, f'"{command} "', () if action.option_strings else list(action.choices or ()))
     return _SCRIPT.format(
         shell=shell,
         start=_ZSH if shell == "zsh" else "",
         commands=" ".join(dict.fromkeys(name.partition(" ")[0] for name in options)),
-        values="\n".join(f"        {pattern}) words=\"{' '.join(words)}\" ;;" for pattern, words in values.items()),
+        values="\n".join(f'        {pattern}) words="{" ".join(words)}" ;;' for pattern, words in values.items()),
         options="\n".join(
-            f"          \"{command}\") words=\"{' '.join(dict.fromkeys(names))}\" ;;" for command, names in options.items()
+            f'          "{command}") words="{" ".join(dict.fromkeys(names))}" ;;' for command, names in options.items()
         ),
     )
 

@@ -144,7 +144,7 @@ class _Given:
                 if isinstance(entry, yaml.MappingNode):
                     self._add(keys, entry, path)
         else:
-            items = dict((key.value, value) for key, value in _items(node))
+            items = {key.value: value for key, value in _items(node)}
             if isinstance(items.get("class_path"), yaml.ScalarNode):
                 self._name(at, items["class_path"].value)
             for key, value in _items(node):

@@ -11,7 +11,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from minirec_pl import __version__
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.seeds import check_seed
 
@@ -159,7 +158,8 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
         epilog="`minirec COMMAND --help` lists the options of a command.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=16),
     )
-    parser.add_argument("--version", action="version", version=f"minirec-pl {__version__}", help="print the version")
+    version = import_module("minirec_pl").__version__
+    parser.add_argument("--version", action="version", version=f"minirec-pl {version}", help="print the version")
     commands = parser.add_subparsers(
         dest="command", required=True, prog="minirec", title="commands", metavar="COMMAND [options]"
     )

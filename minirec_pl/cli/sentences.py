@@ -11,6 +11,7 @@ from pkgutil import iter_modules
 import yaml
 from jsonargparse import DefaultHelpFormatter
 
+from minirec_pl.cli.configs import shipped_configs
 from minirec_pl.cli.known import did_you_mean, option_list
 from minirec_pl.utils.errors import InputError
 
@@ -144,7 +145,9 @@ def check_yaml(path: Path, expected: str = FIT_KEYS) -> None:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise InputError(f"the config '{path}' cannot be read ({reason}): give --config a YAML file") from error
+        shipped = not path.is_absolute() and (shipped_configs().parent / path).is_file()
+        fix = "run `minirec init`, which writes the shipped configs here" if shipped else "give --config a YAML file"
+        raise InputError(f"the config '{path}' cannot be read ({reason}): {fix}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""

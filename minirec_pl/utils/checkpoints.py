@@ -15,7 +15,6 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import write_atomically
 
 _OF_ADAPTERS = ("lora_", "trainable_tokens_", "modules_to_save.")  # in peft's names

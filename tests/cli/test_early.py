@@ -37,12 +37,16 @@ ANSWERS = {  # words: exit code, what is said
     "fit config.yaml": (2, "'config.yaml' follows no option: give a config as --config FILE"),
     "fit --config none.yaml": (2, "'none.yaml' cannot be read"),
     "fit --config broken.yaml": (2, "broken.yaml, line 2, column 1 is not valid YAML"),
-    "fit --config key.yaml": (2, "key.yaml, line 2: unknown option trainer.max_epoch (did you mean trainer.max_epochs?)"),
+    "fit --config key.yaml": (
+        2,
+        "key.yaml, line 2: unknown option trainer.max_epoch (did you mean trainer.max_epochs?)",
+    ),
     "fit --max_epochs=3": (2, "unknown option max_epochs (did you mean trainer.max_epochs?)"),
     "fit --config warm-start.yaml": (2, "data/ml-100k/ml-100k.inter is missing: run 'minirec fetch ml-100k --to data'"),
     "fit --config quickstart.yaml": (2, "no policy in 'runs/ml-100k/warm-start/latest/policy'"),
     "test --ckpt_path none.ckpt": (2, "there is no checkpoint 'none.ckpt'"),
     "predict --config quickstart.yaml --history none.csv": (2, "there is no 'none.csv': give --history"),
+    "fit --config configs/ml-100k/warm-start.yaml": (2, "run `minirec init`, which writes the shipped configs here"),
     "check --config none.yaml": (2, "'none.yaml' cannot be read"),
     "data describe": (2, "--config is missing"),
     "data describe --config none.yaml": (2, "'none.yaml' cannot be read"),
@@ -192,7 +196,10 @@ def test_nothing_is_refused_early_with_a_lightning_of_other_options(monkeypatch,
 CLASSES = {
     "class": ("--selection=minirec_pl.callbacks.MiniRecc", "(did you mean MiniRec?)"),
     "lazy class": ("--model=minirec_pl.GRPOModule", "(did you mean GRPORecModule?)"),
-    "class without a module": ("--selection.selector=RandomSelecter", "'RandomSelecter' (did you mean RandomSelector?)"),
+    "class without a module": (
+        "--selection.selector=RandomSelecter",
+        "'RandomSelecter' (did you mean RandomSelector?)",
+    ),
     "class of torch": ("--model.optimizer=torch.optim.AdmW", "(did you mean AdamW?)"),
     "function": ("--model.rewards=[minirec_pl.rewards.hits]", "(did you mean hit?)"),
     "module": ("--selection=minirec_pl.callback.MiniRec", "no attribute 'callback' (did you mean callbacks?)"),
@@ -252,7 +259,9 @@ def test_no_parser_takes_an_abbreviation(capsys):
 def test_every_option_is_in_the_help(listed):
     for command in listed["commands"]:
         shown = known.help_of(command)
-        assert [name for row in known.options_of(command).values() for name in row["names"][:2] if name not in shown] == []
+        assert [
+            name for row in known.options_of(command).values() for name in row["names"][:2] if name not in shown
+        ] == []
         assert max(map(len, shown.splitlines())) < 200
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import os
 import time
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 

@@ -306,7 +306,8 @@ class _Reader:
 
     def _seeds(self) -> tuple[int, ...]:
         seeds = self._sequence("seeds")
-        if not all(isinstance(seed, int) and 0 <= seed <= LARGEST_SEED for seed in seeds) or len(set(seeds)) < len(seeds):
+        right = all(isinstance(seed, int) and 0 <= seed <= LARGEST_SEED for seed in seeds)
+        if not right or len(set(seeds)) < len(seeds):
             raise InputError(f"{self.path}, seeds: give different whole numbers from 0 to {LARGEST_SEED}, not {seeds}")
         return tuple(seeds)
 
