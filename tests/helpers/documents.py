@@ -59,8 +59,7 @@ def commands(text):
 def write_workplace(folder, warm_policy):
     """Toy data, configs and policies under the names that the texts use."""
     write_toy(folder / "data", name="ml-100k")
-    for name in ("benchmarks", "configs"):
-        (folder / name).symlink_to(REPOSITORY / name)
+    (folder / "configs").symlink_to(REPOSITORY / "configs")
     run_folder = folder / "runs" / "ml-100k" / "warm-start" / "version_0"
     shutil.copytree(warm_policy, run_folder / "policy")
     (run_folder.parent / "latest").symlink_to(run_folder.name)
