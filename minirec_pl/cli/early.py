@@ -91,7 +91,7 @@ class _Given:
                     raise InputError(f"'{value}' follows no option: give a config as --config FILE, or {see}")
                 self.values.setdefault(positional[0], []).append(str(value))
                 continue
-            keys = name.rstrip("+").split(".")
+            keys = name.split(".")
             self._check(keys, "")
             if value is None:
                 continue
@@ -163,6 +163,7 @@ class _Given:
 
     def _check(self, keys: list[str], place: str) -> None:
         """Refuses keys that are no option of the command, nor of the classes that are named."""
+        keys = [key.rstrip("+") for key in keys]
         name = ".".join(keys)
         for length in range(len(keys), 0, -1):
             option = ".".join(keys[:length])
@@ -177,12 +178,11 @@ class _Given:
         self._check_class(option, self.options[option], rest, place)
 
     def _check_class(self, at: str, row: Any, rest: list[str], place: str) -> None:
-        while rest and rest[0] in _INSIDE[:1]:
-            rest = rest[1:]
+        rest = rest[1:] if rest[:1] == ["init_args"] else rest
         options = option_list()["classes"].get(self.classes.get(at, row.get("class")))
-        if not rest or options is None or rest[0] in ("class_path", "help", *_INSIDE):
+        if not rest or options is None or rest[0] in ("class_path", "dict_kwargs", "help"):
             return
-        name = rest[0].rstrip("+")
+        name = rest[0]
         if name not in options:
             raise self._unknown(f"{at}.{name}", [f"{at}.{other}" for other in options], place)
         self._check_class(f"{at}.{name}", options[name], rest[1:], place)

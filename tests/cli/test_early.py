@@ -174,7 +174,7 @@ def test_the_shipped_configs_are_accepted_and_each_wrong_key_of_them_is_found(pa
 def test_yaml_that_merges_and_dots(tmp_path, monkeypatch):
     monkeypatch.setattr(early._Given, "check_files", lambda self: None)
     text = "trainer: &all {max_epochs: 1}\ndata: {class_path: minirec_pl.RecDataModule}\nmodel: mine.Module\n"
-    (tmp_path / "fine.yaml").write_text(text + "<<: {test_stages: true}\n")
+    (tmp_path / "fine.yaml").write_text(text + "<<: {test_stages: true}\ntrainer.callbacks+: mine.Callback\n")
     check_command_line("fit", ["--config", str(tmp_path / "fine.yaml")])
     (tmp_path / "dots.yaml").write_text(text + "trainer.max_epoch: 1\n")
     with pytest.raises(InputError, match=r"line 4: unknown option trainer.max_epoch \(did you mean trainer.max_epochs"):
