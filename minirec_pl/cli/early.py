@@ -156,9 +156,8 @@ class _Given:
     def _name(self, at: str, path: str) -> None:
         """Notes the class of an option; what another class was given there is void."""
         if self.classes.get(at) != path:
-            for known in [self.classes, self.values]:
-                for name in [name for name in known if name.startswith(f"{at}.")]:
-                    del known[name]  # type: ignore[attr-defined]
+            self.classes = {name: kind for name, kind in self.classes.items() if not name.startswith(f"{at}.")}
+            self.values = {name: given for name, given in self.values.items() if not name.startswith(f"{at}.")}
             self.classes[at] = path
 
     def _check(self, keys: list[str], place: str) -> None:

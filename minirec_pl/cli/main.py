@@ -137,7 +137,7 @@ class _Parser(argparse.ArgumentParser):
     """Raises one sentence where argparse prints its usage and exits."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         """Raises the sentence."""
@@ -197,7 +197,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
         "shell reads at start, and make it anew after an upgrade.",
     )
     completion.add_argument("shell", choices=["bash", "zsh"], help="which shell")
-    made = {"minirec": parser, **commands.choices}
+    made: dict[str, argparse.ArgumentParser] = {"minirec": parser, **commands.choices}
     for name, text in OWN_HELP.items():
         commands.add_parser(name, help=text)
     return made
