@@ -17,13 +17,19 @@ from minirec_pl.cli.sentences import FIT_KEYS, check_yaml, where_options_are
 from minirec_pl.data.fetch import atomic_file
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import check_checkpoint
-from minirec_pl.utils.run_folder import policy_file
+from minirec_pl.utils.run_folder import SIDE_FILE, policy_file
 
-INPUTS = {  # options that name files or folders to read, by command
-    "export": ("policy",),
-    "predict": ("history", "candidates"),
-    "report": ("folders",),
-    "select": ("signals", "embeddings", "gradients", "ids", "samples"),
+INPUTS = {  # options that name what is read, by command, and what is said where there is nothing
+    "export": {"policy": f"there is no policy in '{{}}' ({SIDE_FILE} is missing): give the folder `policy` of a run"},
+    "predict": {name: f"there is no '{{}}': give --{name} a file that exists" for name in ("history", "candidates")},
+    "report": {"folders": "there is no run folder '{}': give a folder that `minirec fit` or `quickstart` left"},
+    "select": {
+        "signals": "there are no signals at {}: give the file that `minirec score` or a run wrote",
+        "embeddings": "there are no vectors at {}: give a .npy array with a row per sample",
+        "gradients": "there are no vectors at {}: give a .npy array with a row per sample",
+        "ids": "there are no ids at {}: give the sample_id of each row as .npy or as text, one per line",
+        "samples": "there is no table of samples at {}: leave out --samples or give a parquet or CSV file",
+    },
 }
 _INSIDE = ("init_args", "dict_kwargs")
 
@@ -211,11 +217,10 @@ class _Given:
 
         `minirec check` looks for them itself, and lists them with all else that it finds.
         """
-        for name in INPUTS.get(self.command, ()):
+        for name, sentence in INPUTS.get(self.command, {}).items():
             for path in self.values.get(name, ()):
                 if path != "null" and not Path(path).exists():
-                    option = f"--{name}" if self.options[name]["names"] else f"`minirec {self.command}`"
-                    raise InputError(f"there is no '{path}': give {option} a path that exists")
+                    raise InputError(sentence.format(path))
         if self.command == "check":
             return
         for path in self.values.get("ckpt_path", ()):
