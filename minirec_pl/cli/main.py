@@ -72,7 +72,9 @@ def _dispatch(argv: list[str]) -> int:
         small["minirec"].parse_args([*argv[:1], "init"])  # help, version, or no such option
     length = 2 if argv[0] == "data" else 1
     command, words = " ".join(argv[:length]), argv[length:]
-    if command in ("data", "data --help", "data -h"):
+    if command == "data":
+        raise InputError("minirec data has one command: minirec data describe --config FILE")
+    if command in ("data --help", "data -h"):
         command, words = "data describe", ["--help"]
     if command in small:
         return _run_small(command, small[command].parse_args(words))

@@ -22,7 +22,7 @@ ANSWERS = {  # words: exit code, what is said
     "--version": (0, f"minirec-pl {__version__}"),
     "--verion": (2, "unknown option verion (did you mean version?)"),
     "selct": (2, "unknown command 'selct' (did you mean select?)"),
-    "data": (0, "minirec data describe"),
+    "data": (2, "minirec data has one command"),
     "data descrbe": (2, "(did you mean data describe?)"),
     **{f"{name} --help": (0, f"usage: minirec {name}") for name in [*OWN_HELP, "fetch", "init", "quickstart"]},
     "fetch ml-20m": (2, "'ml-100k', 'smollm2-135m'"),
