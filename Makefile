@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq --constraint constraints.txt
 LOWEST := $(shell sed -n 's/.*"lightning>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
-.PHONY: quickstart test test-slow test-lowest lint docs format clean
+.PHONY: quickstart test test-slow test-lowest lint options docs format clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -37,6 +37,9 @@ lint: $(INSTALLED)
 	rm -rf build/types && mkdir -p build/types
 	cp -r minirec_pl build/types/minirec_pl && cp -r callbacks build/types/minirec_pl/callbacks
 	cd build/types && $(abspath $(BIN))/mypy --cache-dir ../../.mypy_cache --config-file ../../pyproject.toml --strict -p minirec_pl
+
+options: $(INSTALLED)
+	PYTHONPATH=tests $(BIN)/python tests/helpers/option_list.py
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

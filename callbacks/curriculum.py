@@ -14,6 +14,7 @@ from minirec_pl.selection.session.session import SelectionSession, session_of
 from minirec_pl.selection.signals import Array, as_ids, name_ids, repeated_ids
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.protocols import what_it_lacks
+from minirec_pl.utils.seeds import check_seed
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -35,7 +36,7 @@ class Curriculum(SessionCallback, ABC):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        self.seed = seed
+        self.seed = check_seed(seed)
 
     @abstractmethod
     def plan(

@@ -22,12 +22,12 @@ from minirec_pl.utils.checkpoints import policy_of
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import write_atomically, write_json
 from minirec_pl.utils.metrics_file import count_rows, go_on_after
-from minirec_pl.utils.run_folder import CHECKPOINTS, EVALUATIONS, run_folder, write_config
+from minirec_pl.utils.run_folder import CHECKPOINTS, EVALUATIONS, RESULTS, run_folder, write_config
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-INTERRUPTED, RESULTS = "interrupted.ckpt", "results.json"
+INTERRUPTED = "interrupted.ckpt"
 LOGGED_ROWS = "minirec_pl.LoggedRows"
 
 

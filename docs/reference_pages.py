@@ -185,7 +185,7 @@ def _prose(text: str | None) -> str:
 def _commands() -> str:
     """The help of every command, as the terminal shows it."""
     from minirec_pl.cli.describe import parser as describe
-    from minirec_pl.cli.main import TRAINER_COMMANDS, _parser
+    from minirec_pl.cli.main import TRAINER_COMMANDS, parsers
     from minirec_pl.cli.score import ScoringTrainer
     from minirec_pl.cli.select import parser as select
 
@@ -199,6 +199,7 @@ def _commands() -> str:
         method = vars(ScoringTrainer).get(name)
         if method is not None:
             parts += [f"## minirec {name}", *_entry(f"minirec_pl.cli.score.ScoringTrainer.{name}", method)]
-    for title, parser in (("minirec select", select()), ("minirec data describe", describe()), ("minirec", _parser())):
+    own = {"minirec select": select(), "minirec data describe": describe(), "minirec": parsers()["minirec"]}
+    for title, parser in own.items():
         parts += [f"## {title}", f"```text\n{parser.format_help().strip()}\n```"]
     return "\n\n".join(parts) + "\n"

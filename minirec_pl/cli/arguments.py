@@ -8,8 +8,8 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from minirec_pl.utils.checkpoints import check_checkpoint
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.files import check_checkpoint
 from minirec_pl.utils.run_folder import CONFIG
 
 

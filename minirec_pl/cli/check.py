@@ -28,7 +28,6 @@ from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy import GenerativePolicy, Policy, RetrievalPolicy
 from minirec_pl.policy.catalogue_text import encode_texts
-from minirec_pl.policy.folder import SIDE_FILE
 from minirec_pl.policy.item_ids import title_ids
 from minirec_pl.policy.language_models.model_config import text_setting
 from minirec_pl.policy.language_models.pretrained import LanguageModel
@@ -38,6 +37,7 @@ from minirec_pl.rewards.calls import RewardFunction, check_columns
 from minirec_pl.selection.budget import budget_count
 from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.run_folder import SIDE_FILE, policy_file
 
 T = TypeVar("T")
 _GIB = 2**30
@@ -303,9 +303,7 @@ def _prompt_of(policy: Mapping[str, Any]) -> PromptTemplate | None:
         return _made(PromptTemplate, policy["prompt"])  # type: ignore[no-any-return]
     if policy.get("language_model"):
         return PromptTemplate()
-    side = Path(_language_model(policy).name, SIDE_FILE)
-    if not side.is_file():
-        raise InputError(f"there is no policy in '{side.parent}' ({SIDE_FILE} is missing): train it first")
+    side = policy_file(Path(_language_model(policy).name))
     stored = json.loads(side.read_text(encoding="utf-8"))
     texts = stored.get("text", stored).get("prompt")
     return PromptTemplate(**texts) if texts else None

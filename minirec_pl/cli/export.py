@@ -6,15 +6,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 import yaml
 
 from minirec_pl.cli.terminal import CommandParser
-from minirec_pl.policy.folder import SIDE_FILE
-from minirec_pl.policy.language_models.pretrained import LanguageModel, save_language_model
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import replace_folder
-from minirec_pl.utils.run_folder import CONFIG
+from minirec_pl.utils.run_folder import CONFIG, SIDE_FILE
 
 
 def export(policy: str | Path, to: str | Path) -> Path:
@@ -51,6 +48,10 @@ def export(policy: str | Path, to: str | Path) -> Path:
         dtype = json.loads((folder / SIDE_FILE).read_text(encoding="utf-8")).get("language_model", {}).get("dtype")
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"'{folder / SIDE_FILE}' cannot be read ({error}): train or copy the policy again") from error
+    import torch
+
+    from minirec_pl.policy.language_models.pretrained import LanguageModel, save_language_model
+
     model, tokenizer = LanguageModel(str(folder), dtype="float32").load()
     stored = getattr(torch, dtype or "float32")
     replace_folder(

@@ -24,8 +24,9 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from minirec_pl.callbacks.run_folder import RunFolder, best_checkpoint
 from minirec_pl.callbacks.select_samples import SelectSamples
 from minirec_pl.cli.arguments import without_types
+from minirec_pl.cli.early import with_nearest_option
 from minirec_pl.cli.made_for import MadeFor
-from minirec_pl.cli.process import finish_wandb, own_process_state, quiet_wandb
+from minirec_pl.cli.process import finish_wandb, own_process_state, quiet_wandb, without_anonymous
 from minirec_pl.cli.progress import progress_lines
 from minirec_pl.cli.runs import (
     OF_LIGHTNING,
@@ -40,19 +41,23 @@ from minirec_pl.cli.runs import (
 )
 from minirec_pl.cli.score import ScoringTrainer
 from minirec_pl.cli.sentences import CommentFormatter, sentence_of
-from minirec_pl.cli.stages import STAGES, WARM_START, WARM_STATE, Stages, WarmStart
+from minirec_pl.cli.stages import Stages, WarmStart
 from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.policy import LanguageModel
 from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.trainers.recommender import RecModule
-from minirec_pl.utils.checkpoints import AtomicCheckpointIO, check_checkpoint, policy_of
+from minirec_pl.utils.checkpoints import AtomicCheckpointIO, policy_of
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.files import check_checkpoint
 from minirec_pl.utils.metrics_file import METRICS, put_back, set_aside
 from minirec_pl.utils.run_folder import (
     CHECKPOINTS,
     CONFIG,
     RUN_DIR_VARIABLE,
+    STAGES,
     STARTED_IN_VARIABLE,
+    WARM_START,
+    WARM_STATE,
     claim_folder,
     csv_logger,
     go_on_logging,
@@ -64,6 +69,7 @@ from minirec_pl.utils.run_folder import (
     send_to,
     write_config,
 )
+from minirec_pl.utils.seeds import check_seed
 
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 LEFT_BY_A_FAILED_START = {CONFIG, "hparams.yaml", METRICS, "wandb", STAGES, WARM_START}
@@ -88,6 +94,9 @@ class ParserError(ValueError):
 
 class Parser(LightningArgumentParser):
     """Raises errors instead of printing them and exiting; prints a config with one line of comment per option."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raises ParserError."""
@@ -190,13 +199,15 @@ class MiniRecCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses, then checks the checkpoint before anything reads it."""
+        """Parses, then checks the seed and the checkpoint before anything reads them."""
         arguments, sys.argv = sys.argv, sys.argv[:1]
         try:
             super().parse_arguments(parser, args)
         finally:
             sys.argv = arguments
         config = self.config[self.config.subcommand]
+        if not isinstance(config.seed_everything, bool):
+            check_seed(config.seed_everything, "seed_everything")
         if config.get("ckpt_path") and config.ckpt_path not in OF_LIGHTNING:
             check_checkpoint(Path(config.ckpt_path))
             config.ckpt_path = str(Path(config.ckpt_path).resolve())
@@ -336,6 +347,8 @@ class MiniRecCLI(LightningCLI):
             kwargs["plugins"] = [AtomicCheckpointIO()]
         trainer = super().instantiate_trainer(**kwargs)
         trainer.allow_changed_data = self._get(self.config_init, "allow_changed_data")  # type: ignore[attr-defined]
+        for logger in trainer.loggers:
+            without_anonymous(logger)
         return trainer
 
     def discard_failed_start(self) -> None:
@@ -433,7 +446,7 @@ def parsed(args: Sequence[str]) -> Namespace:
         with own_process_state():
             _start(cli, args)
     except ParserError as error:
-        raise InputError(sentence_of(error)) from error
+        raise InputError(with_nearest_option(sentence_of(error), args[0], args[1:])) from error
     config: Namespace = cli.config[cli.subcommand]
     return config
 
@@ -478,7 +491,7 @@ def run(args: Sequence[str], callbacks: Sequence[Callback] = ()) -> MiniRecCLI:
             raise
         raise InputError(_interrupted(cli)) from stop
     except ParserError as error:
-        raise InputError(sentence_of(error)) from error
+        raise InputError(with_nearest_option(sentence_of(error), args[0], args[1:])) from error
     except MisconfigurationException as error:
         raise InputError(" ".join(str(error).split())) from error
     except OSError as error:

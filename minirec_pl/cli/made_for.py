@@ -15,9 +15,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from minirec_pl.selection.session.session import session_of
 from minirec_pl.utils.files import write_json
 from minirec_pl.utils.identity import figures_fact
-from minirec_pl.utils.run_folder import CONFIG
+from minirec_pl.utils.run_folder import CONFIG, RESULTS
 
-RESULTS = "results.json"
 _NO_MATTER = (
     "ckpt_path",
     "config",

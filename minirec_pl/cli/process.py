@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from lightning.pytorch.loggers import Logger, WandbLogger
 from transformers.utils.logging import disable_progress_bar
 
 from minirec_pl.utils.run_folder import CHECKPOINT_VARIABLE, RUN_DIR_VARIABLE, STARTED_IN_VARIABLE
@@ -26,6 +27,12 @@ def quiet_wandb(offline: bool) -> None:
     os.environ.setdefault(_WANDB_QUIET, "true")
     if offline or os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
         os.environ.setdefault(_WANDB_INFO, "false")
+
+
+def without_anonymous(logger: Logger) -> None:
+    """Takes a setting out of a WandbLogger that Lightning always passes on, and that W&B warns of."""
+    if isinstance(logger, WandbLogger) and logger._wandb_init.get("anonymous") is None:
+        logger._wandb_init.pop("anonymous", None)
 
 
 def finish_wandb(failed: bool) -> None:

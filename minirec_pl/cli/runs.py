@@ -13,15 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from minirec_pl.cli.arguments import config_of_checkpoint, configs_first, values_of
 from minirec_pl.cli.sentences import check_yaml
-from minirec_pl.cli.stages import RESULTS, WARM_START, WARM_STATE
-from minirec_pl.utils.checkpoints import check_checkpoint
 from minirec_pl.utils.errors import InputError
-from minirec_pl.utils.run_folder import CHECKPOINT_VARIABLE, CHECKPOINTS, CONFIG, STARTED_IN_VARIABLE
+from minirec_pl.utils.files import check_checkpoint
+from minirec_pl.utils.run_folder import (
+    CHECKPOINT_VARIABLE,
+    CHECKPOINTS,
+    CONFIG,
+    RESULTS,
+    STARTED_IN_VARIABLE,
+    WARM_START,
+    WARM_STATE,
+)
 
 OF_LIGHTNING = ("best", "last", "hpc")  # which it finds by itself
 _WRITTEN = ("to", "default_root_dir", "dirpath", "save_dir")  # options that name what need not exist yet
@@ -53,6 +59,8 @@ class Trained:
         Raises:
             InputError: if the checkpoint holds weights only.
         """
+        import torch
+
         content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
         if "loops" not in content or "optimizer_states" not in content:
             raise InputError(

@@ -28,6 +28,7 @@ from minirec_pl.selection.signal_sources import read_signals
 from minirec_pl.selection.signals import Signals
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import write_json
+from minirec_pl.utils.seeds import check_seed
 
 PACKAGE = "minirec_pl.selection"
 SAMPLES = "samples.parquet"  # as `minirec score` leaves it beside the signals
@@ -72,6 +73,7 @@ def run(arguments: Sequence[str]) -> None:
     config = made.parse_args(words)
     selector = check_selector(made.instantiate_classes(config).selector)
     check_budget(config.budget)
+    check_seed(config.seed, "--seed")
     paths = [Path(path) for path in config.signals]
     vectors = {name: _path(config[name]) for name in ("embeddings", "gradients", "ids")}
     found = read_signals(paths, **vectors)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
+import sys
 from argparse import Action
 from pathlib import Path
+from pkgutil import iter_modules
 
 import yaml
 from jsonargparse import DefaultHelpFormatter
 
+from minirec_pl.cli.configs import shipped_configs
+from minirec_pl.cli.known import did_you_mean, option_list
 from minirec_pl.cli.own_classes import what_is_wrong
 from minirec_pl.utils.errors import InputError
 
 _NOISE = re.compile(
-    r"Does not validate against|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but|"
-    r"Expected a dot import"
+    r"Does not validate against|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but"
 )
 _SENTENCE_END = re.compile(r"(?<=\.)\s+(?=[A-Z`*])")
 _COMMENT_LENGTH = 160
@@ -47,10 +50,10 @@ def one_sentence(message: str, see: str | None = None) -> str:
         return f"{where + ': ' if where else ''}{wrong}"
     if unknown := next((r for r in reasons if r.startswith("unknown option ")), None):
         option = ".".join([*([where] if where else []), unknown.removeprefix("unknown option ")])
-        return f"unknown option {option}: {see or _help(where)}"
+        return f"unknown option {option}: {see or where_options_are(where)}"
     what = " or ".join(dict.fromkeys(reasons)).replace(" or expected ", " or ") or "the value is not accepted"
     value = f", got {got[:80]}" if got and what.startswith("expected ") and len(got) < 200 else ""
-    return f"{where + ': ' if where else ''}{what}{value}: {see or _help(where)}"
+    return f"{where + ': ' if where else ''}{what}{value}: {see or where_options_are(where)}"
 
 
 def sentence_of(error: BaseException) -> str:
@@ -69,16 +72,33 @@ def _plain(text: str) -> str:
     text = re.sub(r"^Option '(.*)' is not accepted$", r"unknown option \1", text)
     text = re.sub(r"^Subcommand '.*' does not accept option '(.*)'$", r"unknown option \1", text)
     text = re.sub(r"^unrecognized arguments: --([^\s=]+).*", r"unknown option \1", text)
+    text = re.sub(r"module '([\w.]+)' has no attribute '(\w+)'", _with_nearest_name, text)
+    text = re.sub(r"^Expected a dot import path string: (\w+)$", _with_nearest_class, text)
     text = re.sub(r"^Expected a typing\.Literal\[(.*)\]$", r"expected one of \1", text)
     text = re.sub(r"^Expected an? (?:<class '(?:\w+\.)*(\w+)'>|(.*))$", r"expected \1\2", text)
     return text.removesuffix(".")
 
 
-def _help(where: str) -> str:
-    top = where.split(".")[0]
+def _with_nearest_name(said: re.Match[str]) -> str:
+    """The name of a module that is nearest to one that it does not have."""
+    module = sys.modules.get(said[1])
+    inside = [part.name for part in iter_modules(getattr(module, "__path__", []))]
+    return said[0] + did_you_mean(said[2], [*getattr(module, "__all__", ()), *dir(module), *inside])
+
+
+def _with_nearest_class(said: re.Match[str]) -> str:
+    """The shipped class whose name is nearest to one without a module."""
+    names = [path.rpartition(".")[2] for path in option_list()["classes"]]
+    return f"there is no class '{said[1]}'{did_you_mean(said[1], names)}"
+
+
+def where_options_are(option: str, command: str = "fit") -> str:
+    """Says which command lists an option."""
+    top = option.split(".")[0]
     if top == "selection":
         return "see `minirec fit --selection.help=minirec_pl.callbacks.MiniRec`"
-    return f"see `minirec fit --{top}.help`" if top in ("model", "data") else "see `minirec fit --help`"
+    of_class = "." in option and top in ("model", "data") and command != "data describe"
+    return f"see `minirec {command} --{top}.help`" if of_class else f"see `minirec {command} --help`"
 
 
 class CommentFormatter(DefaultHelpFormatter):
@@ -128,7 +148,9 @@ def check_yaml(path: Path, expected: str = FIT_KEYS) -> None:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise InputError(f"the config '{path}' cannot be read ({reason}): give --config a YAML file") from error
+        shipped = not path.is_absolute() and (shipped_configs().parent / path).is_file()
+        fix = "run `minirec init`, which writes the shipped configs here" if shipped else "give --config a YAML file"
+        raise InputError(f"the config '{path}' cannot be read ({reason}): {fix}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""

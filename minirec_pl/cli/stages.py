@@ -29,10 +29,8 @@ from minirec_pl.utils.checkpoints import load_policy_weights, weights_under_adap
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import write_atomically, write_json
 from minirec_pl.utils.ranks import gather_states
-from minirec_pl.utils.run_folder import is_first
+from minirec_pl.utils.run_folder import RESULTS, STAGES, WARM_START, WARM_STATE, is_first
 from minirec_pl.utils.seeds import isolated_random_state, random_state, restore_random_state
-
-RESULTS, STAGES, WARM_START, WARM_STATE = "results.json", "stages.json", "warm_start", "end.ckpt"
 
 
 @dataclass

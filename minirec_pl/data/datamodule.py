@@ -27,6 +27,7 @@ from minirec_pl.data.warm_batches import WarmChunkSampler, WarmDataset, WarmSequ
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.identity import Identity, Table
 from minirec_pl.utils.ranks import world
+from minirec_pl.utils.seeds import check_seed
 
 TRAIN_ON = ("warm", "pool", "warm_samples")
 _EVALUATION_SEED = 0
@@ -145,7 +146,7 @@ class RecDataModule(LightningDataModule):
         self.split_by, self.warm_fraction, self.history_window = split, warm_fraction, history_window
         self.window, self.whole_sequences = window, whole_sequences
         self.batch_size, self.warm_batch_size, self.eval_batch_size = batch_size, warm_batch_size, eval_batch_size
-        self.num_workers, self.seed = num_workers, seed
+        self.num_workers, self.seed = num_workers, check_seed(seed)
         self.sizes = (warm_samples, pool_samples, val_samples, test_samples)
         self._ready = False
         self._asked: frozenset[str] = frozenset()

@@ -56,6 +56,24 @@ _LARGEST_FILE: Final = 16 * 2**20  # bytes; the real ones have 2 MB at most
 _Files = dict[str, bytes]
 
 
+def atomic_file(path: Path, dataset: str) -> Path:
+    """Finds the interactions of a data set in RecBole atomic files.
+
+    Args:
+        path: folder that holds a folder per data set.
+        dataset: name of the folder and its files.
+
+    Raises:
+        InputError: if they are not there; says how to get them.
+    """
+    file = path / dataset / f"{dataset}.inter"
+    if not file.is_file():
+        fetch = f"run 'minirec fetch {dataset} --to {path}'"
+        other = f"put {dataset}.inter and {dataset}.item (RecBole atomic files) there"
+        raise InputError(f"{file} is missing: {fetch if dataset == 'ml-100k' else other}")
+    return file
+
+
 class SourceError(Exception):
     """One source failed; the next may do."""
 

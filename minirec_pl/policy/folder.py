@@ -26,8 +26,9 @@ from minirec_pl.policy.language_models.tiny import item_tokenizer, word_tokenize
 from minirec_pl.policy.prompt import PromptTemplate
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import replace_folder
+from minirec_pl.utils.run_folder import SIDE_FILE, policy_file
 
-SIDE_FILE, ITEMS_FILE = "minirec.json", "items.safetensors"
+ITEMS_FILE = "items.safetensors"
 _KIND, _MADE_FOR, _PARTS = "retrieval", "made_for", "made_of"
 
 
@@ -77,13 +78,7 @@ def read_policy(folder: Path) -> StoredPolicy:
     Raises:
         InputError: if there is no policy in the folder, or it is damaged.
     """
-    side = folder / SIDE_FILE
-    if not side.is_file():
-        raise InputError(
-            f"no policy in '{folder}' ({SIDE_FILE} is missing): train one first, for example with "
-            "`minirec fit --config configs/ml-100k/warm-start.yaml`, or give its folder as "
-            "--model.policy.pretrained"
-        )
+    side = policy_file(folder)
     try:
         stored = json.loads(side.read_text(encoding="utf-8"))
         catalogue = Catalogue(stored["item_ids"], stored["titles"], stored.get("texts"))
@@ -268,9 +263,7 @@ def read_retriever(folder: Path) -> StoredRetriever:
     Raises:
         InputError: if there is no retrieval policy in the folder, or it is damaged.
     """
-    side = folder / SIDE_FILE
-    if not side.is_file():
-        raise InputError(f"no policy in '{folder}' ({SIDE_FILE} is missing): train one first, or fix `pretrained`")
+    side = policy_file(folder)
     try:
         stored = json.loads(side.read_text(encoding="utf-8"))
         if stored.get("kind") != _KIND:

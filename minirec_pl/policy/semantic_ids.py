@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.seeds import check_seed
 
 _FACTORS = 64
 _MOST_LEVELS = len(string.ascii_lowercase) - 1  # one more letter tells items of the same codes apart
@@ -47,6 +48,7 @@ class SemanticIds:
             raise InputError(f"semantic_ids.levels is {self.levels}: give 1 to {_MOST_LEVELS}")
         if self.codes < 2:
             raise InputError(f"semantic_ids.codes is {self.codes}: a level needs at least 2 clusters")
+        check_seed(self.seed, "semantic_ids.seed")
         if find_spec("sklearn") is None:
             raise InputError("item_ids 'semantic' needs scikit-learn: pip install 'minirec-pl[kmeans]'")
 

@@ -12,14 +12,13 @@ import pandas as pd
 import yaml
 
 from minirec_pl.metrics.evaluation import FIGURES
-from minirec_pl.policy.folder import SIDE_FILE
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.session.session import DIAGNOSTICS, EXAMPLES, LEDGER, PLAN, SIGNALS
 from minirec_pl.selection.signals import Signals
 from minirec_pl.selection.store import SignalStore
 from minirec_pl.utils.cost import PHASES
 from minirec_pl.utils.errors import InputError
-from minirec_pl.utils.run_folder import CONFIG, EVALUATIONS
+from minirec_pl.utils.run_folder import CONFIG, EVALUATIONS, SIDE_FILE
 
 RESULTS = "results.json"
 Row = dict[str, Any]

@@ -1,11 +1,10 @@
-"""Checkpoint files: written whole or not at all, and checked before they are read."""
+"""Checkpoint files: written whole or not at all, without the weights that never change."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import io
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,6 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import write_atomically
 
 _OF_ADAPTERS = ("lora_", "trainable_tokens_", "modules_to_save.")  # in peft's names
@@ -43,20 +41,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Reads tensors and primitives only, whatever Lightning's default is."""
         place: Any = map_location or "cpu"
         return super().load_checkpoint(path, place, weights_only=True)
-
-
-def check_checkpoint(path: Path) -> None:
-    """Refuses a checkpoint that is missing or truncated.
-
-    Raises:
-        InputError: naming the file.
-    """
-    if not path.is_file():
-        raise InputError(f"there is no checkpoint '{path}': give --ckpt_path a file from a run's checkpoints/ folder")
-    if not zipfile.is_zipfile(path):
-        raise InputError(
-            f"'{path}' is not a checkpoint, or a truncated one: give another from a run's checkpoints/ folder"
-        )
 
 
 def weights_under_adapters(module: nn.Module) -> dict[str, Tensor]:

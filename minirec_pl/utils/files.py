@@ -6,15 +6,17 @@ import contextlib
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from minirec_pl.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _FORMAT = "minirec-signals-1"
 
@@ -62,6 +64,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[st
     Raises:
         InputError: If it cannot be written.
     """
+    from safetensors.torch import save_file
+
     content = {name: tensor.contiguous() for name, tensor in tensors.items()}
     metadata = {"format": _FORMAT, "settings": json.dumps(settings)}
     return write_atomically(path, lambda temporary: save_file(content, temporary, metadata=metadata))
@@ -91,6 +95,20 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if metadata.get("format") != _FORMAT:
         raise InputError(f"{path} is not a signal store of this version: score again")
     return tensors, settings
+
+
+def check_checkpoint(path: Path) -> None:
+    """Refuses a checkpoint that is missing or truncated.
+
+    Raises:
+        InputError: naming the file.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint '{path}': give --ckpt_path a file from a run's checkpoints/ folder")
+    if not zipfile.is_zipfile(path):
+        raise InputError(
+            f"'{path}' is not a checkpoint, or a truncated one: give another from a run's checkpoints/ folder"
+        )
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import write_atomically
@@ -22,7 +21,9 @@ except ImportError:  # Windows
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-CONFIG, EVALUATIONS, CHECKPOINTS = "config.yaml", "evaluations.csv", "checkpoints"
+CONFIG, RESULTS, EVALUATIONS, CHECKPOINTS = "config.yaml", "results.json", "evaluations.csv", "checkpoints"
+STAGES, WARM_START, WARM_STATE = "stages.json", "warm_start", "end.ckpt"
+SIDE_FILE = "minirec.json"  # what a policy is, beside its weights
 RUNNING, LATEST = ".running", "latest"
 # What the first process of a run tells those that Lightning starts: folder, checkpoint, where the command was given.
 RUN_DIR_VARIABLE, CHECKPOINT_VARIABLE = "MINIREC_RUN_DIR", "MINIREC_CHECKPOINT"
@@ -145,6 +146,22 @@ def pin_policy(config: Any) -> None:
         policy.pretrained = os.path.relpath(Path(policy.pretrained).resolve())
 
 
+def policy_file(folder: Path) -> Path:
+    """Finds the file of a policy folder that says what the policy is.
+
+    Raises:
+        InputError: if there is no policy in the folder.
+    """
+    side = folder / SIDE_FILE
+    if not side.is_file():
+        raise InputError(
+            f"no policy in '{folder}' ({SIDE_FILE} is missing): train one first, for example with "
+            "`minirec fit --config configs/ml-100k/warm-start.yaml`, or give its folder as "
+            "--model.policy.pretrained"
+        )
+    return side
+
+
 def csv_logger(folder: Path) -> Any:
     """Makes the config of a CSVLogger that writes into a folder."""
     init_args = Namespace(save_dir=str(folder), name="", version="")  # type: ignore[no-untyped-call]
@@ -157,7 +174,7 @@ def go_on_logging(logger: Any, folder: Path, step: int) -> None:
     W&B gets the id of the run there, in a new folder where it is offline. TensorBoard hides what comes after the step.
     """
     kind = str(getattr(logger, "class_path", "")).rsplit(".", 1)[-1]
-    if kind == WandbLogger.__name__ and not (logger.init_args.get("id") or logger.init_args.get("version")):
+    if kind == "WandbLogger" and not (logger.init_args.get("id") or logger.init_args.get("version")):
         runs = sorted(folder.glob("wandb/*run-*-*"), key=lambda path: path.stat().st_mtime)
         if runs:
             logger.init_args.id = runs[-1].name.rpartition("-")[2]
@@ -168,9 +185,9 @@ def go_on_logging(logger: Any, folder: Path, step: int) -> None:
 def send_to(logger: Any, folder: Path) -> None:
     """Makes the config of a logger name a folder, where it is one of those that write files."""
     kind = str(getattr(logger, "class_path", "")).rsplit(".", 1)[-1]
-    if kind in (CSVLogger.__name__, WandbLogger.__name__, "TensorBoardLogger"):
+    if kind in ("CSVLogger", "WandbLogger", "TensorBoardLogger"):
         logger.init_args.save_dir = str(folder)
-    if kind in (CSVLogger.__name__, "TensorBoardLogger"):
+    if kind in ("CSVLogger", "TensorBoardLogger"):
         logger.init_args.name, logger.init_args.version = "", ""
 
 

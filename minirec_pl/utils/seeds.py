@@ -7,12 +7,34 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
-import numpy as np
-import torch
+from minirec_pl.utils.errors import InputError
+
+LARGEST_SEED = 2**32 - 1  # that NumPy's and scikit-learn's global generators take
+
+
+def check_seed(seed: int, name: str = "seed") -> int:
+    """Refuses a seed that one of the generators would not take.
+
+    Args:
+        seed: of any of them.
+        name: of the option.
+
+    Returns:
+        The seed.
+
+    Raises:
+        InputError: naming the option.
+    """
+    if not 0 <= seed <= LARGEST_SEED:
+        raise InputError(f"{name} is {seed}: give a whole number from 0 to {LARGEST_SEED}")
+    return seed
 
 
 def random_state() -> dict[str, Any]:
     """Reads where all global generators stand, in tensors and primitives, as a checkpoint may hold them."""
+    import numpy as np
+    import torch
+
     name, keys, position, has_gauss, gauss = cast(tuple[Any, ...], np.random.get_state())
     version, words, spare = random.getstate()
     return {
@@ -25,6 +47,9 @@ def random_state() -> dict[str, Any]:
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
     """Puts all global generators where `random_state` found them; those of CUDA if there are as many devices."""
+    import numpy as np
+    import torch
+
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -186,7 +186,7 @@ def test_yaml_files(name, command, tmp_path, capsys):
 
 def test_missing_config(tmp_path, capsys):
     rejected(["fit", "--config", str(tmp_path / "no.yaml")], tmp_path / "runs", capsys, "no.yaml", "--config")
-    rejected(["fit"], tmp_path / "runs", capsys, "model", "data")
+    rejected(["fit"], tmp_path / "runs", capsys, "--model is missing", "--config")
 
 
 def test_checkpoints_that_are_none(command, tmp_path, capsys):

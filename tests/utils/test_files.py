@@ -5,9 +5,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minirec_pl.utils.checkpoints import AtomicCheckpointIO, check_checkpoint
+from minirec_pl.utils.checkpoints import AtomicCheckpointIO
 from minirec_pl.utils.errors import InputError
-from minirec_pl.utils.files import load_tensors, save_tensors, write_atomically, write_json
+from minirec_pl.utils.files import check_checkpoint, load_tensors, save_tensors, write_atomically, write_json
 
 
 def full_disk(path):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from minirec_pl.cli.compare.study import Study
 from minirec_pl.cli.terminal import CommandParser
+from minirec_pl.utils.errors import InputError
 
 
 def parser() -> CommandParser:
@@ -38,6 +41,21 @@ def parser() -> CommandParser:
 def run(arguments: Sequence[str]) -> int:
     """Runs `minirec compare` on the words that follow it; returns 1 if a cell failed, else 0."""
     options = parser().parse_args(arguments)
+    if options.jobs < 1:
+        raise InputError(f"--jobs is {options.jobs}: give at least 1")
+    if options.time_limit is not None and not options.time_limit >= 0:
+        raise InputError(f"--time-limit is {options.time_limit}: give minutes, at least 0")
+    study = Study.read(Path(options.config), _paths(options.path))
     from minirec_pl.cli.compare.running import compare
 
-    return compare(options)
+    return compare(study, options)
+
+
+def _paths(given: Sequence[str]) -> dict[str, str]:
+    paths = {}
+    for word in given:
+        name, equals, folder = word.partition("=")
+        if not equals:
+            raise InputError(f"--path {word!r}: write NAME=DIR, a data set of the study and the folder of its files")
+        paths[name] = folder
+    return paths

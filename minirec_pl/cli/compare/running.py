@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import os
 import time
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,15 +19,13 @@ from minirec_pl.cli.terminal import console
 from minirec_pl.utils.errors import InputError
 
 
-def compare(options: Namespace) -> int:
+def compare(study: Study, options: Namespace) -> int:
     """Runs the cells of a study and prints what came of them; returns 1 if a cell failed, else 0.
 
     Args:
+        study: that the command line names.
         options: of the command line.
     """
-    if options.jobs < 1:
-        raise InputError(f"--jobs is {options.jobs}: give at least 1")
-    study = Study.read(Path(options.config), _paths(options.path))
     to = Path(options.to)
     cells = _chosen(study, options.cell, options.only)
     open_cells = [cell for cell in cells if not _finished(study, cell, to)]
@@ -140,13 +137,3 @@ def _check_folder(to: Path) -> None:
         ) from error
     if not os.access(to, os.W_OK):
         raise InputError(f"'{to}' cannot be written: choose another --to")
-
-
-def _paths(given: Sequence[str]) -> dict[str, str]:
-    paths = {}
-    for word in given:
-        name, equals, folder = word.partition("=")
-        if not equals:
-            raise InputError(f"--path {word!r}: write NAME=DIR, a data set of the study and the folder of its files")
-        paths[name] = folder
-    return paths

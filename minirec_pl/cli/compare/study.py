@@ -14,6 +14,7 @@ import yaml
 
 from minirec_pl.cli.sentences import check_yaml
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.seeds import LARGEST_SEED
 
 FORMAT = 1
 GRID_POINTS = 4
@@ -305,8 +306,9 @@ class _Reader:
 
     def _seeds(self) -> tuple[int, ...]:
         seeds = self._sequence("seeds")
-        if not all(isinstance(seed, int) and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
-            raise InputError(f"{self.path}, seeds: give different whole numbers, not {seeds}")
+        right = all(isinstance(seed, int) and 0 <= seed <= LARGEST_SEED for seed in seeds)
+        if not right or len(set(seeds)) < len(seeds):
+            raise InputError(f"{self.path}, seeds: give different whole numbers from 0 to {LARGEST_SEED}, not {seeds}")
         return tuple(seeds)
 
     def _grid(self) -> dict[str, Overrides]:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from minirec_pl.data.columns import Columns
+from minirec_pl.data.fetch import atomic_file
 from minirec_pl.data.samples import BoolArray, Catalogue, SampleTable
 from minirec_pl.data.sources.assemble import INTERACTION_COLUMNS, Faults, OnMissing, Samples, whole_rows
 from minirec_pl.data.sources.files import TextFormat, read_text
@@ -55,11 +56,7 @@ class AtomicFiles:
             InputError: A file is missing or wrong; names the line.
         """
         folder = Path(self.path, self.dataset)
-        interactions = folder / f"{self.dataset}.inter"
-        if not interactions.is_file():
-            fetch = f"run 'minirec fetch {self.dataset} --to {self.path}'"
-            other = f"put {self.dataset}.inter and {self.dataset}.item (RecBole atomic files) there"
-            raise InputError(f"{interactions} is missing: {fetch if self.dataset == 'ml-100k' else other}")
+        interactions = atomic_file(Path(self.path), self.dataset)
         faults = Faults()
         log = self._whole(interactions, INTERACTION_COLUMNS, faults)
         frame = log.frame

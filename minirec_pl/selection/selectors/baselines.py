@@ -14,6 +14,7 @@ from minirec_pl.selection.maxmin.greedy import maxmin_select
 from minirec_pl.selection.selectors.picks import ascending, ledger_of, vectors
 from minirec_pl.selection.signals import Signals
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.seeds import check_seed
 
 _ROWS = 16_384  # rows worked on at a time
 _ITERATION_ROWS = 1_024  # rows of a k-means step, at least
@@ -49,8 +50,11 @@ class RandomSelector:
         Args:
             seed: Seed of the draw.
             redraw: Whether each epoch has a draw of its own; otherwise all epochs have the same.
+
+        Raises:
+            InputError: If the seed is out of range.
         """
-        self.seed = seed
+        self.seed = check_seed(seed)
         self.redraw = redraw
 
     def select(self, signals: Signals, k: int, *, epoch: int = 0) -> SelectionLedger:
@@ -109,11 +113,11 @@ class KMeansSelector:
             seed: Seed of the first centroids and of the mini-batches.
 
         Raises:
-            InputError: If scikit-learn is not installed.
+            InputError: If the seed is out of range or scikit-learn is not installed.
         """
         if find_spec("sklearn") is None:
             raise InputError("KMeansSelector needs scikit-learn: pip install 'minirec-pl[kmeans]'")
-        self.seed = seed
+        self.seed = check_seed(seed)
 
     def select(self, signals: Signals, k: int, *, epoch: int = 0) -> SelectionLedger:
         """Picks one sample per cluster, see `Selector.select`."""

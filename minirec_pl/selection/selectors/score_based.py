@@ -22,6 +22,7 @@ from minirec_pl.selection.selectors.picks import (
 )
 from minirec_pl.selection.signals import Signals
 from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.seeds import check_seed
 
 SOLVE = "solve probability"
 _ROUNDING = 1e-12  # a standard deviation below this share of the mean is rounding
@@ -228,7 +229,7 @@ class DEALRecSelector:
             raise InputError(f"n_groups is {n_groups}: give at least 1")
         self.effort_weight = effort_weight
         self.n_groups = n_groups
-        self.seed = seed
+        self.seed = check_seed(seed)
 
     def select(self, signals: Signals, k: int, *, epoch: int = 0) -> SelectionLedger:
         """Picks from every group of scores, see `Selector.select`."""
