@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
-from minirec_pl.cli.arguments import class_of, config_of_checkpoint, configs_first, values_of
+from minirec_pl.cli.arguments import class_of, configs_first, values_of
 from minirec_pl.cli.known import FLAGS, did_you_mean, is_known, option_list, options_of
+from minirec_pl.cli.runs import in_working_dir
 from minirec_pl.cli.sentences import FIT_KEYS, check_yaml, where_options_are
 from minirec_pl.data.fetch import atomic_file
 from minirec_pl.utils.errors import InputError
@@ -47,10 +48,10 @@ def check_command_line(command: str, words: Sequence[str]) -> None:
         InputError: naming the option, or the file and the line.
     """
     given = _Given(command)
-    given.add(words)
-    if not any(word.startswith("--print_config") or ".help" in word for word in words):
-        given.check_required()
-        given.check_files()
+    with given.taking(words):
+        if not any(word.startswith("--print_config") or ".help" in word for word in words):
+            given.check_required()
+            given.check_files()
 
 
 def with_nearest_option(sentence: str, command: str, words: Sequence[str]) -> str:
@@ -63,8 +64,8 @@ def with_nearest_option(sentence: str, command: str, words: Sequence[str]) -> st
         return sentence
     given = _Given(command)
     with contextlib.suppress(InputError, ImportError, AttributeError, TypeError, ValueError):
-        given.add(words)
-        names = inspect.signature(class_of(given.classes[unknown[1]])).parameters
+        with given.taking(words):
+            names = inspect.signature(class_of(given.classes[unknown[1]])).parameters
         near = did_you_mean(unknown[0][15:-1], [f"{unknown[1]}.{name}" for name in names])
         return unknown[0][:-1] + near + sentence[unknown.end() - 1 :]
     return sentence
@@ -78,14 +79,17 @@ class _Given:
         self.classes: dict[str, str] = {}
         self.values: dict[str, list[str]] = {}
 
-    def add(self, words: Sequence[str]) -> None:
-        """Takes the configs of a command line, then its options."""
-        words = configs_first([self.command, *words, *config_of_checkpoint(words)])[1:]
-        for config in values_of(words, "--config", "-c"):
-            if self.command != "compare":  # which reads its study itself
-                check_yaml(Path(config), FIT_KEYS)
-                self.add_file(Path(config))
-        self.add_words(words)
+    @contextlib.contextmanager
+    def taking(self, words: Sequence[str]) -> Iterator[None]:
+        """Takes the configs of a command line, then its options; works in the folder that its paths are relative to."""
+        own = contextlib.nullcontext(configs_first([self.command, *words]))
+        with in_working_dir([self.command, *words]) if "model" in self.options else own as taken:
+            for config in values_of(taken, "--config", "-c"):
+                if self.command != "compare":  # which reads its study itself
+                    check_yaml(Path(config), FIT_KEYS)
+                    self.add_file(Path(config))
+            self.add_words(taken[1:])
+            yield
 
     def add_words(self, words: Sequence[str]) -> None:
         """Takes the options of a command line and what they are given."""

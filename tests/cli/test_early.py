@@ -1,6 +1,7 @@
 """What is answered before torch is imported: help, options, configs and files."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -271,3 +272,20 @@ def test_a_nested_unknown_key_is_found_in_a_run_config(tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(InputError, match=r"mine.yaml, line \d+: unknown option selection.curriculum.n_fold "):
         check_command_line("fit", ["--config", str(tmp_path / "mine.yaml")])
+
+
+def test_files_are_looked_for_in_the_folder_that_a_run_was_started_in(tmp_path, monkeypatch):
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    interactions = home / "data" / "ml-100k" / "ml-100k.inter"
+    for folder in (interactions.parent, home / "run", elsewhere):
+        folder.mkdir(parents=True)
+    interactions.write_text("user_id:token\n")
+    config = {**yaml.safe_load((CONFIGS / "warm-start.yaml").read_text()), "working_dir": str(home)}
+    (home / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(elsewhere)
+    words = ["--config", str(home / "run" / "config.yaml")]
+    check_command_line("fit", words)
+    interactions.unlink()
+    with pytest.raises(InputError, match=r"ml-100k.inter is missing"):
+        check_command_line("fit", words)
+    assert os.getcwd() == str(elsewhere)
