@@ -206,7 +206,7 @@ def test_a_checkpoint_of_another_catalogue(command, tmp_path, capsys):
     write_toy(other.data, n_items=40)
     checkpoint = command.folder / "warm" / "version_0" / "checkpoints" / "best.ckpt"
     arguments = other.warm(tmp_path / "runs", "--ckpt_path", str(checkpoint), "--trainer.max_epochs=3")
-    rejected(arguments, tmp_path / "runs", capsys, "catalogue")
+    rejected(arguments, tmp_path / "runs", capsys, "made for something else", "40 items here and 80 there")
     arguments = command.grpo(tmp_path / "runs", f"--data.path={other.data}")
     rejected(arguments, tmp_path / "runs", capsys, "catalogue of 80 items", "40")
 

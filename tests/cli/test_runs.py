@@ -218,6 +218,8 @@ def test_only_fits_move_latest(run):
 def test_a_test_from_another_folder_finds_relative_paths(run, command, tmp_path, monkeypatch):
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["data"]["init_args"]["path"] = os.path.relpath(command.data, command.folder)
+    policy = config["model"]["init_args"]["policy"]["init_args"]
+    policy["pretrained"] = os.path.relpath(policy["pretrained"], command.folder)
     config["trainer"]["default_root_dir"] = os.path.relpath(run.parent, command.folder)
     config["working_dir"] = str(command.folder)
     (run / "config.yaml").write_text(yaml.safe_dump(config))
