@@ -22,7 +22,7 @@ from minirec_pl.utils.run_folder import SIDE_FILE, policy_file
 
 INPUTS = {  # options that name what is read, by command, and what is said where there is nothing
     "export": {"policy": f"there is no policy in '{{}}' ({SIDE_FILE} is missing): give the folder `policy` of a run"},
-    "predict": {name: f"there is no '{{}}': give --{name} a file that exists" for name in ("history", "candidates")},
+    "predict": dict.fromkeys(("history", "candidates"), "{} does not exist: check the path or put the file there"),
     "report": {"folders": "there is no run folder '{}': give a folder that `minirec fit` or `quickstart` left"},
     "select": {
         "signals": "there are no signals at {}: give the file that `minirec score` or a run wrote",

@@ -46,7 +46,7 @@ ANSWERS = {  # words: exit code, what is said
     "fit --config warm-start.yaml": (2, "data/ml-100k/ml-100k.inter is missing: run 'minirec fetch ml-100k --to data'"),
     "fit --config quickstart.yaml": (2, "no policy in 'runs/ml-100k/warm-start/latest/policy'"),
     "test --ckpt_path none.ckpt": (2, "there is no checkpoint 'none.ckpt'"),
-    "predict --config quickstart.yaml --history none.csv": (2, "there is no 'none.csv': give --history"),
+    "predict --config quickstart.yaml --history none.csv": (2, "none.csv does not exist: check the path"),
     "fit --config configs/ml-100k/warm-start.yaml": (2, "run `minirec init`, which writes the shipped configs here"),
     "check --config none.yaml": (2, "'none.yaml' cannot be read"),
     "data describe": (2, "--config is missing"),
