@@ -279,14 +279,14 @@ NAMED = {  # one of these words is said of a change, whatever it is made for
     world_of.SPLIT: ["the split is [0.8, 0.15, 0.05]"],
     world_of.POOL: ["the training part is the pool"],
     world_of.VALIDATION: ["the validation part is"],
-    TEST: ["the requests is 2 samples"],
+    TEST: ["the requests are 2 samples"],
     world_of.WINDOW: ["the history window is 3 here and 5 there"],
     world_of.PROMPT: ["prompt"],
     world_of.TOKENIZER: ["tokenizer"],
-    IDS: ["item ids is", "item_ids 'title'"],
+    IDS: ["item ids are", "item_ids 'title'"],
     world_of.BASE: ["base model", "the model under its adapters"],
-    world_of.REWARDS: ["the rewards is NDCGReward", "the rewards is"],
-    WEIGHTS: ["another model", "the weights differs"],
+    world_of.REWARDS: ["the rewards are NDCGReward"],
+    WEIGHTS: ["another model", "the weights differ"],
     OPTIONS: ["the scoring is", "the setting.predict k is 3 here and 2 there"],
 }
 CASES = [

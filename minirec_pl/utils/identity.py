@@ -188,11 +188,12 @@ class Identity:
             if here_digest == there_digest:
                 continue
             label = name.replace("_", " ")
+            many = label.endswith("s")
             if here_text == there_text or max(len(here_text), len(there_text)) > _SHOWN:
-                yield f"the {label} differs"
+                yield f"the {label} differ{'' if many else 's'}"
             else:
                 here_text, there_text = (repr(t) if "\n" in t else t for t in (here_text, there_text))
-                yield f"the {label} is {here_text} here and {there_text} there"
+                yield f"the {label} {'are' if many else 'is'} {here_text} here and {there_text} there"
 
     def _in_order(self, names: Collection[str]) -> list[str]:
         return list(dict.fromkeys(part for name in self.facts if (part := name.partition(".")[0]) in names))

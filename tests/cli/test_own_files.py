@@ -328,6 +328,7 @@ def test_a_fit_says_so_before_it_makes_a_folder(command, wrong, capsys, option, 
 
 
 def test_a_selector_of_another_command_is_told_the_same(wrong, capsys):
+    (wrong / "none.parquet").touch()
     for name, words in [("NoSelect", "has no method select"), ("Needs", "Needs.needs is {'loss'}: give a frozenset")]:
         assert main(["select", "none.parquet", "--selector", f"wrong.{name}"]) == 2
         assert words in sentence(capsys)

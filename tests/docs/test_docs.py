@@ -192,6 +192,10 @@ def test_every_figure_of_the_glossary_is_one_of_the_code():
         "cost/training_seconds",
         "selection/ragged_repeat",
         "selection/ragged_drop",
+        "selection/dropped_limit",
+        "selection/dropped_incomplete_batch",
+        "selection/dropped_early_stop",
+        "selection/dropped_no_loss",
         "selection/coverage/user_id",
         "selection/coverage/item_id",
     }

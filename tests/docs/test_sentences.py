@@ -6,6 +6,7 @@ import re
 
 from helpers.paths import REPOSITORY
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 FILES = [path for folder in ("minirec_pl", "callbacks") for path in sorted((REPOSITORY / folder).rglob("*.py"))]
@@ -13,7 +14,7 @@ TREES = {
     path: ast.parse(path.read_text()) for path in FILES if "callbacks" not in path.relative_to(REPOSITORY).parts[1:]
 }
 SPEAKS = re.compile(r"InputError|SourceError|warn|warn_once|error")
-FOREIGN = (Trainer, DataLoader)
+FOREIGN = (Trainer, DataLoader, ModelCheckpoint)
 OTHERS = {  # of samplers, of peft, of `hf download`, and of files that Amazon's reviews come in
     "num_samples",
     "base_model_name_or_path",

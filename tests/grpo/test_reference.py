@@ -191,7 +191,7 @@ def test_a_lora_checkpoint_that_does_not_fit(tiny_policy, toy_data, make_trainer
     make_trainer(max_epochs=1, limit_train_batches=2, callbacks=[SaveAt(2, path)]).fit(module, toy_data(**SMALL))
 
     def resume(policy, **options):
-        make_trainer(max_epochs=2).fit(GRPORecModule(policy, **options), toy_data(**SMALL), ckpt_path=path)
+        make_trainer(max_epochs=2).fit(GRPORecModule(policy, [popular], **options), toy_data(**SMALL), ckpt_path=path)
 
     with pytest.raises(InputError, match=r"lora_A.* is \[2, 16\] float32 there and \[3, 16\] float32 here"):
         resume(with_lora(tiny_policy(), rank=3))

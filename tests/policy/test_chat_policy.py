@@ -292,7 +292,7 @@ def test_a_model_without_a_chat_template(tmp_path):
 
 def test_a_prompt_longer_than_the_model(tmp_path):
     policy = make(chat_folder(tmp_path / "base", max_position_embeddings=40), "title")
-    with pytest.raises(InputError, match=r"the prompt of sample 101 has .* lower data.history_window"):
+    with pytest.raises(InputError, match=r"the prompt of sample 101 has .* lower --data.history_window"):
         policy.item_logps(batch())
 
 

@@ -306,7 +306,7 @@ def test_a_policy_of_another_catalogue():
     policy = one_token_policy(12)
     policy.bind(Catalogue([f"i{i}" for i in range(12)]))
     for other in ([f"i{i}" for i in range(13)], [f"i{i}" for i in range(11, -1, -1)]):
-        with pytest.raises(InputError, match=f"trained for a catalogue of 12 items and the data has {len(other)} "):
+        with pytest.raises(InputError, match=f"trained for a catalogue of 12 items and the data has {len(other)}"):
             policy.bind(Catalogue(other))
 
 

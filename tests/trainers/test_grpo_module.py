@@ -87,7 +87,7 @@ def test_rewards_get_external_ids_group_after_group(policy, toy_data, make_train
     reward, plain = Recorder(), PlainPolicy(policy)
     watch = fit(make_trainer, GRPORecModule(policy, [reward], num_generations=3), toy_data(batch_size=4), 1)
     batch, call, ids = watch.batches[0], reward.calls[0], policy.catalogue.item_ids
-    expected = {"completions", "prompts", "target", "sample_id", "history", "group", "user", "logp"}
+    expected = {"completions", "prompts", "target", "sample_id", "history", "group", "user", "logp", "recommended"}
     assert set(call) == expected
     assert {len(column) for column in call.values()} == {12}
     for n in range(12):

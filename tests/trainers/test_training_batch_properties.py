@@ -30,6 +30,7 @@ from minirec_pl.selection.probes.head import HeadProbe
 from minirec_pl.selection.probes.per_sample import per_sample_gradients, project
 from minirec_pl.selection.probes.trajectory import head_alignment
 from minirec_pl.trainers.grpo import GRPORecModule
+from minirec_pl.utils.identity import Identity
 
 pytestmark = pytest.mark.filterwarnings("ignore:no reward of")
 
@@ -50,11 +51,11 @@ def rewarding(case):
     rewarder = Rewarder([*fns, SoftmaxMixReward(9)] if ranked else fns, None, ITEM_IDS)
     size = (case.n, case.count(1, 4))
     batch = {**samples(case), "items": case.integers(0, 4, *size), "logps": -case.uniform(*size)}
-    batch |= {"rank": case.integers(0, N_ITEMS, *size), "p": case.uniform(*size), "best": case.integers(0, 9, *size)}
+    batch |= {"rank": case.integers(0, N_ITEMS, *size), "p": case.uniform(*size)}
     batch["target"] = batch["target"] % 5
 
     def run(batch):
-        more = ranking_columns(batch["rank"], batch["p"], batch["best"], ITEM_IDS) if ranked else None
+        more = ranking_columns(batch["rank"], batch["p"]) if ranked else None
         texts = [f"i{item} of {n}" for row in batch["items"].tolist() for n, item in enumerate(row)]
         total, by_name = rewarder(batch, batch["items"], batch["logps"], None, more)
         of_texts, _ = Rewarder([FormatReward(".*[0-5] of [02]")], None, ITEM_IDS)(batch, batch["items"], None, texts)
@@ -462,7 +463,12 @@ def test_predictions_keep_the_order_of_the_requests(data):
         merged = Path(folder) / "merged.parquet"
         merge_parts(
             SimpleNamespace(
-                finished=lambda: paths, requests=requests, catalogue=catalogue, history=None, folder=Path(folder) / "no"
+                finished=lambda: paths,
+                requests=requests,
+                catalogue=catalogue,
+                history=None,
+                folder=Path(folder) / "no",
+                made_for=Identity({}),
             ),
             merged,
         )

@@ -154,17 +154,18 @@ def test_a_checkpoint_of_another_module_is_refused(checkpoint, toy_data, tiny_po
 def test_an_allowed_change_is_kept_in_the_results(command, tmp_path, capsys):
     root = tmp_path / "runs"
     assert main(command.grpo(root, "--trainer.max_epochs=1", "--trainer.limit_train_batches=1")) == 0
+    first = json.loads((root / "version_0" / "results.json").read_text())
     resumed = ["fit", "--ckpt_path", str(root / "version_0" / "checkpoints" / "last.ckpt"), "--data.pool_samples=40"]
+    resumed.append("--trainer.max_epochs=2")
     capsys.readouterr()
     assert main(resumed) == 2
     assert "(the training part is the pool, 40 samples here and the pool, 153 samples there)" in sentence(capsys)
     with pytest.warns(UserWarning, match="which is allowed"):
-        assert main([*resumed, "--allow_changed_data=true", "--trainer.max_epochs=2"]) == 0
-    results = json.loads((root / "version_1" / "results.json").read_text())
+        assert main([*resumed, "--allow_changed_data=true"]) == 0
+    results = json.loads((root / "version_0" / "results.json").read_text())
     (data,) = results["changed"]["data"]
     assert data.startswith("the training part is the pool, 40 samples here")
     assert "data.init_args.pool_samples null -> 40" in results["changed"]["options"]
-    first = json.loads((root / "version_0" / "results.json").read_text())
     assert first["data"] == results["data"]
     assert "changed" not in first
 
