@@ -33,7 +33,7 @@ from minirec_pl.selection.session.session import session_of
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.trainers.recommender import EVALUATION_K, RecModule
 from minirec_pl.utils.errors import InputError
-from minirec_pl.utils.identity import Identity
+from minirec_pl.utils.identity import Identity, fact
 from minirec_pl.utils.modules import evaluation_mode
 from minirec_pl.utils.ranks import gather_states, own_state
 
@@ -168,6 +168,7 @@ class GRPORecModule(RecModule):
             )
         self.reward_weights = reward_weights
         self.own_columns = OwnColumns()
+        self._columns_fact: dict[str, str] = {}
         self.num_generations = num_generations
         self.rollouts = rollouts
         self.temperature = temperature
@@ -209,12 +210,16 @@ class GRPORecModule(RecModule):
         """
         check_columns(self.rewards, own)
         self.own_columns = own
+        kept = sorted([*own.interactions.items(), *own.items.items()], key=lambda pair: pair[0])
+        if kept:
+            names = ", ".join(name for name, _ in kept)
+            self._columns_fact = {"reward_columns": fact(names, *(repr(v.tolist()).encode() for _, v in kept))}
 
     @property
     def identity(self) -> Identity:
         """See `RecModule.identity`; the rewards too."""
-        rewards = ", ".join(sorted(described(reward) for reward in self.rewards))
-        return Identity.of([super().identity, Identity({"rewards": rewards})])
+        facts = {"rewards": ", ".join(sorted(described(reward) for reward in self.rewards)), **self._columns_fact}
+        return Identity.of([super().identity, Identity(facts)])
 
     @property
     def rollout_options(self) -> RolloutOptions:

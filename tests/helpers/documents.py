@@ -100,7 +100,8 @@ def run_block(block):
             if block.text.startswith("#!") or words[0] in ("fetch", "quickstart"):
                 parse(words)
             else:
-                assert main(words) == 0, shlex.join(words)
+                command = words[: words.index(">")] if ">" in words else words
+                assert main(command) == 0, shlex.join(words)
     elif block.language == "yaml":
         Path("snippet.yaml").write_text(block.text, encoding="utf-8")
         make_classes(["--config", OVERLAID, "--config", "snippet.yaml"])

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 IDENTITY_KEY = "minirec_pl.Identity"
-_ONLY_TRAINED_WITH = {"training_part", "validation_part", "rewards", "module"}
+_ONLY_TRAINED_WITH = {"training_part", "validation_part", "rewards", "reward_columns", "module"}
 _NEVER = {"test_part"}  # no weight depends on it
 
 
