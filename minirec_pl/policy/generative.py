@@ -144,7 +144,7 @@ class GenerativePolicy(ItemIdGenerator):
             self._take(loaded._replace(made_for={}))
         else:
             assert self.config is not None
-            tokens, words = built_ids(catalogue, self.item_ids, self.semantic_ids or SemanticIds())
+            tokens, words = built_ids(catalogue, self.item_ids, self.semantic_ids)
             model = build_tiny(self.config, len(SPECIAL_TOKENS) + len(words))
             try_untrained(model)
             tokens = tokens.where(tokens < 0, tokens + len(SPECIAL_TOKENS))

@@ -130,19 +130,20 @@ class BuiltIds(NamedTuple):
     words: list[str]
 
 
-def built_ids(catalogue: Catalogue, kind: IdKind, options: SemanticIds) -> BuiltIds:
+def built_ids(catalogue: Catalogue, kind: IdKind, options: SemanticIds | None) -> BuiltIds:
     """Makes the ids of a model that is built from a config: one token an item, or several of shared codes.
 
     Args:
         catalogue: whose log gives the codes where `options` names no embeddings.
         kind: `semantic` for codes; one token otherwise.
-        options: of `semantic`.
+        options: of `semantic`; None for the defaults.
 
     Raises:
         InputError: if there is neither a log nor a file of embeddings.
     """
     if kind != "semantic":
         return BuiltIds(torch.arange(len(catalogue))[:, None], [item_token(item_id) for item_id in catalogue.item_ids])
+    options = options or SemanticIds()
     if options.embeddings is not None:
         embeddings = read_embeddings(Path(options.embeddings), len(catalogue))
     elif catalogue.interactions is not None:

@@ -97,3 +97,12 @@ def test_without_a_log_the_sentence_says_what_to_do():
         item_factors(np.array([[0, 0], [0, 1]]), 2, 0)
     with pytest.raises(InputError, match="semantic_ids goes with"):
         GenerativePolicy(config=CONFIG, semantic_ids=SemanticIds())
+
+
+def test_one_token_per_item_needs_no_scikit_learn(monkeypatch):
+    monkeypatch.setattr("minirec_pl.policy.semantic_ids.find_spec", lambda name: None)
+    policy = GenerativePolicy(config=CONFIG)
+    policy.bind(Catalogue(["a", "b"]))
+    assert policy.id_length == 1
+    with pytest.raises(InputError, match="item_ids 'semantic' needs scikit-learn"):
+        SemanticIds()
