@@ -82,8 +82,12 @@ class ItemIdGenerator(Policy):
 
     def run_prompt(self, batch: Batch) -> Prompt:
         """Runs the prompts of a batch (see `encode`) through the model."""
+        return self.run_encoded(self.encode(batch))
+
+    def run_encoded(self, prompts: EncodedPrompts) -> Prompt:
+        """As `run_prompt`, of prompts that are tokens already."""
         run = run_prompt if self.chat is None else run_prompts
-        return run(body_of(self.model), *self.encode(batch), keep_cache=self.id_length > 1)
+        return run(body_of(self.model), *prompts, keep_cache=self.id_length > 1)
 
     def completion_states(self, prompt: Prompt, items: Tensor) -> CompletionStates:
         """Runs G completions on the cache of each prompt, differentiably, as far as their tokens are not certain.

@@ -93,7 +93,7 @@ def shared_states(policy: ItemIdGenerator, batch: Mapping[str, Tensor]) -> tuple
     prompts = policy.encode(batch)
     tokens, mask, row, column = stretches(prompts, position_rules(decoder_of(policy.model)).switch)
     if len(tokens) == len(prompts.input_ids):
-        return policy.run_prompt(batch).states, int(mask.sum())
+        return policy.run_encoded(prompts).states, int(mask.sum())
     width, lengths = mask.shape[1], mask.sum(dim=1)
     inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": places(mask)}
     if policy.chat is None:  # padded on the right, where no token sees it, as in `sequence_nll`
