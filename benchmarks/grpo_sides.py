@@ -112,12 +112,39 @@ class Clock:
         return now() - self.first
 
 
+def trl_config(folder, work, completion_length, cpu=True):
+    """TRL's options for a step on `work.prompts` groups of `work.generations` completions."""
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=folder,
+        per_device_train_batch_size=work.prompts * work.generations,
+        num_generations=work.generations,
+        max_completion_length=completion_length,
+        max_steps=work.steps + 1,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        loss_type="dapo",
+        beta=0.0,
+        temperature=1.0,
+        max_grad_norm=1.0,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=cpu,
+        shuffle_dataset=False,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=10**6,
+        disable_tqdm=True,
+    )
+
+
 def trl(work):
     """TRL's GRPOTrainer on its transformers path, the same tokens, sizes and optimizer."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     # The end-of-sequence id lies beyond the model's vocabulary, so that no completion ends early.
     vocabulary = {f"t{token}": token for token in range(VOCABULARY)} | {"<eos>": VOCABULARY}
@@ -144,27 +171,7 @@ def trl(work):
         return rewards_of(completion_ids)
 
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(
-            output_dir=folder,
-            per_device_train_batch_size=work.prompts * work.generations,
-            num_generations=work.generations,
-            max_completion_length=work.completion_length,
-            max_steps=work.steps + 1,
-            learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
-            loss_type="dapo",
-            beta=0.0,
-            temperature=1.0,
-            max_grad_norm=1.0,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=work.device == "cpu",
-            shuffle_dataset=False,
-            report_to=[],
-            save_strategy="no",
-            logging_steps=10**6,
-            disable_tqdm=True,
-        )
+        config = trl_config(folder, work, work.completion_length, cpu=work.device == "cpu")
         GRPOTrainer(
             model=MODELS[work.model](),
             reward_funcs=reward,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from grpo_models import PeakMemory
-from grpo_sides import LEARNING_RATE, now
+from grpo_sides import LEARNING_RATE, now, trl_config
 
 N_ITEMS, CODES, HISTORY = 10_000, 32, 20
 SIZES = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
@@ -126,7 +126,7 @@ def trl(work):
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     ids, model = item_tokens(work), language_model(work)
     vocabulary = {f"t{token}": token for token in range(model.config.vocab_size)} | {"<eos>": model.config.vocab_size}
@@ -168,27 +168,7 @@ def trl(work):
         return hits[-len(completion_ids) :]
 
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(
-            output_dir=folder,
-            per_device_train_batch_size=work.prompts * work.generations,
-            num_generations=work.generations,
-            max_completion_length=work.id_tokens,
-            max_steps=work.steps + 1,
-            learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
-            loss_type="dapo",
-            beta=0.0,
-            temperature=1.0,
-            max_grad_norm=1.0,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            shuffle_dataset=False,
-            report_to=[],
-            save_strategy="no",
-            logging_steps=10**6,
-            disable_tqdm=True,
-        )
+        config = trl_config(folder, work, work.id_tokens)
         GRPOTrainer(
             model=model,
             reward_funcs=reward,
