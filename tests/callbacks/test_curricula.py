@@ -213,6 +213,8 @@ def test_both_are_reached_from_the_command_line(curriculum, selector, command, t
         f"--selection.curriculum=minirec_pl.callbacks.{curriculum}",
         "--selection.curriculum.seed=7",
         f"--model.policy.pretrained={command.policy}",
+        f"--data.path={command.data}",
+        "--data.dataset=toy",
     ]
     arguments = ["fit", "--config", str(CONFIGS / "quickstart.yaml"), f"--trainer.default_root_dir={tmp_path}", *chosen]
     cli = run(arguments)
