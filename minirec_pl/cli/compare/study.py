@@ -232,7 +232,8 @@ class _Reader:
         if like := self.content.get("like"):
             check_yaml(Path(like), STUDY)
             above = _Reader(Path(like), {}, (*below, path.resolve()))
-            self.models = {method.name: method for method in above.study().methods}
+            named = {method.name: method for method in above.study().methods}
+            self.models = named if "methods" in self.content else above.models
             self.content = {**above.content, **self.content}
 
     def study(self) -> Study:

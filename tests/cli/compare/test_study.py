@@ -67,6 +67,15 @@ def test_a_study_like_another_has_its_keys_and_methods(tmp_path, study):
     assert other.methods[0].overrides == study.methods[2].overrides
 
 
+def test_a_study_without_methods_has_those_of_the_study_it_is_like(tmp_path, study):
+    second, third = tmp_path / "second.yaml", tmp_path / "third.yaml"
+    second.write_text(f"like: {study.path}\nreferences: []\nmethods: {{other: {{like: minirec}}}}\n")
+    third.write_text(f"like: {second}\nbudgets: [0.25]\n")
+    other = Study.read(third)
+    assert [cell.id for cell in other.cells()] == ["toy/late/other/0.25/1", "toy/late/other/0.25/2"]
+    assert other.methods[0].overrides == study.methods[2].overrides
+
+
 def test_a_study_cannot_be_like_itself(tmp_path):
     one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
     one.write_text(f"like: {two}\n")
