@@ -161,7 +161,10 @@ def _rates(study, frame):
     runs = chosen_points(frame)
     settings = sorted(runs["setting"].unique(), key=lambda name: float(name.removeprefix("lr")))
     lines = ["## Learning rates", "", "NDCG@10 on validation, mean over two seeds that the study does not use.", ""]
-    lines += ["| data | arm | " + " | ".join(settings) + " | used |", "| --- | --- " + "| ---: " * (len(settings) + 1) + "|"]
+    lines += [
+        "| data | arm | " + " | ".join(settings) + " | used |",
+        "| --- | --- " + "| ---: " * (len(settings) + 1) + "|",
+    ]
     for (dataset, window), part in runs.groupby(["dataset", "window"], sort=False):
         means = part.groupby(["method", "setting"])["validation"].mean()
         for method in study.methods:

@@ -18,7 +18,8 @@ class RewardHistory(SessionCallback):
     """Stores the `signals` that `training_step` returns beside its `loss`.
 
     A `training_step` that returns `{"loss": ..., "signals": SampleSignals(sample_id, rewards)}`, as that of
-    `GRPORecModule` does, keeps the store up to date at no cost. Other return values are ignored.
+    `GRPORecModule` does, keeps the store up to date at no cost. Other return values are ignored. Where there are no
+    rollouts, the solve probability stands for the mean reward.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -45,15 +46,19 @@ class RewardHistory(SessionCallback):
         session.store.update(met, epoch=trainer.current_epoch, step=trainer.global_step, source="train")
         if met.rewards is not None:
             groups = met.rewards
-            session.trained["groups"] += len(groups)
+            session.trained["samples"] += len(groups)
             session.trained["reward"] += float(groups.double().mean(dim=1).sum())
+            session.trained["groups"] += len(groups)
             session.trained["mixed"] += int((groups.amax(dim=1) > groups.amin(dim=1)).sum())
+        elif met.solve_probability is not None:
+            session.trained["samples"] += len(met.solve_probability)
+            session.trained["reward"] += float(met.solve_probability.double().sum())
 
     def _record(self, session: SelectionSession, trainer: Trainer, module: LightningModule, epoch: int) -> None:
-        groups = session.trained["groups"]
-        session.trained_reward = session.trained["reward"] / groups if groups else None
+        trained = session.trained
+        session.trained_reward = trained["reward"] / trained["samples"] if trained["samples"] else None
         if session.trained_reward is not None:
-            share_mixed = session.trained["mixed"] / groups
-            values = {"selection/trained_reward": session.trained_reward, "selection/trained_share_mixed": share_mixed}
-            session.log(trainer, values)
+            session.log(trainer, {"selection/trained_reward": session.trained_reward})
+        if trained["groups"]:
+            session.log(trainer, {"selection/trained_share_mixed": trained["mixed"] / trained["groups"]})
         session.trained = nothing_trained()

@@ -51,7 +51,9 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if self.rewards:
-            self.rewards[-1] += outputs["signals"].rewards.mean(dim=1).tolist()
+            signals = outputs["signals"]
+            met = signals.solve_probability if signals.rewards is None else signals.rewards.mean(dim=1)
+            self.rewards[-1] += met.tolist()
 
 
 class SaveAt(Callback):
@@ -71,11 +73,15 @@ class SaveAt(Callback):
 
 @pytest.fixture
 def fit(toy_data, tiny_policy, make_trainer):
-    def fit(curriculum, *callbacks, budget=40, epochs=3, ckpt_path=None, **options):
+    def fit(curriculum, *callbacks, budget=40, epochs=3, ckpt_path=None, rollouts="sample", **options):
         watch = Watch()
         torch.manual_seed(3)
         module = GRPORecModule(
-            tiny_policy(), num_generations=4, scoring_generations=4, optimizer=lambda p: torch.optim.AdamW(p, lr=0.05)
+            tiny_policy(),
+            rollouts=rollouts,
+            num_generations=4,
+            scoring_generations=4,
+            optimizer=lambda p: torch.optim.AdamW(p, lr=0.05),
         )
         options = {"selector": RandomSelector(redraw=True), "rescore_fraction": 0.5, **options}
         minirec = MiniRec(budget, curriculum=curriculum, **options)
@@ -102,9 +108,10 @@ def test_gaussian_plans_each_epoch_by_its_place_in_the_training(fit):
         assert ids == gaussian_curriculum(list(easiness), list(easiness.values()), **options)
 
 
-def test_moving_target_follows_the_reward_met_in_training(fit):
+@pytest.mark.parametrize("rollouts", ["sample", "expected"])
+def test_moving_target_follows_the_reward_met_in_training(fit, rollouts):
     options = {"target": 0.9, "step_size": 0.3, "sensitivity": 1.5, "target_reward": 0.2}
-    watch = fit(MovingTargetCurriculum(**options))
+    watch = fit(MovingTargetCurriculum(**options), rollouts=rollouts)
     assert watch.targets[0] == 0.9
     for epoch, (ids, easiness) in enumerate(zip(watch.ids, watch.easiness, strict=True)):
         distance = [abs(1 - easiness[i] - watch.targets[epoch]) for i in ids]

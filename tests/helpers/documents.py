@@ -131,20 +131,6 @@ def shell_of(folder):
     return run_there
 
 
-def run_block_in_shell(block, folder):
-    """Runs what a block shows as a user would: programs and commands, and a YAML snippet by `minirec check`."""
-    run_there = shell_of(folder)
-    if block.language == "python":
-        (folder / "program.py").write_text(block.text, encoding="utf-8")
-        run_there([sys.executable, "program.py"])
-    elif block.language == "yaml":
-        (folder / "snippet.yaml").write_text(block.text, encoding="utf-8")
-        run_there(f"minirec check --config {OVERLAID} --config snippet.yaml")
-    else:
-        assert block.language == "bash"
-        run_there(block.text)
-
-
 def parse(words):
     """Refuses a command that does not exist or has no such options."""
     from minirec_pl.cli.main import TRAINER_COMMANDS, parsers

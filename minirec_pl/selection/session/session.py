@@ -69,8 +69,8 @@ def session_of(trainer: Trainer) -> SelectionSession:
 
 
 def nothing_trained() -> dict[str, float]:
-    """Returns empty sums over the groups met in training: their number, mean rewards, and how many are mixed."""
-    return {"groups": 0, "reward": 0.0, "mixed": 0}
+    """Returns empty sums over what was met in training: samples, their mean rewards, groups, and how many are mixed."""
+    return {"samples": 0, "reward": 0.0, "groups": 0, "mixed": 0}
 
 
 class SelectionSession:
@@ -97,7 +97,8 @@ class SelectionSession:
         active: False in a run with `overfit_batches`, in which nothing is selected.
         scored: True once the pool has been scored, or the part of it that was asked for.
         trained: what was met in training since the last plan, see `nothing_trained`.
-        trained_reward: mean reward met in training between the last two plans; None where none was.
+        trained_reward: mean reward met in training between the last two plans, without rollouts the mean solve
+            probability; None where none was.
         target_difficulty: target of a `MovingTargetCurriculum`, in [0, 1]; None before its first plan.
         cost: what the run spent; that of the module where it has one.
         running: what the run is in the middle of, shared with our modules.
