@@ -49,21 +49,23 @@ def _head(frame):
     return [
         "# Rollouts, their expectation, and supervised training",
         "",
-        "`minirec compare --config benchmarks/studies/tuning_expected.yaml --to runs/tuning-expected --jobs 2`, the same of",
-        "`expected.yaml` to `runs/expected`, then",
-        "`python benchmarks/expected.py --from runs/expected --tuning runs/tuning-expected` writes this page. The Amazon",
-        "files are in `data/amazon-industrial` or where `--path amazon-industrial=DIR` says.",
+        "`minirec compare --config benchmarks/studies/tuning_expected.yaml --to runs/tuning-expected --jobs 2`, then",
+        "the same of `expected.yaml` to `runs/expected`, then",
+        "`python benchmarks/expected.py --from runs/expected --tuning runs/tuning-expected` writes this page.",
+        "The Amazon files are in `data/amazon-industrial` or where `--path amazon-industrial=DIR` says.",
         "",
         f"{cells} cells, seeds {seeds}. {machine()}.",
         "",
-        "All arms of a data set and seed start from the same warm policy and differ in two things. Training: GRPO with 16",
-        "rollouts (`sample`), by its expected gradient (`expected`), and supervised on the same samples (`sft`).",
+        "All arms of a data set and seed start from the same warm policy and differ in two things. Training: GRPO with",
+        "16 rollouts (`sample`), by its expected gradient (`expected`), and supervised on the same samples (`sft`).",
         "Samples: the full pool, or a tenth of it chosen anew for each of four epochs, at random, by MiniRec with its",
-        "Gaussian, or by MiniRec with the size of the expected update. MiniRec scores the whole pool before each epoch.",
-        "The epoch is chosen on validation, NDCG@10 is that of test, the whole catalogue ranked. [ ] are 95 % intervals",
-        "over seeds, differences paired by seed. Tokens (forward and backward), rollouts and seconds are those of the whole",
-        "run after its warm start, scoring and selection included, evaluation not; two runs shared the machine. The window",
-        "`all` is the mean of the windows of a seed.",
+        "Gaussian, or by MiniRec with the size of the expected update. MiniRec scores the whole pool before an epoch.",
+        "The epoch is chosen on validation, NDCG@10 is that of test, the whole catalogue ranked. [ ] are 95 %",
+        "intervals over seeds, differences paired by seed. Tokens (forward and backward), rollouts and seconds are",
+        "those of the whole run after its warm start, scoring and selection included, evaluation not; two runs shared",
+        "the machine. `minus sft` and `minus sample` compare with the same samples, the columns after them with the",
+        "same training.",
+        "The window `all` is the mean of the windows of a seed.",
         "",
     ]
 
@@ -170,7 +172,7 @@ def _rates(study, frame):
         for method in study.methods:
             shown = (f"{means[method.name, name]:.4f}" if (method.name, name) in means else "–" for name in settings)
             where = " ".join(filter(None, (dataset, window)))
-            used = method.overrides["model.optimizer.lr"]
+            used = method.per_dataset[dataset]["model.optimizer.lr"]
             lines.append(f"| {where} | {method.name} | {' | '.join(shown)} | {used:g} |")
     return [*lines, ""]
 

@@ -25,22 +25,27 @@ from minirec_pl.utils.files import write_json
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-RUNS: dict[str, list[str]] = {
-    "grpo_full": [
-        "--selection=null",
-        "--trainer.max_epochs=2",
-        "--model.optimizer.lr=0.0001",
-        "--model.lr_scheduler.total_iters=308",
-    ],
+RUNS: dict[str, list[str]] = {  # what each changes in quickstart.yaml
+    "sft_pool": ["--model.rollouts=supervised"],
+    "grpo_full": ["--selection=null", "--trainer.max_epochs=2", "--model.lr_scheduler.total_iters=308"],
     "grpo_random": [
         "--selection.selector=minirec_pl.selection.RandomSelector",
         "--selection.selector.redraw=true",
         "--selection.curriculum=shuffled",
     ],
+    "grpo_sampled": ["--model.rollouts=sample"],
     "grpo_minirec": [],
 }
-SEEDED = {"grpo_random": "--selection.selector.seed", "grpo_minirec": "--selection.curriculum.seed"}
-NAMES = {"warm_start": "warm start", "grpo_full": "GRPO full", "grpo_random": "GRPO random", "grpo_minirec": "MiniRec"}
+SEEDED = dict.fromkeys(("sft_pool", "grpo_sampled", "grpo_minirec"), "--selection.curriculum.seed")
+SEEDED["grpo_random"] = "--selection.selector.seed"
+NAMES = {
+    "warm_start": "warm start",
+    "sft_pool": "SFT pool",
+    "grpo_full": "GRPO full",
+    "grpo_random": "GRPO random",
+    "grpo_sampled": "GRPO sampled",
+    "grpo_minirec": "MiniRec",
+}
 SHOWN = (*FIGURES, *(f"{name}_se_users" for name in FIGURES))
 COSTS = ("samples_per_epoch", "distinct_samples", "rollouts", "tokens", "seconds")
 WIDTH, TAIL = 100, 12  # characters of a line that is piped, lines of the log of a stage that failed
@@ -48,7 +53,7 @@ Row = dict[str, Any]
 
 
 def quickstart(data: Path, to: Path, configs: Path, seed: int) -> None:
-    """Trains a warm start, then GRPO from it on the full pool, a random part and MiniRec's part; tests and compares.
+    """Trains a warm start, then GRPO on the full pool, a random part and MiniRec's part, and supervised on that.
 
     Prints a line per stage and the table. Writes `results.json`, the rows of the table, and per method a folder with
     its runs and `log.txt`, all that they printed.
@@ -89,13 +94,16 @@ def quickstart(data: Path, to: Path, configs: Path, seed: int) -> None:
                 tested = stage.run(arguments, to / method / "log.txt", "a")
                 rows.append({"method": method, **fit, **_results(tested)})
             stage.show(f"{len(fits)} policies")
+        kind = fitted.model.rollouts  # of grpo_minirec, the last
         rows = [{name: row[name] for name in ("method", *SHOWN, *COSTS)} for row in rows]
         write_json(to / "results.json", {"rows": rows})
         console.print(table_of(rows))
         console.print(
             "Test part of MovieLens-100K, the whole catalogue ranked. Tokens and seconds include the warm start, "
-            "scoring and selection; evaluation is not counted.",
+            "scoring and selection; evaluation is not counted. sft_pool, grpo_sampled and grpo_minirec train on "
+            f"MiniRec's picks: supervised, with rollouts, and with rollouts: {kind}. {_best_on_validation(results)}",
             style="dim",
+            highlight=False,
         )
         picture = to / "grpo_minirec" / "latest" / "curriculum.png"
         drawn = picture if picture.is_file() else "none without matplotlib: pip install 'minirec-pl[report]'"
@@ -214,6 +222,12 @@ def _flush() -> None:
 def _results(finished: MiniRecCLI) -> Row:
     row: Row = json.loads((finished.run_dir / "results.json").read_text(encoding="utf-8"))
     return row
+
+
+def _best_on_validation(results: dict[str, Row]) -> str:
+    figures = {method: fit["best"]["val/ndcg@10"] for method, fit in results.items()}
+    best = max(figures, key=lambda method: figures[method])
+    return f"Best on validation: {best}, NDCG@10 {figures[best]:.4f}."
 
 
 def table_of(rows: list[Row]) -> Table:

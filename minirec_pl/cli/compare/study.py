@@ -22,7 +22,7 @@ KEYS = {
     "like": "another study: its keys hold where this file has none, and methods can be like its methods",
     "config": "fit config that all cells share",
     "datasets": "list of {name, window, path, overrides}",
-    "methods": "name: {budgets, epochs, like, overrides}",
+    "methods": "name: {budgets, epochs, like, overrides, per_dataset}",
     "budgets": "shares of the pool",
     "seeds": "list of integers",
     "epochs": "epochs of a cell",
@@ -66,6 +66,7 @@ class Method:
         takes_budget: whether `selection.budget` is set.
         epochs: of a cell.
         overrides: of the fit config.
+        per_dataset: further overrides, by the name of the data set that they are for.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Method:
     takes_budget: bool
     epochs: int
     overrides: Overrides = field(hash=False)
+    per_dataset: Mapping[str, Overrides] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ class Cell:
         """
         count = max(1, int(self.budget * pool)) if self.method.takes_budget else pool
         steps = self.method.epochs * -(-count // batch_size)
-        values: Overrides = {**self.data.overrides, **self.method.overrides, **self.overrides}
+        own = self.method.per_dataset.get(self.data.name, {})
+        values: Overrides = {**self.data.overrides, **self.method.overrides, **own, **self.overrides}
         values["trainer.max_epochs"] = self.method.epochs
         if self.method.takes_budget:
             values["selection.budget"] = float(self.budget)
@@ -173,7 +176,8 @@ class Study:
     def fingerprint(self, cell: Cell) -> str:
         """Computes the SHA-256 (hex) of what a cell is made of: config, overrides, budget, epochs and seed."""
         method = cell.method
-        own = [method.overrides, method.epochs, method.takes_budget, cell.budget, cell.overrides]
+        overrides = {**method.overrides, **method.per_dataset.get(cell.data.name, {})}
+        own = [overrides, method.epochs, method.takes_budget, cell.budget, cell.overrides]
         return _digest([self.warm_fingerprint(cell.data, cell.seed), *own])
 
 
@@ -282,8 +286,10 @@ class _Reader:
         where = f"methods.{name}"
         self._is_name(name, where)
         if not isinstance(options, dict):
-            raise InputError(f"{self.path}, {where}: give a mapping of budgets, epochs, like and overrides")
-        self._known(options, ("budgets", "epochs", "like", "overrides"), where)
+            raise InputError(
+                f"{self.path}, {where}: give a mapping of budgets, epochs, like, overrides and per_dataset"
+            )
+        self._known(options, ("budgets", "epochs", "like", "overrides", "per_dataset"), where)
         like = options.get("like")
         if like is not None and like not in others:
             raise InputError(f"{self.path}, {where}.like: there is no method {like!r} above it: name one that is")
@@ -293,7 +299,19 @@ class _Reader:
         budgets = options.get("budgets", self.content.get("budgets", []) if takes_budget else [1.0])
         epochs = options.get("epochs", others[like].epochs if like else self.content.get("epochs", 1))
         count = self._count(epochs, f"{where}.epochs")
-        return Method(name, self._budgets(budgets, where), takes_budget, count, overrides)
+        per_dataset = {**others[like].per_dataset} if like else {}
+        for data, more in self._by_dataset(options.get("per_dataset") or {}, where).items():
+            per_dataset[data] = {**per_dataset.get(data, {}), **more}
+        return Method(name, self._budgets(budgets, where), takes_budget, count, overrides, per_dataset)
+
+    def _by_dataset(self, given: Any, where: str) -> dict[str, Overrides]:
+        known = {str(data.get("name")) for data in self._sequence("datasets") if isinstance(data, dict)}
+        if not isinstance(given, dict) or not set(map(str, given)) <= known:
+            raise InputError(
+                f"{self.path}, {where}.per_dataset: give overrides by the name of a data set, which is one of "
+                f"{', '.join(sorted(known))}"
+            )
+        return {str(name): self._overrides({"overrides": given[name]}, f"{where}.per_dataset.{name}") for name in given}
 
     def _budgets(self, budgets: Any, where: str) -> tuple[float, ...]:
         if not isinstance(budgets, list) or not budgets:

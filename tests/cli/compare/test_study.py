@@ -67,6 +67,18 @@ def test_a_study_like_another_has_its_keys_and_methods(tmp_path, study):
     assert other.methods[0].overrides == study.methods[2].overrides
 
 
+def test_a_method_has_overrides_of_its_own_on_a_data_set(tmp_path):
+    own = {"per_dataset": {"toy": {"model.optimizer.lr": 0.5}}, "overrides": {"model.optimizer.lr": 0.1}}
+    study = Study.read(
+        write_study(
+            tmp_path, methods={"a": own, "b": {"like": "a"}, "c": {"overrides": own["overrides"]}}, references=[]
+        )
+    )
+    a, b, c = study.cells()[:3]
+    assert ["--model.optimizer.lr=0.5" in cell.words(100, 16) for cell in (a, b, c)] == [True, True, False]
+    assert study.fingerprint(a) == study.fingerprint(b) != study.fingerprint(c)
+
+
 def test_a_study_without_methods_has_those_of_the_study_it_is_like(tmp_path, study):
     second, third = tmp_path / "second.yaml", tmp_path / "third.yaml"
     second.write_text(f"like: {study.path}\nreferences: []\nmethods: {{other: {{like: minirec}}}}\n")
@@ -100,6 +112,7 @@ def test_words_keep_text_as_it_is():
         ({"budgets": ["tenth"]}, "'tenth' is not a share of the pool"),
         ({"epochs": 0}, "epochs is 0"),
         ({"methods": {"a": {"like": "b"}}}, "there is no method 'b' above it"),
+        ({"methods": {"a": {"per_dataset": {"x": {}}}}}, "by the name of a data set, which is one of toy"),
         ({"methods": {"a/b": {}}}, "names a folder"),
         ({"datasets": [{"window": "late"}]}, "give a mapping with a name"),
         ({"datasets": STUDY["datasets"] * 2}, "toy/late is there twice"),
