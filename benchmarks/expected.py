@@ -1,12 +1,11 @@
 """Tables of benchmarks/studies/expected.yaml: GRPO with rollouts, by its expected gradient, and supervised training.
 
-python benchmarks/expected.py --from runs/expected --tuning runs/tuning-expected
+python benchmarks/expected.py --from runs/expected --alone runs/expected-alone --tuning runs/tuning-expected
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,30 +15,34 @@ from measuring import machine
 
 from minirec_pl.cli.compare.comparison import cell, chosen_points, with_all_windows
 from minirec_pl.cli.compare.intervals import paired_interval, t_interval
+from minirec_pl.cli.compare.results import write_tidy
 from minirec_pl.cli.compare.study import Study
 from minirec_pl.cli.compare.tasks import cell_path
 
 TRAINING = ("sample", "expected", "sft")
 SAMPLES = ("full", "random", "gaussian", "update")
 WARM = "warm_start"
+KEYS = ["dataset", "window", "method", "setting", "budget", "seed", "epoch", "split"]
 SHARES = (0.1, 0.25, 1.0)
 
 
 def main(args=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--from", dest="folder", required=True, type=Path, metavar="DIR", help="--to of the study")
+    parser.add_argument("--alone", required=True, type=Path, metavar="DIR", help="--to of the cells that ran alone")
     parser.add_argument("--tuning", required=True, type=Path, metavar="DIR", help="--to of tuning_expected.yaml")
     parser.add_argument("--to", type=Path, default=RESULTS, metavar="DIR", help=f"default: {RESULTS}")
     options = parser.parse_args(args)
     study, tuning = (Study.read(STUDIES / f"{name}.yaml") for name in ("expected", "tuning_expected"))
-    frame = pd.read_parquet(options.folder / "expected.parquet")
+    frame, alone = (pd.read_parquet(folder / "expected.parquet") for folder in (options.folder, options.alone))
+    frame = frame.merge(alone[KEYS].assign(seconds_alone=alone["seconds"] - alone["seconds_warm_start"]), how="left")
     lines = _head(frame)
     for (dataset, window), runs in runs_of(frame).groupby(["dataset", "window"], sort=False):
         lines += [f"## {dataset} {window}".rstrip(), "", *table(runs), ""]
     lines += [*_users(study, options.folder), *_equal_cost(frame)]
     lines += _rates(study, pd.read_parquet(options.tuning / f"{tuning.path.stem}.parquet"))
     options.to.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(options.folder / "expected.parquet", options.to / "expected.parquet")
+    write_tidy(frame, options.to / "expected.parquet")
     (options.to / "expected.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
@@ -49,10 +52,11 @@ def _head(frame):
     return [
         "# Rollouts, their expectation, and supervised training",
         "",
-        "`minirec compare --config benchmarks/studies/tuning_expected.yaml --to runs/tuning-expected --jobs 2`, then",
-        "the same of `expected.yaml` to `runs/expected`, then",
-        "`python benchmarks/expected.py --from runs/expected --tuning runs/tuning-expected` writes this page.",
-        "The Amazon files are in `data/amazon-industrial` or where `--path amazon-industrial=DIR` says.",
+        "Of `benchmarks/studies/`, `tuning_expected.yaml` ran with `minirec compare --config FILE --to",
+        "runs/tuning-expected --jobs 2`, `expected.yaml` the same way to `runs/expected`, and its first seed once more",
+        "with `--only '*/1' --to runs/expected-alone`, a cell at a time. `python benchmarks/expected.py --from",
+        "runs/expected --alone runs/expected-alone --tuning runs/tuning-expected` writes this page. The Amazon files",
+        "are in `data/amazon-industrial` or where `--path amazon-industrial=DIR` says.",
         "",
         f"{cells} cells, seeds {seeds}. {machine()}.",
         "",
@@ -62,9 +66,9 @@ def _head(frame):
         "Gaussian, or by MiniRec with the size of the expected update. MiniRec scores the whole pool before an epoch.",
         "The epoch is chosen on validation, NDCG@10 is that of test, the whole catalogue ranked. [ ] are 95 %",
         "intervals over seeds, differences paired by seed. Tokens (forward and backward), rollouts and seconds are",
-        "those of the whole run after its warm start, scoring and selection included, evaluation not; two runs shared",
-        "the machine. `minus sft` and `minus sample` compare with the same samples, the columns after them with the",
-        "same training.",
+        "those of the whole run after its warm start, scoring and selection included, evaluation not; seconds are of",
+        "seed 1, whose cells ran alone. `minus sft` and `minus sample` compare with the same samples, the columns",
+        "after them with the same training.",
         "The window `all` is the mean of the windows of a seed.",
         "",
     ]
@@ -77,11 +81,10 @@ def runs_of(frame):
     whole = pd.concat([whole, first.astype({"method": str})], ignore_index=True)
     runs = chosen_points(whole)
     last = whole[whole["split"] == "test"].groupby(["dataset", "window", "method", "seed"], observed=True)
-    spent = last[["seconds", "seconds_warm_start", "rollouts", "tokens", "tokens_warm_start"]].max()
-    spent["seconds_after"] = spent["seconds"] - spent["seconds_warm_start"]
+    spent = last[["seconds_alone", "rollouts", "tokens", "tokens_warm_start"]].max()
     spent["tokens_after"] = spent["tokens"] - spent["tokens_warm_start"]
     spent["rollouts_total"] = spent["rollouts"]
-    columns = ["seconds_after", "tokens_after", "rollouts_total"]
+    columns = ["seconds_alone", "tokens_after", "rollouts_total"]
     runs = runs.merge(spent[columns].reset_index().astype({"dataset": str, "window": str, "method": str}))
     return with_all_windows(runs)
 
@@ -107,7 +110,7 @@ def table(runs):
         shown = [cell(t_interval(own["test"].to_numpy()))]
         shown += [cell(difference(runs, arm, rival), signed=True) for rival in rivals]
         shown += [f"{own['tokens_after'].mean() / 1e3:,.0f}", f"{own['rollouts_total'].mean():,.0f}"]
-        shown += [f"{own['seconds_after'].mean():.1f}"]
+        shown += [f"{own['seconds_alone'].mean():.1f}"]
         lines.append(f"| {samples} | {training} | {' | '.join(shown)} |")
     return lines
 

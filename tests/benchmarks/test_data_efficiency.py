@@ -6,30 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from data_efficiency import at_equal_cost, quality_at, user_bootstrap
-from helpers.compare_tools import raw
+from helpers.compare_tools import chosen, interval, raw
 from helpers.paths import BENCHMARKS
 from scipy import stats
 
 RESULTS = BENCHMARKS / "results"
 TABLE, PAGE = RESULTS / "data_efficiency.parquet", RESULTS / "data_efficiency.md"
 NUMBER = r"[-+]?\d\.\d+"
-
-
-def chosen(frame, dataset, window, method, budget):
-    """Test NDCG@10 by seed at the epoch with the best validation, by plain loops."""
-    own = frame[(frame["dataset"] == dataset) & (frame["window"] == window) & (frame["method"] == method)]
-    own = own[np.isclose(own["budget"], budget)]
-    found = {}
-    for seed, rows in own.groupby("seed"):
-        validation = rows[rows["split"] == "validation"].sort_values("epoch")
-        epoch = validation["epoch"].iloc[int(np.argmax(validation["ndcg@10"].to_numpy()))]
-        found[seed] = rows[(rows["split"] == "test") & (rows["epoch"] == epoch)]["ndcg@10"].item()
-    return found
-
-
-def interval(values):
-    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    return [np.mean(values), low, high]
 
 
 def check_headline(page, frame):

@@ -1,7 +1,9 @@
 """A study on a toy dataset whose cells take a moment."""
 
+import numpy as np
 import pandas as pd
 import yaml
+from scipy import stats
 
 from .cli_tools import TINY, write_toy
 
@@ -93,3 +95,20 @@ def raw(budgets, seeds=(1, 2, 3)):
                         figure = {"split": split, "epoch": epoch, "seed": seed, "ndcg@10": ndcg, "hit_rate@10": 0.5}
                         rows.append({**run, **spent, **figure})
     return pd.DataFrame(rows)
+
+
+def chosen(frame, dataset, window, method, budget):
+    """Test NDCG@10 by seed at the epoch with the best validation, by plain loops."""
+    own = frame[(frame["dataset"] == dataset) & (frame["window"] == window) & (frame["method"] == method)]
+    own = own[np.isclose(own["budget"], budget)]
+    found = {}
+    for seed, rows in own.groupby("seed"):
+        validation = rows[rows["split"] == "validation"].sort_values("epoch")
+        epoch = validation["epoch"].iloc[int(np.argmax(validation["ndcg@10"].to_numpy()))]
+        found[seed] = rows[(rows["split"] == "test") & (rows["epoch"] == epoch)]["ndcg@10"].item()
+    return found
+
+
+def interval(values):
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    return [np.mean(values), low, high]
