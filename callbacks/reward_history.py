@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from minirec_pl.selection.session.callback import SessionCallback
+from minirec_pl.selection.session.prediction import compare, forecast
 from minirec_pl.selection.session.scorers import with_ids
 from minirec_pl.selection.session.session import SelectionSession, nothing_trained, session_of
 from minirec_pl.selection.signals import SampleSignals, gather_signals
@@ -18,7 +19,8 @@ class RewardHistory(SessionCallback):
     """Stores the `signals` that `training_step` returns beside its `loss`.
 
     A `training_step` that returns `{"loss": ..., "signals": SampleSignals(sample_id, rewards)}`, as that of
-    `GRPORecModule` does, keeps the store up to date at no cost. Other return values are ignored.
+    `GRPORecModule` does, keeps the store up to date at no cost. Other return values are ignored. Where a selector
+    predicts the solve probability, each plan logs how well the predictions agreed with what was met afterwards.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -42,6 +44,7 @@ class RewardHistory(SessionCallback):
         met = gather_signals(own, trainer.strategy.root_device)
         if met is None:
             return
+        forecast(session, met)
         session.store.update(met, epoch=trainer.current_epoch, step=trainer.global_step, source="train")
         if met.rewards is not None:
             groups = met.rewards
@@ -56,4 +59,6 @@ class RewardHistory(SessionCallback):
             share_mixed = session.trained["mixed"] / groups
             values = {"selection/trained_reward": session.trained_reward, "selection/trained_share_mixed": share_mixed}
             session.log(trainer, values)
+        if calibrated := compare(session):
+            session.log(trainer, calibrated)
         session.trained = nothing_trained()
