@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -338,7 +338,9 @@ def predicted_chance(signals: Signals, selector: object) -> Tensor:
 
 def with_chance(signals: Signals, chance: Tensor) -> Signals:
     """Returns signals in which mean reward and solve probability are these values, float64 [N]."""
-    return replace(signals, reward_mean=chance, solve_probability=chance)
+    changed = copy.copy(signals)  # not made anew, which would check all signals again
+    changed.reward_mean = changed.solve_probability = chance
+    return changed
 
 
 def predicted_ledger(ledger: SelectionLedger, signals: Signals, kind: str) -> SelectionLedger:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -71,6 +70,10 @@ class PredictedSelector:
         Raises:
             InputError: If an option has a value that is not allowed, or scikit-learn is not installed.
         """
+        if learnability not in ("update", "gaussian"):
+            raise InputError(
+                f"learnability is {learnability!r}: give update or gaussian, since no gradient is measured"
+            )
         self.predictor = PredictedDifficulty() if predictor is None else predictor
         self.difficulty = difficulty
         self.learnability = learnability
@@ -121,7 +124,8 @@ class PredictedSelector:
         embedding = signals.embedding if known is None or bool(known.all()) else None
         spread = self.novelty and bool((hits + misses).any())
         vectors = (signals.vectors if embedding is None else embedding) if spread else None
-        bare = replace(signals, gradient=None, embedding=vectors, embedding_known=None)
-        ledger = self._like_minirec(vectors is not None).select(with_chance(bare, drawn), k, epoch=epoch)
+        drawn_from = with_chance(signals, drawn)
+        drawn_from.gradient, drawn_from.embedding, drawn_from.embedding_known = None, vectors, None
+        ledger = self._like_minirec(vectors is not None).select(drawn_from, k, epoch=epoch)
         ledger.columns["representativeness"][:] = np.nan
         return predicted_ledger(ledger, signals, "drawn")
