@@ -6,8 +6,11 @@ import copy
 import math
 import warnings
 from collections.abc import Collection
+from functools import update_wrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback
 
 from minirec_pl.selection.budget import budget_count, check_budget
 from minirec_pl.selection.diagnostics import Diagnostics
@@ -106,7 +109,8 @@ class SelectSamples(SessionCallback):
             except ModuleNotFoundError:
                 warnings.warn("calibration.png needs matplotlib: pip install 'minirec-pl[report]'", stacklevel=2)
                 return
-            draw_reliability(*session.reliability, folder / "calibration.png")
+            predicted, observed = session.reliability
+            draw_reliability(predicted, observed, folder / "calibration.png")
 
     def check_ledger(self) -> None:
         """Looks for the ledger.
@@ -188,9 +192,10 @@ class SelectSamples(SessionCallback):
                 'none: return {"loss": ..., "signals": SampleSignals(sample_id, rewards=...)}'
             )
             session.warn_once(trainer, text, text)
-        if self.selector.needs and getattr(module, "scoring_generations", 0):
+        drawn: int = getattr(module, "scoring_generations", 0)
+        if self.selector.needs and drawn:
             text = (
-                f"scoring draws {module.scoring_generations} rollouts of each sample, which {name} does not read with "
+                f"scoring draws {drawn} rollouts of each sample, which {name} does not read with "
                 "signals='predicted': set scoring_generations to 0 on the module, unless its gradients need them"
             )
             session.warn_once(trainer, text, text)
@@ -206,6 +211,10 @@ class SelectSamples(SessionCallback):
                 "it was made for"
             )
         return ledger
+
+
+# Lightning then counts it as stateless, and a second one is refused by the session, which says what to do.
+update_wrapper(SelectSamples.state_dict, Callback.state_dict, assigned=())
 
 
 def told_of(selector: Selector, module: LightningModule) -> Selector:

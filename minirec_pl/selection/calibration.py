@@ -35,13 +35,14 @@ class Calibration:
 
     def figures(self) -> dict[str, float]:
         """Returns what is logged, by name; unknown figures are left out."""
-        values = {"brier": self.brier, "brier_of_mean": self.brier_of_mean, "auc": self.auc}
-        for number, pair in enumerate(zip(self.predicted, self.observed, strict=True), 1):
-            values |= {f"reliability/{name}_{number}": value for name, value in zip(_PAIR, pair, strict=True)}
-        return {f"selection/predicted_{name}": value for name, value in values.items() if not math.isnan(value)}
-
-
-_PAIR = ("mean", "observed")
+        values = {
+            "selection/predicted_brier": self.brier,
+            "selection/predicted_brier_of_mean": self.brier_of_mean,
+            "selection/predicted_auc": self.auc,
+        }
+        for name, column in (("mean", self.predicted), ("observed", self.observed)):
+            values |= {f"selection/predicted_reliability/{name}_{bin_}": v for bin_, v in enumerate(column, 1)}
+        return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
 def calibration(predicted: Floats, hits: Floats, misses: Floats, bins: int = 10) -> Calibration:
