@@ -77,7 +77,7 @@ def _one(n: int, k: int, threads: int) -> dict[str, float]:
     started = time.perf_counter()
     view = store.pool_view(EPOCHS)
     found = selector.predictor.predict(view.hits, view.misses, features, met_at=store.clock("reward_epoch"))
-    store.set_prior(found.mean, selector.predictor.strength, epoch=EPOCHS, step=EPOCHS)
+    store.set_prior(found.mean, found.strength, epoch=EPOCHS, step=EPOCHS)
     refitted = time.perf_counter()
     view = store.pool_view(EPOCHS)
     view.vectors = torch.from_numpy(vectors)

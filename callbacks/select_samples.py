@@ -151,7 +151,7 @@ class SelectSamples(SessionCallback):
         first, session.ledger = session.ledger is None, ledger
         if first or trainer.loggers:
             found = session.diagnostics(trainer)
-            for text in found.warnings if first and not goes_by_outcomes(self.selector) else ():
+            for text in found.warnings if first else ():
                 session.warn_once(trainer, f"selection: {text}", text.partition(":")[0])
             session.log(trainer, _figures(session, found, before))
         session.leave_files(trainer)

@@ -24,6 +24,8 @@ _ROWS = 65_536  # samples predicted at a time
 _KNOTS = 6  # quantiles between which the effect of a feature is linear
 _COMPONENTS = 8  # principal components of the embeddings
 _LOWEST = 1e-4  # predicted probability, and 1 less it the highest
+_UNIFORM = 2.0  # strength before the first outcome; with a mean of 0.5 that is Beta(1, 1)
+_WEAKEST, _STRONGEST = 2.0, 256.0
 _NEEDS = {"log_popularity": "item_id", "user_activity": "user_id", "age": "timestamp"}
 
 
@@ -33,11 +35,13 @@ class Prediction:
 
     Attributes:
         mean: [N] float64 in (0, 1), out of fold.
+        strength: rollouts that a prediction counts as.
         features: names of what it goes by; empty where all samples get the same.
         notes: sentences on what is missing, for a warning.
     """
 
     mean: Tensor
+    strength: float
     features: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -52,6 +56,9 @@ class PredictedDifficulty:
     alpha_0 plus hits that are discounted alike, which is how `SignalStore.posterior` keeps it while the prior is
     refitted before every selection.
 
+    kappa, the rollouts that a prediction counts as, is by default taken from the outcomes as well, by the method of
+    moments: the less the hits of samples vary about their predictions, the larger it is, from 2 to 256.
+
     p_i is always out of fold: the samples are dealt out into folds, and the model of a fold is fitted without its
     samples, so a sample's own hits count once. The features need no language model. Each enters as a piecewise linear
     function between six quantiles of the pool; a missing value has an effect of its own. Embeddings, where there are
@@ -63,7 +70,7 @@ class PredictedDifficulty:
 
     def __init__(
         self,
-        strength: float = 16.0,
+        strength: float | None = None,
         discount: float = 0.5,
         prior_mean: float = 0.5,
         folds: int = 5,
@@ -72,7 +79,7 @@ class PredictedDifficulty:
         """Sets the model.
 
         Args:
-            strength: Rollouts that the prediction counts as, kappa, above 0.
+            strength: Rollouts that a prediction counts as, kappa, above 0; None takes it from the outcomes.
             discount: Share lambda of the earlier counts that remains when a sample is met again, from 0 to 1. Published
                 are 1 and, for fast learners, 0.5.
             prior_mean: Solve probability before the first outcome, between 0 and 1.
@@ -82,7 +89,7 @@ class PredictedDifficulty:
         Raises:
             InputError: If an option is out of range, or scikit-learn is not installed.
         """
-        if not 0 < strength < float("inf"):
+        if strength is not None and not 0 < strength < float("inf"):
             raise InputError(
                 f"strength is {strength}: give the number of rollouts that a prediction counts as, above 0"
             )
@@ -94,7 +101,7 @@ class PredictedDifficulty:
             raise InputError(f"folds is {folds}: give at least 2, so that each is predicted from the others")
         if find_spec("sklearn") is None:
             raise InputError("PredictedDifficulty needs scikit-learn: pip install 'minirec-pl[kmeans]'")
-        self.strength = float(strength)
+        self.strength = None if strength is None else float(strength)
         self.discount = float(discount)
         self.prior_mean = float(prior_mean)
         self.folds = folds
@@ -128,7 +135,8 @@ class PredictedDifficulty:
         n, met = len(hit), np.flatnonzero(hit + miss)
         columns, names = self._columns(n, features, embedding, embedding_known, met, notes)
         if not len(met):
-            return Prediction(torch.full((n,), self.prior_mean, dtype=torch.float64), (), tuple(notes))
+            start = torch.full((n,), self.prior_mean, dtype=torch.float64)
+            return Prediction(start, self.strength or _UNIFORM, (), tuple(notes))
         total = float(hit.sum()), float(miss.sum())
         if not min(total):
             kind = "hits" if total[0] else "misses"
@@ -149,8 +157,9 @@ class PredictedDifficulty:
             for one, model in enumerate(models):
                 own = fold[rows] == one
                 mean[rows[own]] = model.predict(basis[own])
-        used = tuple(names) if columns else ()
-        return Prediction(torch.from_numpy(mean.clip(_LOWEST, 1 - _LOWEST)), used, tuple(notes))
+        mean = mean.clip(_LOWEST, 1 - _LOWEST)
+        strength = self.strength or _strength(mean[met], hit[met], miss[met])
+        return Prediction(torch.from_numpy(mean), strength, tuple(names) if columns else (), tuple(notes))
 
     def _fit(self, columns: Sequence[_Column], rows: Ints, hits: Floats, misses: Floats) -> _Model:
         """Fits a model to the outcomes of these rows."""
@@ -223,6 +232,18 @@ def table_features(samples: pd.DataFrame) -> tuple[pd.DataFrame, str | None]:
             "add the column, or define sample_features(sample_ids) on the DataModule"
         )
     return pd.DataFrame(found, index=range(len(samples))), note
+
+
+def _strength(mean: Floats, hits: Floats, misses: Floats) -> float:
+    """Takes kappa by the method of moments: hits vary about the prediction as those of a beta-binomial distribution do.
+
+    E (h - n p)^2 = n p (1 - p) (1 + (n - 1) rho) with rho = 1 / (kappa + 1).
+    """
+    size = hits + misses
+    alone = size * mean * (1 - mean)
+    together = float(((size - 1) * alone).sum())
+    rho = float(((hits - size * mean) ** 2 - alone).sum()) / together if together > 0 else 0.0
+    return float(np.clip(1 / rho - 1, _WEAKEST, _STRONGEST)) if rho > 0 else _STRONGEST
 
 
 def _numbers(features: pd.DataFrame, n: int) -> dict[str, Floats]:

@@ -79,6 +79,20 @@ def test_one_class_of_outcomes_predicts_the_mean_and_says_so(hit, kind):
     assert bool(((found.mean > 0.9) if hit else (found.mean < 0.1)).all())
 
 
+@pytest.mark.parametrize("kappa", [4.0, 20.0, 100.0])
+def test_the_strength_is_that_of_the_pool(kappa):
+    random = np.random.default_rng(0)
+    chance = random.beta(0.2 * kappa, 0.8 * kappa, size=20_000)
+    hits = torch.from_numpy(random.binomial(16, chance)).double()
+    hits[10_000:] = 0
+    misses = torch.where(torch.arange(20_000) < 10_000, 16.0 - hits, 0.0).double()
+    assert PredictedDifficulty().predict(hits, misses).strength == pytest.approx(kappa, rel=0.15)
+    assert PredictedDifficulty(strength=7).predict(hits, misses).strength == 7
+    none = torch.zeros(5, dtype=torch.float64)
+    assert PredictedDifficulty().predict(none, none).strength == 2.0
+    assert PredictedDifficulty().predict(none + 1, none).strength == 256.0
+
+
 def test_few_outcomes_and_a_single_sample():
     one = torch.ones(1, dtype=torch.float64)
     assert PredictedDifficulty(prior_mean=0.3).predict(one, one, pd.DataFrame({"a": [1.0]})).mean.tolist() == [0.3]

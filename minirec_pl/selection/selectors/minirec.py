@@ -352,6 +352,7 @@ def predicted_ledger(ledger: SelectionLedger, signals: Signals, kind: str) -> Se
         kind: "predicted" or "drawn".
     """
     ledger.columns["reward_mean"][:] = signals.reward_mean.numpy()
+    ledger.options["signals"] = "predicted"
     ledger.difficulty_name = f"{kind} {ledger.difficulty_name.replace('mean reward', 'solve probability')}"
     return ledger
 

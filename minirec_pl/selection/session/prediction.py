@@ -57,7 +57,7 @@ class Predictions:
         )
         for note in (*found.notes, *self._notes(view.embedding is not None)):
             session.warn_once(trainer, f"predicted difficulty: {note}", note)
-        store.set_prior(found.mean, predictor.strength, epoch=epoch, step=session.step(trainer))
+        store.set_prior(found.mean, found.strength, epoch=epoch, step=session.step(trainer))
 
     def _notes(self, embedded: bool) -> list[str]:
         if self._features is None:
