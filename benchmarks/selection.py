@@ -6,6 +6,7 @@ maxmin   `maxmin_select` and the plain greedy at the sizes of the paper's CDs_an
          candidate pool loses (`selection_maxmin.py`).
 million  a million float16 embeddings in a memory-mapped file: seconds, peak memory (`selection_million.py`).
 hvp      Hessian-vector product signals of hidden states against double backward (`selection_hvp.py`).
+predicted  refit, posterior and selection of predicted difficulty (`selection_predicted.py`).
 curves   seconds over N, d and k, with a picture (`selection_curves.py`).
 
 Rivals take turns and use the same number of threads. The raw figures go to the JSON file, by case: a case that is not
@@ -32,6 +33,7 @@ TITLES = {
     "maxmin": "Max-min selection",
     "million": "A million embeddings from a file",
     "hvp": "Hessian-vector product signals",
+    "predicted": "Predicted difficulty",
     "curves": "Cost over N, d and k",
 }
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -13,7 +13,7 @@ from minirec_pl.callbacks.easy_to_hard_curriculum import EasyToHardCurriculum
 from minirec_pl.callbacks.rescore_samples import RescoreSamples
 from minirec_pl.callbacks.reward_history import RewardHistory
 from minirec_pl.callbacks.select_samples import SelectSamples
-from minirec_pl.selection.selectors.protocol import Selector
+from minirec_pl.selection.selectors.protocol import Selector, goes_by_outcomes
 from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.selection.session.scorers import Probe
 from minirec_pl.utils.errors import InputError
@@ -25,7 +25,8 @@ class MiniRec(SessionCallback):
     The same as the callbacks `RewardHistory()`, `RescoreSamples(rescore_fraction, probe, score_fraction)`,
     `SelectSamples(budget, selector)` and `curriculum` together, its parts, on which it passes every hook of Lightning.
     With `curriculum="shuffled"` nothing is scored for a selector that needs no signals; with `budget=1.0` besides,
-    nothing is scored or selected at all.
+    nothing is scored or selected at all. For a selector that goes by the outcomes of training, such as
+    `PredictedSelector`, nothing is scored whatever the curriculum: it orders by what they say.
 
     The pool is what the training loader would train on. `trainer.estimated_stepping_batches` counts the steps of this
     schedule when `configure_optimizers` reads it, rounded up to whole steps per epoch where there is a warm-up.
@@ -80,7 +81,7 @@ class MiniRec(SessionCallback):
         if curriculum == "shuffled" and isinstance(budget, float) and budget == 1.0:
             return
         self.parts.append(select)
-        if select.selector.needs or curriculum != "shuffled":
+        if select.selector.needs or not (curriculum == "shuffled" or goes_by_outcomes(select.selector)):
             self.parts.append(rescore)
         if curriculum != "shuffled":
             self.parts.append(curriculum or EasyToHardCurriculum())

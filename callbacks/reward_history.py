@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from minirec_pl.selection.session.callback import SessionCallback
+from minirec_pl.selection.session.prediction import compare, forecast
 from minirec_pl.selection.session.scorers import with_ids
 from minirec_pl.selection.session.session import SelectionSession, nothing_trained, session_of
 from minirec_pl.selection.signals import SampleSignals, gather_signals
@@ -19,7 +20,8 @@ class RewardHistory(SessionCallback):
 
     A `training_step` that returns `{"loss": ..., "signals": SampleSignals(sample_id, rewards)}`, as that of
     `GRPORecModule` does, keeps the store up to date at no cost. Other return values are ignored. Where there are no
-    rollouts, the solve probability stands for the mean reward.
+    rollouts, the solve probability stands for the mean reward. Where a selector predicts the solve probability, each
+    plan logs how well the predictions agreed with what was met afterwards.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -43,6 +45,7 @@ class RewardHistory(SessionCallback):
         met = gather_signals(own, trainer.strategy.root_device)
         if met is None:
             return
+        forecast(session, met)
         session.store.update(met, epoch=trainer.current_epoch, step=trainer.global_step, source="train")
         if met.rewards is not None:
             groups = met.rewards
@@ -61,4 +64,6 @@ class RewardHistory(SessionCallback):
             session.log(trainer, {"selection/trained_reward": session.trained_reward})
         if trained["groups"]:
             session.log(trainer, {"selection/trained_share_mixed": trained["mixed"] / trained["groups"]})
+        if calibrated := compare(session):
+            session.log(trainer, calibrated)
         session.trained = nothing_trained()

@@ -6,8 +6,11 @@ import copy
 import math
 import warnings
 from collections.abc import Collection
+from functools import update_wrapper
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback
 
 from minirec_pl.selection.budget import budget_count, check_budget
 from minirec_pl.selection.diagnostics import Diagnostics
@@ -16,9 +19,10 @@ from minirec_pl.selection.remedies import NEAR_ZERO
 from minirec_pl.selection.selectors.baselines import FullSelector
 from minirec_pl.selection.selectors.checked import check_selector, pick
 from minirec_pl.selection.selectors.minirec import MiniRecSelector
-from minirec_pl.selection.selectors.protocol import Selector, signal_options
+from minirec_pl.selection.selectors.protocol import Selector, goes_by_outcomes, signal_options
 from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.selection.session.ledger_data import check_ledger
+from minirec_pl.selection.session.prediction import Predictions
 from minirec_pl.selection.session.session import SelectionSession, session_of
 from minirec_pl.utils.errors import InputError
 
@@ -31,7 +35,8 @@ class SelectSamples(SessionCallback):
 
     Writes `ledger.parquet` (every sample's scores, rank and reason), `diagnostics.json` and `signals.safetensors` of
     the last selection to the run folder when the fit ends or fails, and before that at most once a minute. Warns at
-    the first selection if the scores are degenerate.
+    the first selection if the scores are degenerate. For a selector that predicts the solve probability it writes
+    `calibration.png`, the last predictions beside what training met.
 
     Args:
         budget: samples per epoch: a float is a share of the pool, above 0 and at most 1, an int is a number of samples.
@@ -63,6 +68,7 @@ class SelectSamples(SessionCallback):
         self.budget = 0.1 if budget is None and ledger is None else budget
         self.selector: Selector = MiniRecSelector() if selector is None else check_selector(selector)
         self._selector = self.selector
+        self._predictions = Predictions()
         self.ledger = ledger
         self.warmup_epochs = warmup_epochs
         self.every_n_epochs = every_n_epochs
@@ -78,6 +84,33 @@ class SelectSamples(SessionCallback):
         session.asked = signal_options(self.selector)
         self._selector = told_of(self.selector, pl_module)
         session.from_ledger = self.ledger is not None
+        if self.ledger is None:
+            session.predictor = getattr(self.selector, "predictor", None)
+            session.discount = getattr(session.predictor or self.selector, "discount", session.discount)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state of a selector that has one."""
+        own = getattr(self._selector, "state_dict", None)
+        return {} if own is None else {"selector": own()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Gives the selector the state that it saved."""
+        if "selector" in state_dict and hasattr(self._selector, "load_state_dict"):
+            self._selector.load_state_dict(state_dict["selector"])
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws the last reliability curve of a selector that predicts."""
+        super().on_fit_end(trainer, pl_module)
+        session = session_of(trainer)
+        folder = session.folder(trainer)
+        if folder is not None and trainer.is_global_zero and any(session.reliability):
+            try:
+                from minirec_pl.reporting.plots import draw_reliability
+            except ModuleNotFoundError:
+                warnings.warn("calibration.png needs matplotlib: pip install 'minirec-pl[report]'", stacklevel=2)
+                return
+            predicted, observed = session.reliability
+            draw_reliability(predicted, observed, folder / "calibration.png")
 
     def check_ledger(self) -> None:
         """Looks for the ledger.
@@ -129,7 +162,12 @@ class SelectSamples(SessionCallback):
                 f"{type(self.selector).__name__} needs scored samples: add the callback RescoreSamples(), as MiniRec "
                 "does, or train on a ledger"
             )
+        if goes_by_outcomes(self.selector):
+            self._check_outcomes(session, trainer, epoch)
+        if session.predictor is not None:
+            self._predictions.refit(session, trainer, epoch)
         view = session.store.pool_view(epoch)
+        view.vectors = self._predictions.vectors
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             ledger = pick(self._selector, view, budget_count(self.budget, len(view)), epoch)
@@ -140,6 +178,27 @@ class SelectSamples(SessionCallback):
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         ledger.fingerprints = dict(session.store.fingerprints)
         return ledger
+
+    def _check_outcomes(self, session: SelectionSession, trainer: Trainer, epoch: int) -> None:
+        name = type(self.selector).__name__
+        if not session.has("record"):
+            raise InputError(
+                f"{name} goes by the rewards met in training: add the callback RewardHistory(), as MiniRec does"
+            )
+        module = trainer.lightning_module
+        if epoch > 0 and not session.store.has_outcomes:
+            text = (
+                f"{name} goes by the rewards met in training, and training_step of {type(module).__name__} returned "
+                'none: return {"loss": ..., "signals": SampleSignals(sample_id, rewards=...)}'
+            )
+            session.warn_once(trainer, text, text)
+        drawn: int = getattr(module, "scoring_generations", 0)
+        if self.selector.needs and drawn:
+            text = (
+                f"scoring draws {drawn} rollouts of each sample, which {name} does not read with "
+                "signals='predicted': set scoring_generations to 0 on the module, unless its gradients need them"
+            )
+            session.warn_once(trainer, text, text)
 
     def _fixed(self, session: SelectionSession, trainer: Trainer) -> SelectionLedger:
         assert self.ledger is not None
@@ -152,6 +211,10 @@ class SelectSamples(SessionCallback):
                 "it was made for"
             )
         return ledger
+
+
+# Lightning then counts it as stateless, and a second one is refused by the session, which says what to do.
+update_wrapper(SelectSamples.state_dict, Callback.state_dict, assigned=())
 
 
 def told_of(selector: Selector, module: LightningModule) -> Selector:

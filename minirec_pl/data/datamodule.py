@@ -16,6 +16,7 @@ from minirec_pl.data.columns import Columns
 from minirec_pl.data.identity import catalogue_table, part_facts, sample_table
 from minirec_pl.data.loader import GenerationSchedule, ResumableLoader, SampleLoader, limited
 from minirec_pl.data.own_columns import OwnColumns
+from minirec_pl.data.sample_features import SampleFeatures, sample_features
 from minirec_pl.data.sampler import CurriculumSampler, OrderedSampler
 from minirec_pl.data.samples import Catalogue, IntArray, SampleTable, digest
 from minirec_pl.data.sequence_table import SequenceTable
@@ -320,6 +321,18 @@ class RecDataModule(LightningDataModule):
                 Columns.ITEM_ID: items[self.table.item[sample_ids]],
             }
         )
+
+    def sample_features(self, sample_ids: IntArray) -> SampleFeatures:
+        """Computes features of samples that need no language model, for predicted difficulty, see `SampleFeatures`.
+
+        Popularity and item factors are of the warm part, which the policy knows; without one, of the pool.
+
+        Args:
+            sample_ids: [n].
+        """
+        known = self.parts.warm if len(self.parts.warm) else self.parts.pool
+        train = np.concatenate([self.parts.warm, self.parts.pool])
+        return sample_features(self.table, sample_ids, known, train)
 
     def sample_texts(self, sample_ids: IntArray, last: int = 8) -> pd.DataFrame:
         """Puts samples in words: sample_id, user_id, history (list of titles, most recent last) and target, [n] rows.

@@ -84,6 +84,26 @@ def set_limits(axes: Axes, values: Sequence[float]) -> None:
         axes.set_ylim(0, max(values) * 1.08 or 1.0)
 
 
+def draw_reliability(predicted: Sequence[float], observed: Sequence[float], path: Path) -> None:
+    """Draws the reliability curve of predicted solve probabilities, with the diagonal that a calibrated one follows.
+
+    Args:
+        predicted: mean prediction of each bin, in [0, 1].
+        observed: share of the bin's rollouts that hit.
+        path: PNG file to write, replaced whole or not at all.
+    """
+    figure = Figure(figsize=(4.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    end = max(*predicted, *observed, 1e-3) * 1.08
+    axes.plot([0, end], [0, end], color="0.6", linewidth=0.8, linestyle=":", label="calibrated")
+    axes.plot(predicted, observed, "o-", color=BLUE, markersize=4, label="bins of equally many groups")
+    axes.set(xlabel="predicted solve probability", ylabel="share of rollouts that hit", xlim=(0, end), ylim=(0, end))
+    axes.set_title("Predictions of the last plan", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    write_atomically(path, lambda scratch: figure.savefig(scratch, dpi=150, format="png"))
+
+
 def draw_selection(signals: Signals, ledger: SelectionLedger, plan: pd.DataFrame, path: Path) -> None:
     """Draws the score over the easiness of picks and pool, and a map of the embeddings with the picks by fold.
 

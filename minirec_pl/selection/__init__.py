@@ -1,5 +1,6 @@
 """Which samples to train on, and in which order: scores, max-min selection, curriculum, store and ledger."""
 
+from minirec_pl.selection.calibration import Calibration, calibration
 from minirec_pl.selection.curriculum import (
     default_folds,
     fold_curriculum,
@@ -16,9 +17,12 @@ from minirec_pl.selection.learnability import group_difficulty, learnability, up
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.maxmin.greedy import Selection, maxmin_select
 from minirec_pl.selection.merge import merge_stores
+from minirec_pl.selection.predicted import PredictedDifficulty
 from minirec_pl.selection.representativeness import representativeness
 from minirec_pl.selection.selectors.baselines import FullSelector, KCenterSelector, KMeansSelector, RandomSelector
 from minirec_pl.selection.selectors.minirec import MiniRecSelector
+from minirec_pl.selection.selectors.outcome_based import GRESOSelector, MoPPSSelector
+from minirec_pl.selection.selectors.predicted import PredictedSelector
 from minirec_pl.selection.selectors.protocol import Selector
 from minirec_pl.selection.selectors.score_based import (
     DEALRecSelector,
@@ -33,17 +37,22 @@ from minirec_pl.selection.signals import SampleSignals, Signals
 from minirec_pl.selection.store import SignalStore
 
 __all__ = [
+    "Calibration",
     "DEALRecSelector",
     "Diagnostics",
     "EL2NSelector",
     "ExpectedUpdateSelector",
     "FullSelector",
+    "GRESOSelector",
     "GraNdSelector",
     "GroupMoments",
     "KCenterSelector",
     "KMeansSelector",
     "LearnAlignSelector",
     "MiniRecSelector",
+    "MoPPSSelector",
+    "PredictedDifficulty",
+    "PredictedSelector",
     "RandomSelector",
     "RewardVarianceSelector",
     "SampleSignals",
@@ -53,6 +62,7 @@ __all__ = [
     "Selector",
     "SignalStore",
     "Signals",
+    "calibration",
     "default_folds",
     "diagnose",
     "expected_update",

@@ -97,6 +97,8 @@ def diagnose(
         novelty_share=_novelty_share(columns),
         coverage={} if samples is None else _coverage(ledger, samples),
     )
+    if ledger.options.get("signals") == "predicted":  # the warnings advise on scores, and none were taken
+        return found
     name = str(ease_of(ledger).name)
     found.warnings = _warnings(found, learn, represent, name, Remedies(ledger, situation or Situation()))
     return found

@@ -13,7 +13,11 @@ from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.identity import Identity
 
 _FIELDS = {
-    "reward": ("reward_mean", "reward_std", "solve_share", "n_rollouts", "n_wasted", "rewards"),
+    "reward": (
+        *("reward_mean", "reward_std", "solve_share", "n_rollouts", "n_wasted", "rewards"),
+        *("hits", "misses", "all_hit_streak", "all_miss_streak"),
+    ),
+    "prior": ("prior_hits", "prior_misses"),
     "solve_probability": ("solve_probability",),
     "alignment": ("alignment",),
     "gradient": ("gradient",),

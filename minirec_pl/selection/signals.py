@@ -17,6 +17,11 @@ from minirec_pl.utils.ranks import gather_rows, world
 Array: TypeAlias = Tensor | npt.NDArray[Any]
 _SLACK = 1e-5  # a float32 softmax or cosine can exceed 1 by rounding
 _ROWS = 65_536  # rows looked at in one go, so that a mapped file is not held in memory
+_MEASURED = (
+    *("reward_mean", "reward_std", "solve_probability", "solve_share", "alignment"),
+    *("hits", "misses", "prior_hits", "prior_misses"),
+)
+_COUNTED = ("n_rollouts", "all_hit_streak", "all_miss_streak", "reward_epoch")
 _LOWEST = {"solve_probability": 0, "solve_share": 0, "alignment": -1}
 
 
@@ -182,6 +187,13 @@ class Signals:
         embedding: [N, E] float; None if never measured.
         embedding_known: [N] bool, rows whose embedding was measured; None means all.
         alignment: [N] float64 in [-1, 1], see `SampleSignals`, NaN where not measured; None if never measured.
+        hits: [N] float64, discounted count of the rollouts met in training that solved the sample; likewise `misses`.
+            None where no store kept them, as the following.
+        prior_hits: [N] float64, hits that the predicted solve probability counts as, NaN where none was predicted;
+            likewise `prior_misses`.
+        all_hit_streak: [N] int64, how many of the last groups in a row were all hits; likewise `all_miss_streak`.
+        reward_epoch: [N] int64, epoch in which rewards were last met or measured, -1 for never.
+        vectors: [N, D] float, who else had the target and the history; None where that is not known.
 
     Raises:
         InputError: If a shape does not fit, an id repeats, or a measured value is NaN or infinite.
@@ -199,24 +211,35 @@ class Signals:
     embedding: Tensor | None = None
     embedding_known: Tensor | None = None
     alignment: Tensor | None = None
+    hits: Tensor | None = None
+    misses: Tensor | None = None
+    prior_hits: Tensor | None = None
+    prior_misses: Tensor | None = None
+    all_hit_streak: Tensor | None = None
+    all_miss_streak: Tensor | None = None
+    reward_epoch: Tensor | None = None
+    vectors: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.sample_id = ids = as_ids(self.sample_id)
         if len(repeated := repeated_ids(ids)):
             raise InputError(f"sample_id {name_ids(repeated)} occurs more than once: keep one row each")
-        for name in ("reward_mean", "reward_std", "solve_probability", "solve_share", "alignment"):
+        for name in _MEASURED:
             value = getattr(self, name)
             if value is None:
                 continue
             tensor = _checked(value, name, ids, ndim=1).to("cpu", torch.float64)
             _refuse_non_finite(tensor, name, ids, known=~tensor.isnan())
             setattr(self, name, _within(tensor, name, ids) if name in _LOWEST else tensor)
-        self.n_rollouts = _checked(self.n_rollouts, "n_rollouts", ids, ndim=1).to("cpu", torch.int64)
+        for name in _COUNTED:
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, _checked(value, name, ids, ndim=1).to("cpu", torch.int64))
         for name in ("gradient_known", "gradient_fresh", "embedding_known"):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, _checked(value, name, ids, ndim=1).to("cpu", torch.bool))
-        for name, known in (("gradient", None), ("embedding", self.embedding_known)):
+        for name, known in (("gradient", None), ("embedding", self.embedding_known), ("vectors", None)):
             value = getattr(self, name)
             if value is not None:
                 tensor = _checked(value, name, ids, ndim=2)
@@ -235,6 +258,14 @@ class Signals:
         share, exact = self.solve_share, self.solve_probability
         chance = torch.full((len(self),), torch.nan, dtype=torch.float64) if share is None else share
         return chance if exact is None else exact.where(~exact.isnan(), chance)
+
+    def posterior(self) -> tuple[Tensor, Tensor] | None:
+        """Returns alpha and beta [N] of the solve probability, see `SignalStore.posterior`; None without counts."""
+        if self.hits is None or self.misses is None:
+            return None
+        none = torch.full((len(self),), torch.nan, dtype=torch.float64)
+        prior = [none if value is None else value for value in (self.prior_hits, self.prior_misses)]
+        return prior[0].nan_to_num(nan=1.0) + self.hits, prior[1].nan_to_num(nan=1.0) + self.misses
 
     def take(self, rows: Tensor) -> Signals:
         """Takes the rows at these positions, in this order.

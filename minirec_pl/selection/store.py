@@ -16,12 +16,18 @@ from minirec_pl.selection.signals import Array, SampleSignals, Signals, as_ids, 
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import load_tensors, save_tensors
 
+_OUTCOMES = {"hits": 0.0, "misses": 0.0}
+_PRIOR = {"prior_hits": torch.nan, "prior_misses": torch.nan}
+_STREAKS = {"all_hit_streak": 0, "all_miss_streak": 0}
 _SCALARS = dict.fromkeys(("reward_mean", "reward_std", "solve_share", "solve_probability", "alignment"), torch.nan)
-_COUNTS = {"n_rollouts": 0, "n_wasted": 0} | {
+_SCALARS |= _OUTCOMES | _PRIOR
+_COUNTS = {"n_rollouts": 0, "n_wasted": 0, **_STREAKS} | {
     f"{signal}_{clock}": -1
-    for signal in ("reward", "solve_probability", "alignment", "gradient", "embedding")
+    for signal in ("reward", "solve_probability", "alignment", "gradient", "embedding", "prior")
     for clock in ("epoch", "step")
 }
+_ADDED = {*_OUTCOMES, *_PRIOR, *_STREAKS, "prior_epoch", "prior_step"}  # not in files of 0.1
+_EXACT_ROLLOUTS = 8  # rollouts that an exact solve probability met in training counts as
 _VECTORS = ("gradient", "embedding")
 _MATRICES = ("rewards", *_VECTORS)
 
@@ -33,9 +39,15 @@ class SignalStore:
     and otherwise moves mean, standard deviation and solve share by `reward_decay`. Gradients, alignments, embeddings
     and exact solve probabilities are always replaced. Everything is on the CPU: means in float64, vectors in float32.
 
+    Of the groups met in training it also keeps discounted counts of the rollouts that hit and missed,
+    hits <- discount hits + those of the group, and how many of the last groups in a row were all hits or all misses. An
+    exact solve probability p that training met without rewards counts as 8 rollouts, 8 p of them hits. With a prior,
+    see `set_prior`, the counts are the Beta posterior of the solve probability, see `posterior`.
+
     Attributes:
         sample_ids: [N] int64, ascending.
         solve_threshold: A rollout with a reward above it has solved the sample.
+        discount: Share in [0, 1] of the earlier counts that remains when a sample is met again.
         fingerprints: What the signals were measured with (model, data, seed), written into the file.
         vectors_version: Grows whenever a gradient or embedding is replaced.
     """
@@ -65,6 +77,7 @@ class SignalStore:
         if len(repeated := repeated_ids(self.sample_ids)):
             raise InputError(f"sample_id {name_ids(repeated)} occurs more than once in the pool: give each once")
         self.solve_threshold = solve_threshold
+        self.discount = 0.5
         self.fingerprints = dict(fingerprints or {})
         self.vectors_version = 0
         self._lent = False  # whether a view may still read the embeddings, so that an update must not write into them
@@ -114,8 +127,14 @@ class SignalStore:
             decay = 0.0 if source == "score" else reward_decay
             _take_rewards(self._data, rows, group, decay=decay, solve_threshold=self.solve_threshold)
             if source == "train":
-                self._data["n_wasted"][rows] += group.amax(dim=1) == group.amin(dim=1)
+                solved, flat = group > self.solve_threshold, group.amax(dim=1) == group.amin(dim=1)
+                self._data["n_wasted"][rows] += flat
+                self._count(rows, solved.sum(dim=1).double(), group.shape[1])
+                for name, met in (("all_hit_streak", flat & solved[:, 0]), ("all_miss_streak", flat & ~solved[:, 0])):
+                    self._data[name][rows] = (self._data[name][rows] + 1) * met
             measured.append("reward")
+        elif signals.solve_probability is not None and source == "train":
+            self._count(rows, signals.solve_probability.cpu().double()[places] * _EXACT_ROLLOUTS, _EXACT_ROLLOUTS)
         for name in ("solve_probability", "alignment"):
             new = getattr(signals, name)
             if new is not None:
@@ -136,6 +155,62 @@ class SignalStore:
         for name in measured:
             self._data[f"{name}_epoch"][rows] = epoch
             self._data[f"{name}_step"][rows] = step
+
+    def _count(self, rows: Tensor, hits: Tensor, size: int) -> None:
+        """Adds the hits [n] of groups of this size to the discounted counts."""
+        for name, new in (("hits", hits), ("misses", size - hits)):
+            self._data[name][rows] = self.discount * self._data[name][rows] + new
+
+    def set_prior(self, mean: Tensor, strength: float, *, epoch: int, step: int) -> None:
+        """Sets the prior of every sample's solve probability, Beta(strength mean, strength (1 - mean)).
+
+        Args:
+            mean: [N] float in (0, 1), in the order of `sample_ids`.
+            strength: Rollouts that the prior counts as, above 0.
+            epoch: Coming epoch.
+            step: Optimizer step.
+        """
+        mean = mean.double()
+        self._data["prior_hits"], self._data["prior_misses"] = strength * mean, strength * (1 - mean)
+        self._data["prior_epoch"].fill_(epoch)
+        self._data["prior_step"].fill_(step)
+
+    def posterior(self, sample_ids: Array | Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Returns the Beta posterior of the solve probability of samples, met or not.
+
+        alpha = prior hits + discounted hits and beta = prior misses + discounted misses. Each outcome that training
+        meets moves them at once. Without a prior, see `set_prior`, it is Beta(1, 1).
+
+        Args:
+            sample_ids: [n], in the pool; None takes all, in the order of `sample_ids`.
+
+        Returns:
+            alpha and beta, float64 [n].
+
+        Raises:
+            InputError: If a sample is not in the pool.
+        """
+        rows = slice(None) if sample_ids is None else self._rows(as_ids(sample_ids))
+        data = {name: self._data[name][rows] for name in (*_OUTCOMES, *_PRIOR)}
+        return (
+            data["prior_hits"].nan_to_num(nan=1.0) + data["hits"],
+            data["prior_misses"].nan_to_num(nan=1.0) + data["misses"],
+        )
+
+    def posterior_mean(self, sample_ids: Array | Sequence[int] | None = None) -> Tensor:
+        """Returns the expected solve probability of samples, alpha / (alpha + beta) of `posterior`; float64 [n]."""
+        alpha, beta = self.posterior(sample_ids)
+        return alpha / (alpha + beta)
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether a prior was set, so that the solve probability of samples that were never met is predicted."""
+        return not bool(self._data["prior_hits"].isnan().all())
+
+    @property
+    def has_outcomes(self) -> bool:
+        """Whether training met any group."""
+        return bool(self._data["hits"].any() or self._data["misses"].any())
 
     def stalest(self, n: int) -> list[int]:
         """Returns the samples that most need a re-score: never measured first, then the oldest measurement.
@@ -165,7 +240,8 @@ class SignalStore:
         """Tells when a signal was measured.
 
         Args:
-            name: "reward", "solve_probability", "gradient", "alignment" or "embedding", then "_epoch" or "_step".
+            name: "reward", "solve_probability", "gradient", "alignment", "embedding" or "prior", then "_epoch" or
+                "_step".
 
         Returns:
             [N] int64 in the order of `sample_ids`, -1 for never.
@@ -212,6 +288,7 @@ class SignalStore:
             **{name: data[name] for name in ("reward_mean", "reward_std", "n_rollouts", "solve_share")},
             **({} if bool(solve.isnan().all()) else {"solve_probability": solve}),
             **({} if bool(alignment.isnan().all()) else {"alignment": alignment}),
+            **{name: data[name] for name in (*_OUTCOMES, *_PRIOR, *_STREAKS, "reward_epoch")},
         }
         if vectors and "gradient" in data:
             known |= {"gradient": data["gradient"], "gradient_known": data["gradient_epoch"] >= 0}
@@ -257,7 +334,7 @@ class SignalStore:
             if not torch.equal(as_ids(state["sample_ids"]), self.sample_ids):
                 raise InputError(f"{source} belong to another pool of samples: use the data and split they are from")
             empty = {name: value for name, value in self._data.items() if name not in _MATRICES}
-            loaded = {name: state[name].clone() for name in empty}
+            loaded = {name: state[name].clone() for name in empty if name in state or name not in _ADDED}
             for name, value in loaded.items():
                 if value.shape != empty[name].shape or value.dtype != empty[name].dtype:
                     raise InputError(f"{source} are damaged, {name} has a wrong shape or type: score again")
@@ -268,7 +345,8 @@ class SignalStore:
             settings = [state[name] for name in ("solve_threshold", "seed", "fingerprints")]
         except KeyError as error:
             raise InputError(f"{source} are damaged or not a signal store, {error} is missing: score again") from error
-        self._data = loaded
+        fresh = SignalStore(self.sample_ids)._data
+        self._data = {name: fresh[name] for name in _ADDED} | loaded
         self.vectors_version += 1
         self.solve_threshold, self._seed, self.fingerprints = float(settings[0]), int(settings[1]), dict(settings[2])
 

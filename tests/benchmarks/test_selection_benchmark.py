@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from helpers.paths import BENCHMARKS
+from helpers.slow import slow
 
 SMALL = {
     "selection_maxmin": {"n": 400, "d": 8, "k": 40, "repeats": 1},
     "selection_million": {"n": 3_000, "d": 8, "k": 40, "repeats": 1},
+    "selection_predicted": {"sizes": [(2_000, 40)], "repeats": 1},
     "selection_curves": {
         "base": {"n": 200, "d": 8, "k": 20},
         "curves": {"n": (100, 200), "d": (4, 8), "k": (5, 20)},
@@ -26,7 +28,7 @@ def load(monkeypatch):
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("case", ["maxmin", "curves", pytest.param("million", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["maxmin", "curves", slow("million"), slow("predicted")])
 def test_a_case_leaves_its_figures(case, load, monkeypatch, tmp_path):
     module, name = load(f"selection_{case}"), f"selection_{case}"
     run = module.run
@@ -47,6 +49,9 @@ def test_a_case_leaves_its_figures(case, load, monkeypatch, tmp_path):
         for problem in figures["result"]["problems"]:
             assert problem["lazy"]["shortfall"] < 1e-4
             assert problem["pool 50%"]["loss"] > -1e-3
+    if case == "predicted":
+        (problem,) = figures["result"]["problems"]
+        assert problem["whole"]["min"] >= problem["refit"]["min"] > 0
     if case == "million":
         assert all(p["lazy, equal"]["peak"] > 2**20 for p in figures["result"]["problems"])
 

@@ -180,6 +180,8 @@ def test_every_figure_of_the_glossary_is_one_of_the_code():
         "selection/dropped_incomplete_batch",
         "selection/dropped_early_stop",
         "selection/dropped_no_loss",
+        "selection/predicted_reliability/mean_1",
+        "selection/predicted_reliability/observed_1",
         "selection/coverage/user_id",
         "selection/coverage/item_id",
     }

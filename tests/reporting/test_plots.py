@@ -11,7 +11,7 @@ from matplotlib.image import imread
 
 from minirec_pl.cli.select import plan_table
 from minirec_pl.reporting.figures import quality
-from minirec_pl.reporting.plots import draw_curriculum, draw_selection
+from minirec_pl.reporting.plots import draw_curriculum, draw_reliability, draw_selection
 from minirec_pl.selection import EL2NSelector, GraNdSelector, MiniRecSelector, RandomSelector
 from minirec_pl.utils.errors import InputError
 
@@ -206,3 +206,11 @@ def test_an_older_picture_survives_a_failure(tmp_path, monkeypatch):
         draw_curriculum([0.3], [0], 0, path)
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["curriculum.png"]
+
+
+@pytest.mark.parametrize("values", [([0.1, 0.4], [0.2, 0.3]), ([0.0], [0.0]), ([0.001] * 10, [0.0] * 9 + [1.0])])
+def test_a_reliability_curve_is_drawn_to_its_own_scale(tmp_path, values):
+    draw_reliability(*values, tmp_path / "calibration.png")
+    picture = imread(tmp_path / "calibration.png")
+    assert picture.shape[:2] == (630, 660)
+    assert picture.std() > 0.01

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any, Literal
 
@@ -20,8 +21,9 @@ from minirec_pl.selection.learnability import (
 )
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.maxmin.greedy import Selection, maxmin_select
+from minirec_pl.selection.predicted import PredictedDifficulty
 from minirec_pl.selection.representativeness import representativeness
-from minirec_pl.selection.selectors.picks import ascending, blank_columns, row_norms, solve_chance, vectors
+from minirec_pl.selection.selectors.picks import ascending, blank_columns, outcomes, row_norms, solve_chance, vectors
 from minirec_pl.selection.signals import Signals
 from minirec_pl.utils.errors import InputError
 
@@ -59,6 +61,9 @@ class MiniRecSelector:
     learnability="update" is ours: instead of the Gaussian, L is the size of the sample's expected update, w_G(p) p
     (1 - p) scaled to a largest value of 1, see `update_learnability`; mu and sigma play no part. "update_length" takes
     the measured length w_G(p) |grad p| at the hidden states.
+    signals="predicted" is ours: both r and p are the predicted solve probability, the posterior mean of
+    `PredictedDifficulty`, so that a sample needs an embedding (and a gradient, where it has one) but no rollouts to be
+    scored. Set the module's `scoring_generations` to 0 to have none drawn.
 
     gradient="trajectory" is ours: R_i = (1 + a_i) / 2, a_i the cosine of the sample's update with the way the trained
     parameters have moved since the first scoring, scaled to [0, 1] over the samples of which it is known. The others
@@ -83,6 +88,8 @@ class MiniRecSelector:
         learnability: Literal["gaussian", "update", "update_length"] = "gaussian",
         scale_rewards: Literal["group", "none", "mean"] | None = None,
         baseline: Literal["mean", "leave_one_out"] | None = None,
+        signals: Literal["scored", "predicted"] = "scored",
+        predictor: PredictedDifficulty | None = None,
     ) -> None:
         """Sets the method.
 
@@ -111,10 +118,16 @@ class MiniRecSelector:
                 same with the measured length of the first-order gradient).
             scale_rewards: What training divides rewards by, for "update"; None takes that of the module, or "group".
             baseline: What training subtracts from rewards, for "update"; None takes that of the module, or "mean".
+            signals: Where the difficulty is from: "scored" (rewards or solve probabilities that were measured) or
+                "predicted" (from the outcomes met in training).
+            predictor: Model behind "predicted"; None takes `PredictedDifficulty()`.
 
         Raises:
             InputError: If an option has a value that is not allowed.
         """
+        _one_of("signals", signals, ("scored", "predicted"))
+        if predictor is not None and signals != "predicted":
+            raise InputError("predictor goes with signals='predicted': set signals, or leave predictor out")
         _one_of("mode", mode, ("paper", "official"))
         _one_of("difficulty", difficulty, ("mean", "pass_at_group"))
         _one_of("calibrate", calibrate, ("quantile", None))
@@ -167,7 +180,10 @@ class MiniRecSelector:
         self.learnability = learnability
         self.scale_rewards = scale_rewards
         self.baseline = baseline
-        self.needs = frozenset({"rewards", "gradient", "embedding"})
+        self.signals = signals
+        self.outcomes = signals == "predicted"
+        self.predictor = (predictor or PredictedDifficulty()) if self.outcomes else None
+        self.needs = frozenset({"gradient", "embedding"} if self.outcomes else {"rewards", "gradient", "embedding"})
 
     def select(self, signals: Signals, k: int, *, epoch: int = 0) -> SelectionLedger:
         """Picks at most k samples.
@@ -187,6 +203,12 @@ class MiniRecSelector:
             UserWarning: If fewer than k samples are picked.
         """
         signals = ascending(signals, k)
+        if self.outcomes:
+            own, signals = signals, with_chance(signals, predicted_chance(signals, self))
+            return predicted_ledger(self._select(signals, k), own, "predicted")
+        return self._select(signals, k)
+
+    def _select(self, signals: Signals, k: int) -> SelectionLedger:
         difficulty = self._difficulty(signals)
         scored = ~difficulty.isnan()
         if self.learnability != "gaussian":
@@ -198,9 +220,9 @@ class MiniRecSelector:
                 f"{enough if signals.solve_probability is not None else ''}score the pool with rewards, of a "
                 "GRPORecModule with scoring_generations of at least 2"
             )
-        if signals.embedding is None:
+        if signals.embedding is None and self.novelty:
             raise InputError("MiniRecSelector needs an embedding per sample: return `embedding` from sample_signals")
-        if signals.embedding_known is not None:
+        if signals.embedding is not None and signals.embedding_known is not None:
             scored &= signals.embedding_known
         rows = scored.nonzero()[:, 0]
         if not len(rows):
@@ -219,7 +241,7 @@ class MiniRecSelector:
         columns["reason"][(scored & ~passes & (difficulty > high)).numpy()] = reasons.TOO_EASY
         columns["reason"][(~scored).numpy()] = reasons.NEVER_SCORED
 
-        embedding = _at(signals.embedding, rows)
+        embedding = None if signals.embedding is None else _at(signals.embedding, rows)
         n_pass = int(passes.sum())
         if not n_pass and self.on_short == "shrink":
             known = difficulty[rows]
@@ -231,7 +253,8 @@ class MiniRecSelector:
         picked = torch.empty(0, dtype=torch.int64)
         if n_pass:
             progress = n_pass > _LARGE
-            first = self._pick(_at(embedding, inside), score[inside], min(k, n_pass), progress=progress)
+            near = None if embedding is None else _at(embedding, inside)
+            first = self._pick(near, score[inside], min(k, n_pass), progress=progress)
             picked = inside[first.indices]
             _enter(columns, rows[picked], first.novelty, score[picked], reasons.SELECTED, start=1)
         missing = k - len(picked)
@@ -258,9 +281,10 @@ class MiniRecSelector:
         return self.num_generations or 8
 
     def _pick(
-        self, embedding: Tensor, score: Tensor, k: int, initial: Tensor | None = None, progress: bool = False
+        self, embedding: Tensor | None, score: Tensor, k: int, initial: Tensor | None = None, progress: bool = False
     ) -> Selection:
         if self.novelty:
+            assert embedding is not None
             return maxmin_select(embedding, score, k, initial=initial, progress=progress)
         taken = score.clone()
         if initial is not None:
@@ -302,6 +326,35 @@ class MiniRecSelector:
             baseline=self.baseline or "mean",
             lengths=lengths,
         )
+
+
+def predicted_chance(signals: Signals, selector: object) -> Tensor:
+    """Returns the expected solve probability of each sample, float64 [N], see `SignalStore.posterior`."""
+    outcomes(signals, selector)
+    found = signals.posterior()
+    assert found is not None
+    return found[0] / (found[0] + found[1])
+
+
+def with_chance(signals: Signals, chance: Tensor) -> Signals:
+    """Returns signals in which mean reward and solve probability are these values, float64 [N]."""
+    changed = copy.copy(signals)  # not made anew, which would check all signals again
+    changed.reward_mean = changed.solve_probability = chance
+    return changed
+
+
+def predicted_ledger(ledger: SelectionLedger, signals: Signals, kind: str) -> SelectionLedger:
+    """Enters measured rewards into a ledger that was made from others, and says what its difficulty is.
+
+    Args:
+        ledger: changed in place.
+        signals: with the rewards, of the same rows.
+        kind: "predicted" or "drawn".
+    """
+    ledger.columns["reward_mean"][:] = signals.reward_mean.numpy()
+    ledger.options["signals"] = "predicted"
+    ledger.difficulty_name = f"{kind} {ledger.difficulty_name.replace('mean reward', 'solve probability')}"
+    return ledger
 
 
 def _at(matrix: Tensor, rows: Tensor) -> Tensor:

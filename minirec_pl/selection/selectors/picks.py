@@ -89,6 +89,27 @@ def solve_chance(signals: Signals, selector: object) -> Tensor:
     return chance
 
 
+def outcomes(signals: Signals, selector: object) -> tuple[Tensor, Tensor]:
+    """Returns the discounted counts of the rollouts met in training that hit and missed, and refuses signals without.
+
+    Args:
+        signals: Of N samples.
+        selector: Who needs them, for the message.
+
+    Returns:
+        [N] float64 each.
+
+    Raises:
+        InputError: If no store kept them.
+    """
+    if signals.hits is None or signals.misses is None:
+        raise InputError(
+            f"{type(selector).__name__} goes by the rollouts met in training, of which these signals hold no counts: "
+            "give what SignalStore.pool_view returns"
+        )
+    return signals.hits, signals.misses
+
+
 def best_first(score: Tensor, k: int) -> Tensor:
     """Returns the rows of the k highest scores, highest first; ties go to the smaller row, NaN is left out.
 

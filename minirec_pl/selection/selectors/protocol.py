@@ -38,6 +38,11 @@ class Selector(Protocol):
         """
 
 
+def goes_by_outcomes(selector: object) -> bool:
+    """Whether a selector goes by the outcomes of training, which it says by an attribute `outcomes`."""
+    return bool(getattr(selector, "outcomes", False))
+
+
 def signal_options(selector: object) -> dict[str, str]:
     """Returns what a selector asks of `sample_signals`: its `gradient` and `gradient_space`, if not the default."""
     usual = {"gradient": "first", "gradient_space": "answer"}

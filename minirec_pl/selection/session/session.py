@@ -20,6 +20,7 @@ from minirec_pl.selection.curriculum import shuffled_curriculum
 from minirec_pl.selection.diagnostics import Diagnostics, diagnose, easiness_of, notable
 from minirec_pl.selection.fingerprints import fingerprints_of
 from minirec_pl.selection.ledger import SelectionLedger
+from minirec_pl.selection.predicted import PredictedDifficulty
 from minirec_pl.selection.probes.head import HeadProbe
 from minirec_pl.selection.remedies import Situation, Source
 from minirec_pl.selection.session.identity import RunIdentity, allowed, of_signals
@@ -46,7 +47,7 @@ Step: TypeAlias = "Callable[[SelectionSession, Trainer, LightningModule, int], N
 Phase = Literal["record", "rescore", "select", "order"]
 PHASES: tuple[Phase, ...] = ("record", "rescore", "select", "order")
 _KEPT = ("selected", "plan", "plan_epoch", "fold_starts", "plan_easiness", "scored", "trained", "target_difficulty")
-_ADDED = ("plan_measure", "told")  # kept too; not in checkpoints of 0.1
+_ADDED = ("plan_measure", "told", "forecasts", "reliability")  # kept too; not in checkpoints of 0.1
 CHECKPOINT_KEY = "minirec_pl.SelectionSession"
 LEDGER, SIGNALS, DIAGNOSTICS = "ledger.parquet", "signals.safetensors", "diagnostics.json"
 PLAN, EXAMPLES = "plan.parquet", "examples.parquet"
@@ -94,6 +95,11 @@ class SelectionSession:
         from_ledger: True where a ledger of an earlier selection is trained on.
         asked: options of `sample_signals` that the selector asks for, see `signal_options`.
         probe: how a module is scored; None asks its `sample_signals`.
+        predictor: model of the solve probability that the selector goes by; None for none.
+        discount: of the store, see `SignalStore`.
+        forecasts: float64 [n, 3] of each batch met since the last plan: solve probabilities as predicted before, and
+            the rollouts that hit and missed. Only with a predictor.
+        reliability: mean predictions of the bins of the last reliability curve, and the shares that hit.
         active: False in a run with `overfit_batches`, in which nothing is selected.
         scored: True once the pool has been scored, or the part of it that was asked for.
         trained: what was met in training since the last plan, see `nothing_trained`.
@@ -121,6 +127,10 @@ class SelectionSession:
         self.from_ledger = False
         self.asked: dict[str, str] = {}
         self.probe: Probe | None = None
+        self.predictor: PredictedDifficulty | None = None
+        self.discount = 0.5
+        self.forecasts: list[torch.Tensor] = []
+        self.reliability: list[list[float]] = []
         self.scored = False
         self.trained = nothing_trained()
         self.trained_reward: float | None = None
@@ -199,6 +209,8 @@ class SelectionSession:
 
     def _begin(self) -> None:
         self.store = SignalStore(self.sampler.sample_ids)
+        self.store.discount = self.discount
+        self.forecasts, self.reliability = [], []
         self.ledger = self.selected = self.plan = None
         self.plan_epoch, self.scored, self.fold_starts, self.plan_easiness = -1, False, [], []
         self.trained, self.trained_reward, self.target_difficulty = nothing_trained(), None, None
@@ -308,6 +320,10 @@ class SelectionSession:
             self.log(trainer, {f"selection/ragged_{self.sampler.ragged}": float(self.sampler.ragged_count)})
         self._log_dropped(trainer, self._train.dropped(trainer))
 
+    def has(self, phase: Phase) -> bool:
+        """Whether a callback is responsible for a phase."""
+        return phase in self._steps
+
     def score(self, trainer: Trainer, module: LightningModule, sample_ids: Sequence[int], epoch: int) -> None:
         """Measures rewards, gradient signals and embeddings of samples in one pass and stores them.
 
@@ -345,7 +361,8 @@ class SelectionSession:
     def easiness(self, sample_ids: Sequence[int]) -> torch.Tensor:
         """Returns the mean reward of samples, or their exact solve probability unless the whole pool has rollouts.
 
-        Where nothing was measured in this run, the values of the ledger that it trains on count.
+        Where nothing was scored and the solve probability is predicted, it is that. Where nothing was measured in this
+        run, the values of the ledger that it trains on count.
 
         Args:
             sample_ids: [n], in the pool.
@@ -357,6 +374,8 @@ class SelectionSession:
 
     def easiness_in_words(self, sample_ids: Sequence[int]) -> tuple[torch.Tensor, str]:
         """Returns `easiness`, and what it is in words; arguments as there."""
+        if not self.scored and self.store.has_prior:
+            return self.store.posterior_mean(sample_ids), "predicted solve probability"
         view = self.store.read(sample_ids, vectors=False)
         if self.ledger is not None and not self.scored and bool((view.n_rollouts == 0).all()):
             ease = easiness_of(self.ledger)
@@ -458,7 +477,7 @@ class SelectionSession:
             return
         self.ledger.to_parquet(folder / LEDGER)
         write_json(folder / DIAGNOSTICS, self.diagnostics(trainer).as_dict())
-        if self.scored:
+        if self.scored or self.store.has_prior:
             self.store.save(folder / SIGNALS)
         in_words = getattr(getattr(trainer, "datamodule", None), "sample_texts", None)
         if at_once and in_words is not None:
@@ -493,7 +512,7 @@ class SelectionSession:
 
     def _situation(self, trainer: Trainer) -> Situation:
         """How the last selection came about."""
-        if self.from_ledger or not self.scored:
+        if self.from_ledger or not self.scored or self.predictor is not None:
             return Situation()
         module = trainer.lightning_module
         generations = getattr(module, "scoring_generations", None)

@@ -1,0 +1,91 @@
+"""What is known of samples without a language model: features and vectors out of who had which items."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from minirec_pl.data.samples import FloatArray, IntArray, SampleTable
+
+_FACTORS = 16
+_LAST = 10  # items of a history that its vector is the mean of
+_SECONDS_A_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class SampleFeatures:
+    """Features of samples.
+
+    Attributes:
+        table: [n] rows: `log_popularity` of the target, `similarity` of target and history (cosine of their factors),
+            `history_length` (log of items), `age` (log of days until the last sample), `user_activity` (log of
+            interactions) and `cold` (1 where nobody had the target).
+        vectors: float32 [n, 2 D], unit factors of the target and of the last 10 items of the history, side by side; 0
+            where nobody had them.
+    """
+
+    table: pd.DataFrame
+    vectors: npt.NDArray[np.float32]
+
+
+def sample_features(table: SampleTable, sample_ids: IntArray, known: IntArray, train: IntArray) -> SampleFeatures:
+    """Computes the features of samples.
+
+    Args:
+        table: that they are from.
+        sample_ids: [n].
+        known: rows whose targets count for popularity, cold targets and factors: what the policy was warmed up on.
+        train: rows that count for the activity of users.
+    """
+    popularity = table.item_counts(known).astype(np.float64)
+    factors = _unit(_item_factors(table.interactions(known), table.n_items))
+    target, history = factors[table.item[sample_ids]], _unit(_history_means(table, sample_ids, factors))
+    seconds = table.timestamp[sample_ids]
+    activity = np.bincount(table.user[train], minlength=len(table.user_ids))
+    columns = {
+        "log_popularity": np.log1p(popularity[table.item[sample_ids]]),
+        "similarity": (target * history).sum(axis=1),
+        "history_length": np.log1p(table.n_earlier[sample_ids]),
+        "age": np.log1p((seconds.max(initial=-np.inf) - seconds) / _SECONDS_A_DAY),
+        "user_activity": np.log1p(activity[table.user[sample_ids]]),
+        "cold": (popularity[table.item[sample_ids]] == 0).astype(np.float64),
+    }
+    return SampleFeatures(pd.DataFrame(columns), np.hstack([target, history]).astype(np.float32))
+
+
+def _item_factors(interactions: IntArray, n_items: int) -> FloatArray:
+    """Factors of items by who had them, [n_items, D]: a truncated SVD of the users x items matrix, scaled both ways."""
+    own_user, item = np.divmod(np.unique(interactions[:, 0] * n_items + interactions[:, 1]), n_items)
+    users, user = np.unique(own_user, return_inverse=True)
+    width = min(_FACTORS, len(users) - 1, len(np.unique(item)) - 1)
+    if width < 1:
+        return np.zeros((n_items, 1))
+    from scipy.sparse import csr_array
+    from sklearn.decomposition import TruncatedSVD
+
+    values = 1 / np.sqrt(np.bincount(user)[user] * np.bincount(item, minlength=n_items)[item])
+    matrix = csr_array((values, (user, item)), shape=(len(users), n_items))
+    found = TruncatedSVD(width, random_state=0).fit(matrix)
+    factors: FloatArray = (found.components_ * found.singular_values_[:, None]).T
+    return factors
+
+
+def _history_means(table: SampleTable, sample_ids: IntArray, factors: FloatArray) -> FloatArray:
+    """Mean factors of the last items of each history, [n, D]."""
+    end = table.history_end[sample_ids]
+    begin = np.maximum(table.history_begin[sample_ids], end - _LAST)
+    means = np.empty((len(sample_ids), factors.shape[1]))
+    for column in range(factors.shape[1]):
+        total = np.concatenate([[0.0], np.cumsum(factors[table.grouped_item, column])])
+        means[:, column] = (total[end] - total[begin]) / np.maximum(end - begin, 1)
+    return means
+
+
+def _unit(vectors: FloatArray) -> FloatArray:
+    """Rows of length 1; those that are shorter than rounding are 0."""
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: FloatArray = np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 1e-9)
+    return unit

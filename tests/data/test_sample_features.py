@@ -1,0 +1,67 @@
+"""Oracles: counts and means of one sample at a time."""
+
+import math
+
+import numpy as np
+import pytest
+
+from minirec_pl.data.sample_features import sample_features
+from minirec_pl.data.samples import SampleTable
+from minirec_pl.data.sequence_table import SequenceTable
+
+
+def random_table(n=300, n_users=30, n_items=25, seed=0):
+    random = np.random.default_rng(seed)
+    users = [f"u{i}" for i in random.integers(n_users, size=n)]
+    items = np.minimum(random.geometric(0.15, size=n) - 1, n_items - 1)
+    return SampleTable(users, items, random.integers(0, 100 * 86_400, size=n).astype(float), n_items)
+
+
+def test_features_equal_counts_of_single_samples():
+    table = random_table()
+    known, train, ids = np.arange(100), np.arange(250), np.arange(100, 250)
+    found = sample_features(table, ids, known, train)
+    for row, i in enumerate(ids):
+        one = found.table.iloc[row]
+        popularity = sum(table.item[j] == table.item[i] for j in known)
+        assert one["log_popularity"] == pytest.approx(math.log1p(popularity))
+        assert one["cold"] == float(popularity == 0)
+        assert one["history_length"] == pytest.approx(math.log1p(len(table.history(i))))
+        days = (max(table.timestamp[ids]) - table.timestamp[i]) / 86_400
+        assert one["age"] == pytest.approx(math.log1p(days))
+        assert one["user_activity"] == pytest.approx(math.log1p(sum(table.user[j] == table.user[i] for j in train)))
+        target, history = np.split(found.vectors[row], 2)
+        assert one["similarity"] == pytest.approx(float(target @ history), abs=1e-6)
+        assert np.linalg.norm(target) == pytest.approx(float(popularity > 0), abs=1e-6)
+
+
+def test_a_history_vector_is_the_mean_of_its_last_items():
+    table = random_table(seed=1)
+    ids = np.flatnonzero(table.eligible)
+    found = sample_features(table, ids, np.arange(300), np.arange(300))
+    factor = {table.item[i]: found.vectors[row, :16] for row, i in enumerate(ids)}
+    checked = 0
+    for row, i in enumerate(ids):
+        last = table.history(i, 10)
+        if all(item in factor for item in last):
+            mean = np.mean([factor[item] for item in last], axis=0)
+            assert found.vectors[row, 16:] == pytest.approx(mean / np.linalg.norm(mean), abs=1e-5)
+            checked += 1
+    assert checked > 100
+
+
+@pytest.mark.parametrize("known", [np.arange(0), np.arange(1), np.arange(2)])
+def test_almost_nothing_known(known):
+    table = SampleTable(["u", "u", "v", "u"], [0, 1, 1, 2], [1.0, 2.0, 2.0, 3.0], 4)
+    found = sample_features(table, np.array([1, 3]), known, np.arange(4))
+    assert np.isfinite(found.table.to_numpy()).all()
+    assert np.isfinite(found.vectors).all()
+    assert sample_features(table, np.arange(0), known, np.arange(4)).table.shape == (0, 6)
+
+
+def test_ready_made_sequences():
+    table = SequenceTable(["u", "v", "w", "w"], [2, 0, 1, 3], [[0, 1], [1], [], [1, 0, 2]], 4)
+    found = sample_features(table, np.arange(4), np.arange(4), np.arange(4))
+    assert found.table["history_length"].tolist() == pytest.approx([math.log1p(n) for n in (2, 1, 0, 3)])
+    assert found.table["cold"].tolist() == [0.0] * 4
+    assert not found.vectors[2, found.vectors.shape[1] // 2 :].any()
