@@ -42,12 +42,13 @@ class RewardHistory(SessionCallback):
         met = gather_signals(own, trainer.strategy.root_device)
         if met is None:
             return
-        session.store.update(met, epoch=trainer.current_epoch, step=trainer.global_step, source="train")
-        if met.rewards is not None:
-            groups = met.rewards
-            session.trained["groups"] += len(groups)
-            session.trained["reward"] += float(groups.double().mean(dim=1).sum())
-            session.trained["mixed"] += int((groups.amax(dim=1) > groups.amin(dim=1)).sum())
+        for part in met.of_equal_size():
+            session.store.update(part, epoch=trainer.current_epoch, step=trainer.global_step, source="train")
+            if part.rewards is not None:
+                groups = part.rewards
+                session.trained["groups"] += len(groups)
+                session.trained["reward"] += float(groups.double().mean(dim=1).sum())
+                session.trained["mixed"] += int((groups.amax(dim=1) > groups.amin(dim=1)).sum())
 
     def _record(self, session: SelectionSession, trainer: Trainer, module: LightningModule, epoch: int) -> None:
         groups = session.trained["groups"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from minirec_pl.grpo.buffer import RolloutBatch, scoring_numbers, take_rows
+from minirec_pl.grpo.buffer import GROUP_SIZE, RolloutBatch, resize, scoring_numbers, take_rows
 from minirec_pl.grpo.loss import flat_groups, group_advantages
 from minirec_pl.grpo.objective import Objective
 from minirec_pl.policy.interface import (
@@ -39,6 +39,7 @@ class RolloutSampler:
         objective: what the rollouts are for.
         cost: what is run is booked here.
         trajectory: remembers where training started.
+        largest: rollouts that groups of unequal size are padded to.
     """
 
     policy: Policy
@@ -47,23 +48,41 @@ class RolloutSampler:
     objective: Objective
     cost: Cost
     trajectory: Trajectory
+    largest: int = 0
 
     def roll_out(self, batch: Batch, generator: torch.Generator, keep_logps: bool) -> RolloutBatch:
         """Rewarded rollouts to train on.
 
+        Groups of equal size are drawn and rewarded together, one size after the other, smallest first, so that nothing
+        is drawn for padding.
+
         Args:
-            batch: the prompts.
+            batch: the prompts; with a column `group_size` int64 [B] where groups are of unequal size.
             generator: of the random numbers.
             keep_logps: whether an update needs the log-probabilities under the policy that sampled.
         """
-        drawn = self._drawn(batch, self.options, generator)
+        if GROUP_SIZE not in batch:
+            return self._roll_out(batch, self.options, generator, keep_logps)
+        parts, places = [], []
+        for size in sorted(set(batch[GROUP_SIZE].tolist())):
+            rows = (batch[GROUP_SIZE] == size).nonzero().flatten()
+            options = replace(self.options, num_generations=size)
+            part = self._roll_out(take_rows(batch, rows), options, generator, keep_logps)
+            parts.append(part.resized(self.largest))
+            places.append(rows)
+        return RolloutBatch.cat(parts).take(torch.cat(places).argsort())
+
+    def _roll_out(
+        self, batch: Batch, options: RolloutOptions, generator: torch.Generator, keep_logps: bool
+    ) -> RolloutBatch:
+        drawn = self._drawn(batch, options, generator)
         target_logps, target_mask = (None, None) if drawn.target is None else drawn.target()
         rewards, by_name = self._rewarded(batch, drawn)
         applies = ~rewards.isnan()
         rewards = rewards.nan_to_num(nan=0.0)
         flat = flat_groups(rewards, applies)
         pairs = torch.zeros_like(flat)
-        if self.options.preference_pairs:
+        if options.preference_pairs:
             pairs = flat & applies.any(dim=1) & (drawn.items != batch["target"][:, None]).all(dim=1)
         learns = torch.ones_like(flat) if self.objective.beta > 0 else ~flat | pairs
         rows = (torch.ones_like(flat) if keep_logps else ~learns).nonzero().flatten()
@@ -112,10 +131,14 @@ class RolloutSampler:
 
     def reference_logps(self, policy: Policy, rollouts: RolloutBatch) -> Tensor:
         """Log-probabilities [B, G, L] of rollouts under another policy."""
-        passed = policy.completion_pass(rollouts.batch, rollouts.items, rollouts.texts, self.options.temperature)
-        returned(passed, CompletionPass, policy, "completion_pass", logps=rollouts.mask.shape)
-        self.cost.add("training", forward=passed.tokens)
-        return passed.logps
+        parts, places = [], []
+        for rows, part in rollouts.of_equal_size():
+            passed = policy.completion_pass(part.batch, part.items, part.texts, self.options.temperature)
+            returned(passed, CompletionPass, policy, "completion_pass", logps=part.mask.shape)
+            self.cost.add("training", forward=passed.tokens)
+            parts.append(resize(passed.logps, rollouts.items.shape[1]))
+            places.append(rows)
+        return torch.cat(parts)[torch.cat(places).argsort()]
 
     def signals(
         self, batch: Batch, words: tuple[int, int], gradient: GradientKind, space: GradientSpace

@@ -19,6 +19,7 @@ from minirec_pl.data.train_loader import TrainLoader, foresee
 from minirec_pl.selection.curriculum import shuffled_curriculum
 from minirec_pl.selection.diagnostics import Diagnostics, diagnose, easiness_of, notable
 from minirec_pl.selection.fingerprints import fingerprints_of
+from minirec_pl.selection.group_sizes import GroupSizer, GroupSizes, met_chance
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.probes.head import HeadProbe
 from minirec_pl.selection.remedies import Situation, Source
@@ -46,7 +47,7 @@ Step: TypeAlias = "Callable[[SelectionSession, Trainer, LightningModule, int], N
 Phase = Literal["record", "rescore", "select", "order"]
 PHASES: tuple[Phase, ...] = ("record", "rescore", "select", "order")
 _KEPT = ("selected", "plan", "plan_epoch", "fold_starts", "plan_easiness", "scored", "trained", "target_difficulty")
-_ADDED = ("plan_measure", "told")  # kept too; not in checkpoints of 0.1
+_ADDED = ("plan_measure", "told", "group_sizes")  # kept too; not in checkpoints of 0.1
 CHECKPOINT_KEY = "minirec_pl.SelectionSession"
 LEDGER, SIGNALS, DIAGNOSTICS = "ledger.parquet", "signals.safetensors", "diagnostics.json"
 PLAN, EXAMPLES = "plan.parquet", "examples.parquet"
@@ -102,6 +103,11 @@ class SelectionSession:
         cost: what the run spent; that of the module where it has one.
         running: what the run is in the middle of, shared with our modules.
         identity: what the run's checkpoints are made for, shared with our modules.
+        sizer: gives the samples groups of unequal size; None where all are of one size.
+        solve_chance: from sample_ids int64 [n] to the probability that one rollout solves them, float [n], NaN where
+            not known, by which `sizer` goes; None goes by `met_chance`.
+        group_sizes: rollouts of each sample of the pool in the coming epoch, int64 [N], see `GroupSizer.sizes`; None
+            without a sizer.
     """
 
     store: SignalStore
@@ -127,6 +133,9 @@ class SelectionSession:
         self.cost = Cost()
         self.running = Running()
         self.identity = RunIdentity()
+        self.sizer: GroupSizer | None = None
+        self.solve_chance: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.group_sizes: torch.Tensor | None = None
         self._steps: dict[Phase, Step] = {}
         self._restored: Mapping[str, Any] | None = None
         self._restored_step = 0
@@ -201,7 +210,7 @@ class SelectionSession:
         self.ledger = self.selected = self.plan = None
         self.plan_epoch, self.scored, self.fold_starts, self.plan_easiness = -1, False, [], []
         self.trained, self.trained_reward, self.target_difficulty = nothing_trained(), None, None
-        self.told = []
+        self.told, self.group_sizes = [], None
         self._first, self._batch, self._ended, self._no_loss = None, (-1, -1), -1, 0
 
     def keep_selection(self) -> None:
@@ -290,22 +299,51 @@ class SelectionSession:
     def _run(self, trainer: Trainer, module: LightningModule, epoch: int) -> None:
         self.plan = None
         self.fold_starts, self.plan_easiness = [], []
+        if self.ledger is None:
+            self.selected = None
         error: Exception | None = None
         try:
             for phase in PHASES:
+                if phase == "select":
+                    self._size_groups(trainer, epoch)
                 if phase in self._steps:
                     self._steps[phase](self, trainer, module, epoch)
+                if phase == "select" and self.selected is None and (groups := self.groups) is not None:
+                    pool = shuffled_curriculum(self.store.sample_ids, seed=f"{self.sampler.seed}-{epoch}")
+                    self.selected = groups.within_budget(pool, len(pool))
             if self.plan is None and self.selected is not None and len(self.selected) < len(self.store):
                 self.plan = shuffled_curriculum(self.selected, seed=f"{self.sampler.seed}-{epoch}")
         except Exception as raised:
             error = raised
-        agree(error, trainer.strategy.root_device, self.plan or ())
+        sizes = [] if self.group_sizes is None else self.group_sizes.tolist()
+        agree(error, trainer.strategy.root_device, [*(self.plan or ()), *sizes])
         self.plan_epoch = epoch
         self.sampler.set_plan(self.plan)
         self._train.renew(trainer, epoch)
         if self.sampler.ragged_count:
             self.log(trainer, {f"selection/ragged_{self.sampler.ragged}": float(self.sampler.ragged_count)})
         self._log_dropped(trainer, self._train.dropped(trainer))
+
+    def _size_groups(self, trainer: Trainer, epoch: int) -> None:
+        if self.sizer is None:
+            return
+        if self.solve_chance is not None:
+            chance = self.solve_chance(self.store.sample_ids)
+        else:
+            chance = met_chance(self.store.read(self.store.sample_ids, vectors=False))
+        self.group_sizes = sizes = self.sizer.sizes(chance, self.sampler.seed, epoch)
+        left_out = int((sizes == 0).sum())
+        values = {"selection/left_out": float(left_out)}
+        if left_out < len(sizes):
+            values["selection/mean_generations"] = float(sizes[sizes > 0].double().mean())
+        self.log(trainer, values)
+
+    @property
+    def groups(self) -> GroupSizes | None:
+        """The sizes of the groups of the present plan; None where all are of one size."""
+        if self.sizer is None or self.group_sizes is None:
+            return None
+        return GroupSizes(self.store.sample_ids, self.group_sizes, self.sizer)
 
     def score(self, trainer: Trainer, module: LightningModule, sample_ids: Sequence[int], epoch: int) -> None:
         """Measures rewards, gradient signals and embeddings of samples in one pass and stores them.
