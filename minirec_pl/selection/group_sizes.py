@@ -76,10 +76,12 @@ class GroupSizer:
     Attributes:
         num_generations: of samples whose solve probability is not known, and of those that are explored.
         adaptive: the sizes of the others.
+        by_target: whether solving a sample is to hit its target, so that the exact probability of that counts.
     """
 
     num_generations: int
     adaptive: AdaptiveGenerations
+    by_target: bool = True
 
     def sizes(self, chance: Tensor, seed: int, epoch: int) -> Tensor:
         """Sizes the groups of an epoch.
@@ -99,7 +101,7 @@ class GroupSizer:
         return needed
 
 
-def met_chance(signals: Signals) -> Tensor:
+def met_chance(signals: Signals, *, by_target: bool = True) -> Tensor:
     """Returns the probability that one rollout solves a sample, as far as it was met in scoring or training.
 
     It is exact where the policy gives it; else (hits + 1/2) / (n + 1) of the last n rollouts, the mean under Jeffreys'
@@ -107,6 +109,7 @@ def met_chance(signals: Signals) -> Tensor:
 
     Args:
         signals: of N samples.
+        by_target: false leaves out the exact probability of the target.
 
     Returns:
         [N] float64, NaN where nothing is known.
@@ -116,7 +119,7 @@ def met_chance(signals: Signals) -> Tensor:
         met = torch.full((len(signals),), torch.nan, dtype=torch.float64)
     else:
         met = (share * signals.n_rollouts + 0.5) / (signals.n_rollouts + 1)
-    return met if exact is None else exact.where(~exact.isnan(), met)
+    return met if exact is None or not by_target else exact.where(~exact.isnan(), met)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from minirec_pl.grpo.reference import adapters_off, check_sync, frozen_copy, is_
 from minirec_pl.grpo.sampler import RolloutSampler
 from minirec_pl.policy.interface import WITHOUT_ROLLOUTS, Policy, RolloutKind, RolloutOptions
 from minirec_pl.rewards.calls import Rewarder, RewardFunction, asked_for, check_columns, checked_rewards, described
-from minirec_pl.rewards.hit_or_miss import check_hit_values, hit_values
+from minirec_pl.rewards.hit_or_miss import check_hit_values, hit_values, is_hit_or_miss
 from minirec_pl.selection.group_sizes import AdaptiveGenerations, GroupSizer
 from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace
 from minirec_pl.selection.probes.trajectory import Trajectory
@@ -292,7 +292,8 @@ class GRPORecModule(RecModule):
                     "adaptive_generations goes by the rewards met so far, and no callback keeps them: add MiniRec, or "
                     "RewardHistory to train on the whole pool"
                 )
-            sizer = GroupSizer(self.num_generations, self.adaptive_generations)
+            hits = all(is_hit_or_miss(reward) for reward in self.rewards)
+            sizer = GroupSizer(self.num_generations, self.adaptive_generations, by_target=hits)
         session_of(self.trainer).sizer = sizer
 
     def configure_model(self) -> None:

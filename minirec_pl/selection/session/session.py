@@ -330,7 +330,8 @@ class SelectionSession:
         if self.solve_chance is not None:
             chance = self.solve_chance(self.store.sample_ids)
         else:
-            chance = met_chance(self.store.read(self.store.sample_ids, vectors=False))
+            signals = self.store.read(self.store.sample_ids, vectors=False)
+            chance = met_chance(signals, by_target=self.sizer.by_target)
         self.group_sizes = sizes = self.sizer.sizes(chance, self.sampler.seed, epoch)
         left_out = int((sizes == 0).sum())
         values = {"selection/left_out": float(left_out)}
