@@ -35,7 +35,8 @@ class SelectSamples(SessionCallback):
 
     Args:
         budget: samples per epoch: a float is a share of the pool, above 0 and at most 1, an int is a number of samples.
-            None takes 0.1, or with `ledger` all that it selected; a smaller budget takes the ledger's best.
+            None takes 0.1, or with `ledger` all that it selected; a smaller budget takes the ledger's best. With
+            `adaptive_generations` of GRPORecModule it is the rollouts of so many samples with `num_generations` each.
         selector: picks the samples; None takes `MiniRecSelector()`.
         ledger: parquet file of a selection to train on, fixed for all epochs; it takes the place of `selector`.
         warmup_epochs: epochs on the whole pool before the first selection.

@@ -543,6 +543,11 @@ def check_adaptive(
     Raises:
         InputError: naming the option.
     """
+    if not isinstance(adaptive, AdaptiveGenerations):
+        raise InputError(
+            f"adaptive_generations is {adaptive!r}: give minirec_pl.grpo.AdaptiveGenerations(q=0.8, max=64), or in "
+            "YAML the keys q and max"
+        )
     if rollouts != "sample" or distinct_rollouts:
         given = "distinct_rollouts is true" if distinct_rollouts else f"rollouts is {rollouts!r}"
         raise InputError(

@@ -311,6 +311,7 @@ def test_a_run_resumes_bit_for_bit(at, options, tiny_policy, toy_data, make_trai
         ({"rollouts": "expected"}, "rollouts is 'expected', and adaptive_generations"),
         ({"distinct_rollouts": True}, "distinct_rollouts is true, and adaptive_generations"),
         ({"scale_rewards": "batch"}, "scale_rewards is 'batch', .*: set scale_rewards to group, mean or none"),
+        ({"adaptive_generations": {"q": 0.8}}, r"adaptive_generations is {'q': 0.8}: give minirec_pl.grpo.Adaptive"),
         ({"num_generations": 16}, "adaptive_generations.max is 12 and num_generations 16"),
     ],
 )
@@ -334,7 +335,7 @@ def test_numbers_out_of_range(numbers, message):
 
 
 def test_a_run_in_which_nothing_keeps_the_rewards(tiny_policy, toy_data, make_trainer):
-    with pytest.raises(InputError, match="adaptive_generations goes by the rewards met so far, .*: add MiniRec, or"):
+    with pytest.raises(InputError, match=r"adaptive_generations goes by the rewards met so far, .*: add MiniRec, or"):
         make_trainer(max_epochs=1).fit(module_of(tiny_policy()), toy_data(**SMALL))
 
 
