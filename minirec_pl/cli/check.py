@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,8 +24,8 @@ from minirec_pl.cli.check_model import Finding, Level, Prompts, describe_family,
 from minirec_pl.cli.check_saving import (
     check_flat_share,
     finding_of,
-    flat_share_of,
     own_options,
+    probed,
     saving_table,
     schedules_of,
     setting_of,
@@ -223,7 +224,8 @@ class Preflight:
         dtype = next(model.parameters()).dtype
         self._add("ok", "model", f"{total / 1e6:,.1f} M parameters in {str(dtype)[6:]}, {trained / 1e6:,.1f} M trained")
         reference = (options.get("beta") or 0) > 0 and trained == total
-        self.memory = memory_of(model, load, dtype.itemsize, reference)
+        most = (options.get("adaptive_generations") or {}).get("max", load.num_generations)
+        self.memory = memory_of(model, replace(load, num_generations=most), dtype.itemsize, reference)
         need, there, where = peak(self.memory), *_device_memory(trainer.accelerator)
         if need > there:
             self._add(
@@ -245,17 +247,17 @@ class Preflight:
             )
             self._add("ok", "selection", text)
             return
+        length: float = load.completion
         if self.probe:
             module = _make_module(_plain(self.config.model), _made(Policy, options["policy"]))
-            self.flat_share = flat_share_of(module, data)
+            self.flat_share, length = probed(module, data)
             if self.flat_share == 1.0:
                 raise InputError(
                     "all groups of the probe are flat, so nothing can be learnt of them: warm the policy up for "
                     "longer, raise --model.num_generations, or reward more than a hit"
                 )
-        exact, fed = not _retrieves(policy), load.completion - (0 if _retrieves(policy) else 1)
-        known = self.flat_share is not None
-        setting = setting_of(load, self.flat_share or 0.0, exact=exact, fed=fed)
+        exact, known = not _retrieves(policy), self.flat_share is not None
+        setting = setting_of(load, self.flat_share or 0.0, exact=exact, fed=length - int(exact))
         found = schedules_of(load, _made(SessionCallback | None, _plain(self.config.get("selection"))))
         self.saving = setting, found
         self.findings.append(finding_of(setting, known, found))

@@ -52,33 +52,38 @@ def own_options(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise InputError(f"{error.argument_name}: {error.message}: see `minirec check --help`") from error
 
 
-def flat_share_of(module: GRPORecModule, data: RecDataModule) -> float:
-    """Draws groups for samples from all over the pool and returns the share of those without reward variance.
+def probed(module: GRPORecModule, data: RecDataModule) -> tuple[float, float]:
+    """Draws groups for samples from all over the pool.
 
     Args:
         module: with the policy that training begins with.
         data: after `setup`.
+
+    Returns:
+        Share of the groups without reward variance, and mean number of tokens of a completion.
     """
     module.policy.bind(data.catalogue)
     module.item_ids = np.asarray(data.catalogue.item_ids, dtype=object)
     module.use_columns(data.own_columns)
     ids = np.random.default_rng(_SEED).permutation(data.pool_ids)[:PROBED]
-    random, flat = torch.Generator().manual_seed(_SEED), []
+    random, flat, lengths = torch.Generator().manual_seed(_SEED), [], []
     module.policy.refresh_items()
     for batch in data.sample_loader(ids, batch_size=data.batch_size):
         (batch,) = module.policy.with_negatives([batch], (_SEED,), None, lambda values: values)
-        flat.append(module.sampler.roll_out(batch, random, False).flat)
-    return float(torch.cat(flat).double().mean())
+        drawn = module.sampler.roll_out(batch, random, False)
+        flat.append(drawn.flat.double())
+        lengths.append(drawn.lengths.double().flatten())
+    return float(torch.cat(flat).mean()), float(torch.cat(lengths).mean())
 
 
-def setting_of(load: Load, flat_share: float, *, exact: bool, fed: int) -> BreakEven:
+def setting_of(load: Load, flat_share: float, *, exact: bool, fed: float) -> BreakEven:
     """The cost of a sample of a run.
 
     Args:
         load: of the run.
         flat_share: see `BreakEven`.
         exact: whether scoring knows the target's probability, from a pass over its id.
-        fed: tokens of a completion that are fed to the model.
+        fed: tokens of a completion that are fed to the model, on average or at most.
     """
     completions = load.scoring_generations + int(exact)
     return BreakEven(

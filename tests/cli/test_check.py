@@ -395,6 +395,13 @@ def test_tokens_of_ids_of_several_codes(command, tmp_path):
     assert all(length % 3 == 1 for length in preflight.prompts.lengths)
 
 
+def test_groups_as_large_as_allowed_count_for_the_memory(command, tmp_path):
+    usual, _ = saving(command, tmp_path / "runs", "--model.num_generations=16")
+    larger, _ = saving(command, tmp_path / "runs", "--model.adaptive_generations={q: 0.8, max: 16}")
+    assert larger.load.num_generations == 4
+    assert larger.memory == usual.memory
+
+
 def test_a_pool_in_which_all_groups_are_flat(command, tmp_path, monkeypatch):
     (tmp_path / "no_reward.py").write_text("def nothing(completions):\n    return [0.0] * len(completions)\n")
     monkeypatch.syspath_prepend(str(tmp_path))

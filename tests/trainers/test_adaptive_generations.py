@@ -4,14 +4,16 @@ import copy
 import math
 import warnings
 
+import pandas as pd
 import pytest
 import torch
 from helpers.plain_policy import PlainPolicy
 from helpers.slow import slow
+from helpers.text_policy import text_policy, write_model
 from lightning.pytorch import Callback
 
 from minirec_pl import GRPORecModule, InputError
-from minirec_pl.callbacks import MiniRec, RewardHistory, SelectSamples
+from minirec_pl.callbacks import CompletionsTable, MiniRec, RewardHistory, SelectSamples
 from minirec_pl.grpo import AdaptiveGenerations
 from minirec_pl.selection import FullSelector, KMeansSelector, MiniRecSelector, RandomSelector
 from minirec_pl.selection.group_sizes import GroupSizer, GroupSizes, generations_needed, met_chance
@@ -25,11 +27,11 @@ GROUP = 4
 ADAPTIVE = AdaptiveGenerations(q=0.7, max=12)
 
 
-def sometimes(completions, sample_id, **columns):
+def sometimes(completions, sample_id, recommended):
     """Hit or miss: some samples are always solved, some never, the others by every third or other item."""
     return [
         [1.0, 0.0, float(int(item[1:]) % 3 == 0), float(int(item[1:]) % 2)][i % 4]
-        for item, i in zip(completions, sample_id, strict=True)
+        for item, i in zip(recommended, sample_id, strict=True)
     ]
 
 
@@ -83,14 +85,12 @@ class Watch(Callback):
         self.steps.append([])
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        rollouts = copy.deepcopy(pl_module.generation.at(pl_module.generation.position))
-        gradient = [p.grad.clone() for p in pl_module.policy.parameters()]
-        self.steps[-1].append((rollouts, gradient))
+        self.steps[-1].append(copy.deepcopy(pl_module.generation.at(pl_module.generation.position)))
 
     def drawn(self, epoch):
         """Rollouts of each sample in an epoch."""
         found = {}
-        for rollouts, _ in self.steps[epoch]:
+        for rollouts in self.steps[epoch]:
             found |= dict(zip(rollouts.batch["sample_id"].tolist(), rollouts.exists.sum(dim=1).tolist(), strict=True))
         return found
 
@@ -146,6 +146,45 @@ def test_a_hit_goes_by_the_exact_probability_of_the_target(tiny_policy, toy_data
             needed = plain_size(known[watch.ids.index(sample_id)][0], adaptive)
             assert size == needed or (needed == 0 and size == GROUP)
         assert len(set(watch.drawn(epoch).values())) > 2
+
+
+def test_groups_are_mixed_as_often_as_their_sizes_promise(tiny_policy, toy_data, make_trainer):
+    adaptive = AdaptiveGenerations(q=0.6, max=120)
+    still = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.0), "scoring_generations": 0}
+    module = GRPORecModule(tiny_policy(), num_generations=GROUP, adaptive_generations=adaptive, **still)
+    watch = Watch()
+    selection = MiniRec(77, selector=MiniRecSelector(difficulty="pass_at_group", gate=(-1.0, 2.0)))
+    make_trainer(max_epochs=2, callbacks=[watch, selection]).fit(module, toy_data(**SMALL))
+    p_of = dict(zip(watch.ids, (exact for exact, _, _ in watch.known[0]), strict=True))
+    mixed, expected, variance = 0, 0.0, 0.0
+    for rollouts in watch.steps[0] + watch.steps[1]:
+        mixed += int((~rollouts.flat).sum())
+        sizes = rollouts.exists.sum(dim=1).tolist()
+        for sample_id, size in zip(rollouts.batch["sample_id"].tolist(), sizes, strict=True):
+            p = p_of[sample_id]
+            chance = 1 - p**size - (1 - p) ** size
+            expected, variance = expected + chance, variance + chance * (1 - chance)
+    assert expected > 5
+    assert mixed == pytest.approx(expected, abs=4 * variance**0.5)
+
+
+def test_a_policy_that_reasons_trains_on_unequal_groups(toy_data, make_trainer, tmp_path):
+    data = toy_data(history_window=3, **SMALL, batch_size=4)
+    data.setup("fit")
+    policy = text_policy(write_model(tmp_path / "llama"), catalogue=data.catalogue, max_completion_length=4)
+    module = module_of(policy, beta=0.05, relabel_topk=2)
+    before = copy.deepcopy(policy.state_dict())
+    watch = Watch()
+    trainer = make_trainer(max_epochs=2, callbacks=[watch, MiniRec(8, selector=Middle()), CompletionsTable(1)])
+    trainer.fit(module, data)
+    drawn = watch.drawn(0) | watch.drawn(1)
+    assert len(set(drawn.values())) > 1
+    assert module.cost.rollouts["training"] == sum(watch.drawn(0).values()) + sum(watch.drawn(1).values())
+    assert any(not torch.equal(value, before[name]) for name, value in policy.state_dict().items())
+    shown = pd.read_parquet(tmp_path / "run" / "completions.parquet")
+    sizes = shown.groupby(["step", "sample_id"]).size()
+    for (_, sample_id), size in sizes.items():
+        assert size in {watch.drawn(epoch).get(sample_id) for epoch in range(2)}
 
 
 def test_only_as_much_of_a_ranking_as_the_budget_pays_for():

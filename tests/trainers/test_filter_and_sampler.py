@@ -123,6 +123,35 @@ def test_what_was_drawn_in_vain_is_charged_and_known_and_not_trained_on(name, ti
     assert not math.isnan(float(view.reward_mean.sum()))
 
 
+class Digest(Callback):
+    """Writes what a rank knows at the end of the first epoch, and what it has drawn and trained on."""
+
+    def __init__(self, folder):
+        self.folder, self.trained = folder, []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.trained += outputs["trained"].tolist()
+
+    def on_fit_end(self, trainer, pl_module):
+        store = session_of(trainer).store
+        known = {"digest": store.digest(), "flat": store.wasted_groups(store.sample_ids), "ids": store.sample_ids}
+        drawn = {"drawn": pl_module.rewards[0].groups, "trained": self.trained}
+        torch.save({**known, **drawn}, self.folder / f"rank-{trainer.global_rank}.pt")
+
+
+def test_ranks_know_of_all_that_returned_on_any_of_them(tiny_policy, toy_data, make_trainer, tmp_path):
+    callbacks = [SELECTORS["random"](), Digest(tmp_path)]
+    trainer = make_trainer(max_epochs=1, callbacks=callbacks, strategy="ddp_fork", devices=2)
+    trainer.fit(module_of(tiny_policy(), Recorder()), toy_data(**SMALL, batch_size=4))
+    ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+    assert ranks[0]["digest"] == ranks[1]["digest"]
+    returned = {i for rank in ranks for i, rewards in rank["drawn"] if len(set(rewards)) == 1}
+    assert len(returned) > 5
+    flat = ranks[0]["flat"]
+    assert set(ranks[0]["ids"][flat > 0].tolist()) == returned
+    assert not returned & {i for rank in ranks for i in rank["trained"]}
+
+
 class SaveAt(Callback):
     def __init__(self, path, batch):
         self.path, self.left = path, batch
