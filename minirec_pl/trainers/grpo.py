@@ -31,6 +31,7 @@ from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace
 from minirec_pl.selection.probes.trajectory import Trajectory
 from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.selection.session.resume import position as batch_position
+from minirec_pl.selection.session.scoring import is_sharded
 from minirec_pl.selection.session.session import session_of
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.trainers.recommender import EVALUATION_K, RecModule
@@ -291,6 +292,12 @@ class GRPORecModule(RecModule):
                 raise InputError(
                     "adaptive_generations goes by the rewards met so far, and no callback keeps them: add MiniRec, or "
                     "RewardHistory to train on the whole pool"
+                )
+            if is_sharded(self.trainer):
+                raise InputError(
+                    f"{type(self.trainer.strategy).__name__} needs all ranks to run the model equally often, and with "
+                    "adaptive_generations they run it once for each size of group: use the strategy ddp, or leave out "
+                    "adaptive_generations"
                 )
             hits = all(is_hit_or_miss(reward) for reward in self.rewards)
             sizer = GroupSizer(self.num_generations, self.adaptive_generations, by_target=hits)

@@ -10,7 +10,8 @@ import torch
 from helpers.plain_policy import PlainPolicy
 from helpers.slow import slow
 from helpers.text_policy import text_policy, write_model
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 
 from minirec_pl import GRPORecModule, InputError
 from minirec_pl.callbacks import CompletionsTable, MiniRec, RewardHistory, SelectSamples
@@ -376,6 +377,14 @@ def test_numbers_out_of_range(numbers, message):
 def test_a_run_in_which_nothing_keeps_the_rewards(tiny_policy, toy_data, make_trainer):
     with pytest.raises(InputError, match=r"adaptive_generations goes by the rewards met so far, .*: add MiniRec, or"):
         make_trainer(max_epochs=1).fit(module_of(tiny_policy()), toy_data(**SMALL))
+
+
+def test_sharded_models_are_refused(tiny_policy, toy_data, make_trainer, monkeypatch):
+    trainer, module = make_trainer(max_epochs=1, callbacks=[RewardHistory()]), module_of(tiny_policy())
+    module.trainer = trainer
+    monkeypatch.setattr(Trainer, "strategy", FSDPStrategy(accelerator=None))
+    with pytest.raises(InputError, match=r"FSDPStrategy needs all ranks to run the model equally often, .*: use the"):
+        module.setup("fit")
 
 
 def test_a_fixed_ledger_is_cut_to_its_rollouts(tiny_policy, toy_data, make_trainer, tmp_path):
