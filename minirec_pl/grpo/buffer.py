@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minirec_pl.data.loader import REPEATED
+from minirec_pl.data.loader import GROUP_SIZE, REPEATED
 from minirec_pl.grpo.loss import flat_groups
 from minirec_pl.selection.signals import SampleSignals
 
 Batch = Mapping[str, Tensor]
-GROUP_SIZE = "group_size"
 _FILLERS = {  # what stands after the last rollout of a group that is smaller than others, by field
     "items": 0,
     "rewards": 0.0,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from minirec_pl.grpo.buffer import GROUP_SIZE, RolloutBatch, resize, scoring_numbers, take_rows
+from minirec_pl.data.loader import GROUP_SIZE
+from minirec_pl.grpo.buffer import RolloutBatch, resize, scoring_numbers, take_rows
 from minirec_pl.grpo.loss import flat_groups, group_advantages
 from minirec_pl.grpo.objective import Objective
 from minirec_pl.policy.interface import (
@@ -53,8 +56,8 @@ class RolloutSampler:
     def roll_out(self, batch: Batch, generator: torch.Generator, keep_logps: bool) -> RolloutBatch:
         """Rewarded rollouts to train on.
 
-        Groups of equal size are drawn and rewarded together, one size after the other, smallest first, so that nothing
-        is drawn for padding.
+        Groups of unequal size are rewarded one size after the other, smallest first, and drawn so, too, unless the
+        policy draws them at once. Nothing is drawn for padding.
 
         Args:
             batch: the prompts; with a column `group_size` int64 [B] where groups are of unequal size.
@@ -62,27 +65,38 @@ class RolloutSampler:
             keep_logps: whether an update needs the log-probabilities under the policy that sampled.
         """
         if GROUP_SIZE not in batch:
-            return self._roll_out(batch, self.options, generator, keep_logps)
+            return self._to_train_on(batch, self._drawn(batch, self.options, generator), keep_logps)
         parts, places = [], []
-        for size in sorted(set(batch[GROUP_SIZE].tolist())):
-            rows = (batch[GROUP_SIZE] == size).nonzero().flatten()
-            options = replace(self.options, num_generations=size)
-            part = self._roll_out(take_rows(batch, rows), options, generator, keep_logps)
+        for rows, drawn in self._drawn_by_size(batch, generator):
+            part = self._to_train_on(take_rows(batch, rows), drawn, keep_logps)
             parts.append(part.resized(self.largest))
             places.append(rows)
         return RolloutBatch.cat(parts).take(torch.cat(places).argsort())
 
-    def _roll_out(
-        self, batch: Batch, options: RolloutOptions, generator: torch.Generator, keep_logps: bool
-    ) -> RolloutBatch:
-        drawn = self._drawn(batch, options, generator)
+    def _drawn_by_size(self, batch: Batch, generator: torch.Generator) -> Iterator[tuple[Tensor, DrawnGroups]]:
+        """The groups of each size, and at which rows of the batch they are."""
+        sizes, whole = batch[GROUP_SIZE], None
+        if self.policy.draws_unequal_groups:
+            whole = self._drawn(batch, replace(self.options, num_generations=int(sizes.max())), generator)
+            whole.target = None if whole.target is None else cache(whole.target)
+            self.cost.add("training", forward=whole.tokens)
+        for size in sorted(set(sizes.tolist())):
+            rows = (sizes == size).nonzero().flatten()
+            if whole is not None:
+                yield rows, whole.of_size(rows, size)
+            else:
+                options = replace(self.options, num_generations=size)
+                yield rows, self._drawn(take_rows(batch, rows), options, generator)
+
+    def _to_train_on(self, batch: Batch, drawn: DrawnGroups, keep_logps: bool) -> RolloutBatch:
+        """Rewards rollouts and measures what no update will."""
         target_logps, target_mask = (None, None) if drawn.target is None else drawn.target()
         rewards, by_name = self._rewarded(batch, drawn)
         applies = ~rewards.isnan()
         rewards = rewards.nan_to_num(nan=0.0)
         flat = flat_groups(rewards, applies)
         pairs = torch.zeros_like(flat)
-        if options.preference_pairs:
+        if self.options.preference_pairs:
             pairs = flat & applies.any(dim=1) & (drawn.items != batch["target"][:, None]).all(dim=1)
         learns = torch.ones_like(flat) if self.objective.beta > 0 else ~flat | pairs
         rows = (torch.ones_like(flat) if keep_logps else ~learns).nonzero().flatten()

@@ -14,9 +14,9 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from minirec_pl.data.loader import GENERATION, REPEATED, GenerationSchedule, in_hand
+from minirec_pl.data.loader import GENERATION, GROUP_SIZE, REPEATED, GenerationSchedule, in_hand
 from minirec_pl.data.own_columns import OwnColumns
-from minirec_pl.grpo.buffer import GROUP_SIZE, Generation, RolloutBatch, figures_of, signals_of, take_rows, totals_of
+from minirec_pl.grpo.buffer import Generation, RolloutBatch, figures_of, signals_of, take_rows, totals_of
 from minirec_pl.grpo.collector import RolloutCollector
 from minirec_pl.grpo.expected import Expectation
 from minirec_pl.grpo.loss import Baseline, ImportanceSamplingLevel, LossType, ScaleRewards

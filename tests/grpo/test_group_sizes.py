@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -252,7 +253,10 @@ def parity(completions, sample_id):
 
 @pytest.mark.filterwarnings("ignore:no reward of parity applies")
 @pytest.mark.parametrize("sizes", [*SIZES.values(), [7, 2, 2, 3]])
-def test_nothing_is_drawn_for_padding_and_rows_keep_their_order(policy, sizes):
+@pytest.mark.parametrize("at_once", [True, False])
+def test_nothing_is_drawn_for_padding_and_rows_keep_their_order(policy, sizes, at_once):
+    assert policy.draws_unequal_groups
+    policy.draws_unequal_groups = at_once  # a policy of a user's own is called for each size
     made = sampler(policy, parity)
     batch = {**prompts(len(sizes), 0), "group_size": torch.tensor(sizes)}
     drawn = made.roll_out(batch, torch.Generator().manual_seed(0), True)
@@ -279,6 +283,53 @@ def test_nothing_is_drawn_for_padding_and_rows_keep_their_order(policy, sizes):
     known = [r for b, size in enumerate(sizes) if b != 2 for r in drawn.rewards[b, :size].tolist()]
     assert float(figures["reward"]) == pytest.approx(sum(known) / len(known))
     assert float(figures["completions/mean_length"]) == pytest.approx(float(drawn.lengths.sum()) / sum(sizes))
+
+
+def assert_drawn_as_alone(policy, batch, options, sizes, numbers):
+    """Groups of unequal size, drawn at once, are those of each size drawn by itself, at the same cost."""
+    whole = policy.roll_out({**batch, "group_size": torch.tensor(sizes)}, options, numbers)
+    tokens, measured = 0, 0
+    every = torch.tensor(sizes)
+    for size in sorted(set(sizes)):
+        rows = (every == size).nonzero().flatten()
+        part = {name: value[rows] for name, value in batch.items()}
+        alone = policy.roll_out(part, replace(options, num_generations=size), numbers[rows, :size])
+        ours = whole.of_size(rows, size)
+        assert torch.equal(ours.items, alone.items)
+        assert torch.equal(ours.mask, alone.mask)
+        torch.testing.assert_close(ours.logps, alone.logps)
+        if alone.texts is not None:
+            assert torch.equal(ours.texts, alone.texts)
+        if alone.ranking is not None:
+            assert torch.equal(ours.ranking.rank, alone.ranking.rank)
+            torch.testing.assert_close(ours.ranking.probability, alone.ranking.probability)
+        if alone.target is not None:
+            for mine, wanted in zip(ours.target(), alone.target(), strict=True):
+                torch.testing.assert_close(mine, wanted)
+        some = torch.arange(len(rows)).flip(0)[:2]
+        (*mine, n_mine), (*wanted, n_wanted) = ours.measure(some), alone.measure(some)
+        for one, other in zip(mine, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        tokens, measured = tokens + alone.tokens, measured + n_wanted - n_mine
+    assert (whole.tokens, measured) == (tokens, 0)
+    exists = torch.arange(numbers.shape[1]) < every[:, None]
+    assert not whole.mask[~exists].any()
+
+
+@pytest.mark.parametrize("sizes", [*SIZES.values(), [7, 2, 2, 3]])
+@pytest.mark.parametrize("narrowed", [{}, {"top_k": 2, "temperature": 1.5}])
+def test_items_drawn_at_once_are_those_drawn_alone(policy, sizes, narrowed):
+    batch, options = prompts(len(sizes), 3), RolloutOptions(num_generations=max(sizes), **narrowed)
+    size = (len(sizes), max(sizes), policy.id_length)
+    numbers = torch.rand(size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert_drawn_as_alone(policy, batch, options, sizes, numbers)
+
+
+@pytest.mark.parametrize("sizes", [[3, 2, 5, 2], [2, 2, 2, 2], [5, 4, 3, 2]])
+def test_texts_drawn_at_once_are_those_drawn_alone(retriever, sizes):
+    options = RolloutOptions(num_generations=max(sizes))
+    numbers = torch.rand((4, max(sizes), 4), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert_drawn_as_alone(retriever, toy_batch(4), options, sizes, numbers)
 
 
 def test_reference_log_probabilities_keep_their_order(policy):
