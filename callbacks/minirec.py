@@ -33,6 +33,8 @@ class MiniRec(SessionCallback):
 
     Args:
         budget: samples per epoch: a float is a share of the pool, above 0 and at most 1, an int is a number of samples.
+            With `adaptive_generations` of GRPORecModule it is the rollouts of so many samples with `num_generations`
+            each.
         warmup_epochs: epochs on the whole pool before the first selection.
         every_n_epochs: epochs from one selection to the next.
         rescore_fraction: share of the pool, from 0 to 1, that is scored again after each epoch, stalest first.

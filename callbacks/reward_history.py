@@ -45,17 +45,18 @@ class RewardHistory(SessionCallback):
         met = gather_signals(own, trainer.strategy.root_device)
         if met is None:
             return
-        forecast(session, met)
-        session.store.update(met, epoch=trainer.current_epoch, step=trainer.global_step, source="train")
-        if met.rewards is not None:
-            groups = met.rewards
-            session.trained["samples"] += len(groups)
-            session.trained["reward"] += float(groups.double().mean(dim=1).sum())
-            session.trained["groups"] += len(groups)
-            session.trained["mixed"] += int((groups.amax(dim=1) > groups.amin(dim=1)).sum())
-        elif met.solve_probability is not None:
-            session.trained["samples"] += len(met.solve_probability)
-            session.trained["reward"] += float(met.solve_probability.double().sum())
+        for part in met.of_equal_size():
+            forecast(session, part)
+            session.store.update(part, epoch=trainer.current_epoch, step=trainer.global_step, source="train")
+            if part.rewards is not None:
+                groups = part.rewards
+                session.trained["samples"] += len(groups)
+                session.trained["reward"] += float(groups.double().mean(dim=1).sum())
+                session.trained["groups"] += len(groups)
+                session.trained["mixed"] += int((groups.amax(dim=1) > groups.amin(dim=1)).sum())
+            elif part.solve_probability is not None:
+                session.trained["samples"] += len(part.solve_probability)
+                session.trained["reward"] += float(part.solve_probability.double().sum())
 
     def _record(self, session: SelectionSession, trainer: Trainer, module: LightningModule, epoch: int) -> None:
         trained = session.trained

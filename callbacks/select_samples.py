@@ -40,7 +40,8 @@ class SelectSamples(SessionCallback):
 
     Args:
         budget: samples per epoch: a float is a share of the pool, above 0 and at most 1, an int is a number of samples.
-            None takes 0.1, or with `ledger` all that it selected; a smaller budget takes the ledger's best.
+            None takes 0.1, or with `ledger` all that it selected; a smaller budget takes the ledger's best. With
+            `adaptive_generations` of GRPORecModule it is the rollouts of so many samples with `num_generations` each.
         selector: picks the samples; None takes `MiniRecSelector()`.
         ledger: parquet file of a selection to train on, fixed for all epochs; it takes the place of `selector`.
         warmup_epochs: epochs on the whole pool before the first selection.
@@ -134,19 +135,21 @@ class SelectSamples(SessionCallback):
         if since < 0:
             session.selected = None
             return
-        if session.selected is not None and since % self.every_n_epochs:
+        again = session.selected is None or since % self.every_n_epochs == 0
+        if not again and session.groups is None:
             return
         before = set(session.selected or ())
         try:
             with session.cost.timed("selection"):
-                ledger = self._pick(session, trainer, epoch) if self.ledger is None else self._fixed(session, trainer)
-                k = None if self.ledger is None or self.budget is None else budget_count(self.budget, len(ledger))
-                session.selected = ledger.selected(k)
+                ledger = self._ledger(session, trainer, epoch) if again or session.ledger is None else session.ledger
+                session.selected = self._chosen(session, ledger)
         except InputError as error:
             if not before:
                 raise
             text = f"epoch {epoch + 1} keeps the selection of the epoch before: {error}"
             session.warn_once(trainer, text, text)
+            return
+        if not again:
             return
         first, session.ledger = session.ledger is None, ledger
         if first or trainer.loggers:
@@ -156,7 +159,18 @@ class SelectSamples(SessionCallback):
             session.log(trainer, _figures(session, found, before))
         session.leave_files(trainer)
 
+    def _ledger(self, session: SelectionSession, trainer: Trainer, epoch: int) -> SelectionLedger:
+        return self._pick(session, trainer, epoch) if self.ledger is None else self._fixed(session, trainer)
+
+    def _chosen(self, session: SelectionSession, ledger: SelectionLedger) -> list[int]:
+        if session.groups is not None:
+            return session.groups.within_budget(ledger.selected(), self._expected(len(session.store)))
+        return ledger.selected(
+            None if self.ledger is None or self.budget is None else budget_count(self.budget, len(ledger))
+        )
+
     def _pick(self, session: SelectionSession, trainer: Trainer, epoch: int) -> SelectionLedger:
+        """The ledger; where groups are of unequal size, of as many picks as have the rollouts of the budget."""
         if self.selector.needs and not session.scored:
             raise InputError(
                 f"{type(self.selector).__name__} needs scored samples: add the callback RescoreSamples(), as MiniRec "
@@ -166,11 +180,21 @@ class SelectSamples(SessionCallback):
             self._check_outcomes(session, trainer, epoch)
         if session.predictor is not None:
             self._predictions.refit(session, trainer, epoch)
+            session.size_groups(epoch)
         view = session.store.pool_view(epoch)
         view.vectors = self._predictions.vectors
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            ledger = pick(self._selector, view, budget_count(self.budget, len(view)), epoch)
+            asked = n_samples = budget_count(self.budget, len(view))
+            ledger = pick(self._selector, view, asked, epoch)
+            while session.groups is not None and asked == ledger.n_selected < len(view):
+                share = session.groups.share_of_budget(ledger.selected(), n_samples)
+                if share >= 1:
+                    break
+                asked = min(len(view), max(asked + 1, math.ceil(asked * min(4.0, 1.1 / max(share, 0.1)))))
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # of fewer picks than asked for
+                    ledger = pick(self._selector, view, asked, epoch)
         for warning in caught:
             if warning.category is UserWarning:
                 session.warn_once(trainer, str(warning.message), str(warning.message))

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,15 @@ from torch import nn
 
 from minirec_pl.cli.arguments import class_of, without_types
 from minirec_pl.cli.check_model import Finding, Level, Prompts, describe_family, describe_language_model
+from minirec_pl.cli.check_saving import (
+    check_flat_share,
+    finding_of,
+    own_options,
+    probed,
+    saving_table,
+    schedules_of,
+    setting_of,
+)
 from minirec_pl.cli.estimates import Load, Memory, memory_of, peak
 from minirec_pl.cli.sentences import one_sentence, sentence_of
 from minirec_pl.cli.stages import WarmStart
@@ -28,14 +38,18 @@ from minirec_pl.data.datamodule import RecDataModule
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy import GenerativePolicy, Policy, RetrievalPolicy
 from minirec_pl.policy.catalogue_text import encode_texts
+from minirec_pl.policy.interface import WITHOUT_ROLLOUTS
 from minirec_pl.policy.item_ids import title_ids
 from minirec_pl.policy.language_models.model_config import text_setting
 from minirec_pl.policy.language_models.pretrained import LanguageModel
 from minirec_pl.policy.language_models.tiny import SPECIAL_TOKENS, build_tiny
 from minirec_pl.policy.prompt import PromptTemplate
+from minirec_pl.policy.semantic_ids import SemanticIds
 from minirec_pl.rewards.calls import RewardFunction, check_columns
 from minirec_pl.selection.budget import budget_count
 from minirec_pl.selection.session.callback import SessionCallback
+from minirec_pl.trainers.grpo import GRPORecModule
+from minirec_pl.utils.break_even import BreakEven
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.run_folder import SIDE_FILE, policy_file
 
@@ -50,10 +64,17 @@ class Preflight:
 
     Args:
         config: of the subcommand.
+        flat_share: share of the groups without reward variance, if it is known.
+        probe: whether to load the policy and measure it.
+
+    Raises:
+        InputError: if both are given, or the share is out of range.
     """
 
-    def __init__(self, config: Namespace) -> None:
-        self.config = config
+    def __init__(self, config: Namespace, flat_share: float | None = None, probe: bool = False) -> None:
+        check_flat_share(flat_share, probe, config.get("warm_start") is not None)
+        self.config, self.flat_share, self.probe = config, flat_share, probe
+        self.saving: tuple[BreakEven, dict[str, float]] | None = None
         self.findings: list[Finding] = []
         self.prompts: Prompts | None = None
         self.memory: Memory | None = None
@@ -93,6 +114,8 @@ class Preflight:
             self.findings += self._try("model", lambda: describe_family(model.config, prompts, completions)) or []
         if data is not None and model is not None and self.prompts is not None:
             self._try("size", lambda: self._sizes(data, policy, model))
+        if data is not None and self.load is not None and not self.fails:
+            self._try("selection", lambda: self._saving(data, policy))
 
     def _try(self, what: str, step: Callable[[], T]) -> T | None:
         try:
@@ -153,10 +176,11 @@ class Preflight:
         ids = data.pool_ids[np.linspace(0, len(data.pool_ids) - 1, _SHOWN_PROMPTS).astype(np.int64)]
         batch = next(iter(data.sample_loader(ids, batch_size=len(ids))))
         if prompt is None:
-            lengths = (1 + (batch["history"] >= 0).sum(dim=1)).tolist()
+            size = _id_tokens(policy)
+            lengths = (1 + size * (batch["history"] >= 0).sum(dim=1)).tolist()
             known = [int(item) for item in batch["history"][0] if item >= 0]
             shown = "<s> " + " ".join(data.catalogue.item_ids[item] for item in known)
-            return Prompts(shown, lengths, 1)
+            return Prompts(shown, lengths, size)
         texts = prompt.write(tokenizer, batch, data.catalogue)
         lengths = [len(tokens) for tokens in encode_texts(tokenizer, texts)]
         if prompt.asks_for_the_date(tokenizer):
@@ -200,7 +224,8 @@ class Preflight:
         dtype = next(model.parameters()).dtype
         self._add("ok", "model", f"{total / 1e6:,.1f} M parameters in {str(dtype)[6:]}, {trained / 1e6:,.1f} M trained")
         reference = (options.get("beta") or 0) > 0 and trained == total
-        self.memory = memory_of(model, load, dtype.itemsize, reference)
+        most = (options.get("adaptive_generations") or {}).get("max", load.num_generations)
+        self.memory = memory_of(model, replace(load, num_generations=most), dtype.itemsize, reference)
         need, there, where = peak(self.memory), *_device_memory(trainer.accelerator)
         if need > there:
             self._add(
@@ -209,6 +234,33 @@ class Preflight:
                 f"about {need / _GIB:.1f} GiB are needed and {where} has {there / _GIB:.1f}: lower --data.batch_size, "
                 "or set --model.policy.language_model.gradient_checkpointing or --model.policy.language_model.lora",
             )
+
+    def _saving(self, data: RecDataModule, policy: Mapping[str, Any]) -> None:
+        """Works out what selection can save of a fit by GRPO with rollouts."""
+        assert self.load is not None
+        options, load = self._model_options(), self.load
+        if not issubclass(class_of(self.config.model.class_path), GRPORecModule):
+            return
+        if options.get("rollouts") in WITHOUT_ROLLOUTS:
+            text = (
+                f"rollouts='{options['rollouts']}' draws no groups, so none is flat and selection has none to leave out"
+            )
+            self._add("ok", "selection", text)
+            return
+        length: float = load.completion
+        if self.probe:
+            module = _make_module(_plain(self.config.model), _made(Policy, options["policy"]))
+            self.flat_share, length = probed(module, data)
+            if self.flat_share == 1.0:
+                raise InputError(
+                    "all groups of the probe are flat, so nothing can be learnt of them: warm the policy up for "
+                    "longer, raise --model.num_generations, or reward more than a hit"
+                )
+        exact, known = not _retrieves(policy), self.flat_share is not None
+        setting = setting_of(load, self.flat_share or 0.0, exact=exact, fed=length - int(exact))
+        found = schedules_of(load, _made(SessionCallback | None, _plain(self.config.get("selection"))))
+        self.saving = setting, found
+        self.findings.append(finding_of(setting, known, found))
 
     def _load(self, data: RecDataModule, policy: Mapping[str, Any], options: Mapping[str, Any]) -> Load:
         assert self.prompts is not None
@@ -240,15 +292,17 @@ def run(arguments: Sequence[str]) -> int:
     """Runs `minirec check` on the words that follow it; returns 1 if the fit would fail, else 0."""
     from minirec_pl.cli.fit import parsed
 
-    preflight = Preflight(parsed(["fit", *arguments]))
+    own, words = own_options(arguments)
+    preflight = Preflight(parsed(["fit", *words]), own.flat_share, own.probe)
     preflight.run()
-    _show(preflight.findings, preflight.prompts, preflight.load, preflight.memory)
+    _show(preflight)
     return int(preflight.fails)
 
 
-def _show(findings: Sequence[Finding], prompts: Prompts | None, load: Load | None, memory: Memory | None) -> None:
+def _show(preflight: Preflight) -> None:
     """Prints what was found, as far as it was found."""
     screen = console()
+    findings, prompts, load, memory = preflight.findings, preflight.prompts, preflight.load, preflight.memory
     if prompts is not None:
         shortest, longest = min(prompts.lengths), max(prompts.lengths)
         title = f"a prompt: {prompts.lengths[0]} tokens (others {shortest} to {longest})"
@@ -267,6 +321,9 @@ def _show(findings: Sequence[Finding], prompts: Prompts | None, load: Load | Non
         for kind, count in load.tokens().items():
             table.add_row(f"tokens: {kind}", f"{count:,}")
         screen.print(table)
+    if preflight.saving is not None:
+        setting, found = preflight.saving
+        screen.print(saving_table(setting, preflight.flat_share is not None, found))
     for level, what, text in findings:
         screen.print(f"[{_COLOURS[level]}]{level:8}[/] {what}: {escape(text)}", soft_wrap=True, highlight=False)
     verdict = (
@@ -309,14 +366,14 @@ def _prompt_of(policy: Mapping[str, Any]) -> PromptTemplate | None:
     return PromptTemplate(**texts) if texts else None
 
 
-def _make_module(config: Mapping[str, Any], policy: nn.Module) -> None:
+def _make_module(config: Mapping[str, Any], policy: nn.Module) -> Any:
     kind = class_of(config["class_path"])
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "model", skip={"policy"}, instantiate=False, fail_untyped=False)
     options = {key: value for key, value in config.get("init_args", {}).items() if key != "policy"}
     try:
         made = parser.instantiate_classes(parser.parse_object({"model": options})).model
-        kind(policy, **made)
+        return kind(policy, **made)
     except Exception as error:
         raise InputError(sentence_of(error)) from error
 
@@ -347,9 +404,20 @@ def _completion_tokens(policy: Mapping[str, Any], prompt: PromptTemplate, tokeni
         marker = tokenizer(policy.get("answer_marker") or "<answer>", add_special_tokens=False)["input_ids"]
         length = policy.get("max_completion_length")
         return (256 if length is None else length) + len(marker)
-    if policy.get("item_ids") == "title":
+    if policy.get("item_ids") == "title" and policy.get("language_model"):
         return title_ids(tokenizer, catalogue, prompt).tokens.shape[1]
-    return 1
+    return _id_tokens(policy)
+
+
+def _id_tokens(policy: Mapping[str, Any]) -> int:
+    """Tokens of an item id at most: those of a stored policy, or of new semantic ids or ids of one token."""
+    if policy.get("config") is None and not policy.get("language_model"):
+        stored = json.loads(policy_file(Path(policy["pretrained"])).read_text(encoding="utf-8"))
+        return len(stored["item_tokens"][0])
+    if policy.get("item_ids") != "semantic":
+        return 1
+    levels: int = (policy.get("semantic_ids") or {}).get("levels", SemanticIds.levels)
+    return levels + 1  # the last one tells items of the same codes apart
 
 
 def _on_meta(policy: Mapping[str, Any], vocabulary: int, tokenizer: Any) -> Any:

@@ -14,6 +14,7 @@ from minirec_pl.utils.errors import InputError
 
 GENERATION = "generation"
 REPEATED = "repeated"
+GROUP_SIZE = "group_size"
 
 
 class GenerationSchedule(NamedTuple):

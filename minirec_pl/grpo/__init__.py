@@ -10,8 +10,10 @@ from minirec_pl.grpo.loss import (
     policy_loss,
     preference_loss,
 )
+from minirec_pl.selection.group_sizes import AdaptiveGenerations
 
 __all__ = [
+    "AdaptiveGenerations",
     "PolicyLoss",
     "eos_mask",
     "flat_groups",

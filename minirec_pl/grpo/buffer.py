@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minirec_pl.data.loader import REPEATED
+from minirec_pl.data.loader import GROUP_SIZE, REPEATED
 from minirec_pl.grpo.loss import flat_groups
 from minirec_pl.selection.signals import SampleSignals
 
 Batch = Mapping[str, Tensor]
+_FILLERS = {  # what stands after the last rollout of a group that is smaller than others, by field
+    "items": 0,
+    "rewards": 0.0,
+    "applies": False,
+    "rewards_by_name": float("nan"),
+    "mask": False,
+    "entropy": 0.0,
+    "old_logps": 0.0,
+    "ref_logps": 0.0,
+    "advantages": 0.0,
+    "texts": -1,
+}
 
 
 def take_rows(batch: Batch, rows: Tensor) -> dict[str, Tensor]:
@@ -32,8 +44,10 @@ def scoring_numbers(words: Sequence[int], sample_ids: Tensor, size: tuple[int, i
 class RolloutBatch:
     """B prompts with G rollouts each, and all that an update needs to know of them.
 
+    Groups of unequal size are padded to G with rollouts that have no token and no reward, see `sizes`.
+
     Attributes:
-        batch: the prompts, each tensor [B, ...].
+        batch: the prompts, each tensor [B, ...]; with a column `group_size` where groups are of unequal size.
         items: int64 [B, G], item index; of a rollout that ranks items, the first.
         rewards: float32 [B, G], 0 where none applies.
         applies: bool [B, G], whether any reward applies.
@@ -81,6 +95,43 @@ class RolloutBatch:
         return self.batch.get(REPEATED, torch.zeros_like(self.learns))
 
     @property
+    def sizes(self) -> Tensor | None:
+        """Rollouts of each group, int64 [B], where they are of unequal size; else None."""
+        return self.batch.get(GROUP_SIZE)
+
+    @property
+    def exists(self) -> Tensor:
+        """Which rollouts were drawn and are no padding, bool [B, G]."""
+        if self.sizes is None:
+            return torch.ones_like(self.applies)
+        return torch.arange(self.items.shape[1], device=self.items.device) < self.sizes[:, None]
+
+    @property
+    def weights(self) -> Tensor | None:
+        """Weight of each rollout in averages, float64 [B, G], that of a group being 1; None for equal weights."""
+        return None if self.sizes is None else self.exists.double() / self.sizes[:, None]
+
+    def of_equal_size(self) -> Iterator[tuple[Tensor, RolloutBatch]]:
+        """The groups of each size without padding, and at which rows they are, int64 [n]."""
+        if self.sizes is None:
+            yield torch.arange(len(self), device=self.items.device), self
+            return
+        for size in sorted(set(self.sizes.tolist())):
+            rows = (self.sizes == size).nonzero().flatten()
+            yield rows, self.take(rows).resized(size)
+
+    def resized(self, size: int) -> RolloutBatch:
+        """Groups padded to a size, or cut to it."""
+        changed: dict[str, Any] = {}
+        for name, filler in _FILLERS.items():
+            value = getattr(self, name)
+            if isinstance(value, dict):
+                changed[name] = {key: resize(part, size, filler) for key, part in value.items()}
+            elif value is not None:
+                changed[name] = resize(value, size, filler)
+        return replace(self, **changed)
+
+    @property
     def lengths(self) -> Tensor:
         """Tokens of each rollout, those that the loss leaves out included, int64 [B, G]."""
         return (self.mask if self.texts is None else self.texts >= 0).sum(dim=-1)
@@ -101,6 +152,14 @@ class RolloutBatch:
         return _merge(torch.cat, parts)
 
 
+def resize(values: Tensor, size: int, filler: float = 0.0) -> Tensor:
+    """Values [B, G, ...] of rollouts, cut to G = `size` or filled up to it."""
+    missing = size - values.shape[1]
+    if missing <= 0:
+        return values[:, :size]
+    return torch.cat([values, values.new_full((len(values), missing, *values.shape[2:]), filler)], dim=1)
+
+
 def _merge(function: Callable[[list[Tensor]], Tensor], parts: Sequence[RolloutBatch]) -> RolloutBatch:
     merged: dict[str, Any] = {}
     for field in fields(RolloutBatch):
@@ -119,7 +178,8 @@ class Generation:
     Attributes:
         batches: the micro-batches, trained on in turn.
         positions: how many training steps use them in all, `len(batches)` times the iterations unless the epoch ends.
-        totals: float64 [n, 3], active tokens, completions and groups of each optimizer step, over all ranks.
+        totals: float64 [n, 3], active tokens, completions and groups of each optimizer step, over all ranks; those of
+            groups of unequal size by their weights.
         position: the last training step that used them; -1 for none.
     """
 
@@ -162,11 +222,17 @@ def step_totals(batches: Sequence[RolloutBatch], positions: int, accumulate: int
     Returns:
         float64 [ceil(positions / accumulate), 3].
     """
-    sizes = [(int(batch.mask.sum()), batch.items.numel(), len(batch)) for batch in batches]
+    sizes: list[tuple[float, float, int]] = []
+    for batch in batches:
+        if batch.weights is None:
+            sizes.append((int(batch.mask.sum()), batch.items.numel(), len(batch)))
+        else:
+            tokens = batch.weights * batch.mask.sum(dim=-1)
+            sizes.append((float(tokens.sum()), float(batch.weights.sum()), len(batch)))
     return totals_of(sizes, positions, accumulate)
 
 
-def totals_of(sizes: Sequence[tuple[int, int, int]], positions: int, accumulate: int) -> Tensor:
+def totals_of(sizes: Sequence[tuple[float, float, int]], positions: int, accumulate: int) -> Tensor:
     """See `step_totals`, of micro-batches of these sizes."""
     used = [sizes[position % len(sizes)] for position in range(positions)]
     steps = [used[start : start + accumulate] for start in range(0, positions, accumulate)]
@@ -187,7 +253,13 @@ def signals_of(drawn: Sequence[RolloutBatch], *, with_rewards: bool) -> SampleSi
     solved = torch.cat(exact)[known] if exact else None
     rewards = torch.cat([part.known_rewards for part in drawn])
     ids = torch.cat([part.batch["sample_id"] for part in drawn])
-    return SampleSignals(ids[known], rewards[known] if with_rewards else None, solve_probability=solved)
+    sizes = [part.sizes for part in drawn if part.sizes is not None]
+    return SampleSignals(
+        ids[known],
+        rewards[known] if with_rewards else None,
+        solve_probability=solved,
+        group_size=torch.cat(sizes)[known] if sizes else None,
+    )
 
 
 def figures_of(drawn: Sequence[RolloutBatch]) -> dict[str, Tensor]:
@@ -196,7 +268,7 @@ def figures_of(drawn: Sequence[RolloutBatch]) -> dict[str, Tensor]:
     applies = torch.cat([part.applies for part in drawn])
     known = applies.any(dim=1)
     spread = (rewards - rewards.mean(dim=1, keepdim=True)).square().sum(dim=1) / (applies.sum(dim=1) - 1).clamp(min=1)
-    lengths = torch.cat([part.lengths for part in drawn])
+    lengths = torch.cat([part.lengths[part.exists] for part in drawn])
     return {
         "reward": rewards[applies].sum() / applies.sum().clamp(min=1),
         "reward_std": spread[known].sqrt().sum() / known.sum().clamp(min=1),

@@ -199,6 +199,7 @@ def policy_loss(
     importance_sampling_level: ImportanceSamplingLevel = "token",
     max_completion_length: int | None = None,
     num_items: int | float | Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> PolicyLoss:
     """Clipped GRPO objective over the active tokens.
 
@@ -238,6 +239,8 @@ def policy_loss(
         max_completion_length: Tokens; needed for `dr_grpo`.
         num_items: What the whole optimizer step averages over: active tokens for `dapo`, completions for `grpo` and
             `dr_grpo`; those of this call if None. Not used by `bnpo`.
+        weights: [B, G] (or [...]), how often a completion and its tokens count in these sums and averages, for instance
+            1 / G where groups are of unequal size; None for 1. With weights `num_items` is a weighted sum, too.
 
     Returns:
         A `PolicyLoss`; the loss is 0 with zero gradient if no token is active.
@@ -280,6 +283,10 @@ def policy_loss(
     token_loss = token_loss.expand_as(policy).masked_fill(~active, 0.0)
 
     items = n_tokens if loss_type in ("dapo", "bnpo") else torch.tensor(advantages.numel(), device=logps.device)
+    if weights is not None:
+        weights = weights.to(dtype)
+        token_loss = token_loss * weights.unsqueeze(-1)
+        items = (weights * active.sum(dim=-1)).sum() if loss_type in ("dapo", "bnpo") else weights.sum()
     if num_items is not None and loss_type != "bnpo":
         items = torch.as_tensor(num_items, dtype=dtype, device=logps.device)
     items = items.masked_fill(items == 0, 1)

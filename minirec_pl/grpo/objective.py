@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from minirec_pl.grpo.buffer import RolloutBatch
+from minirec_pl.grpo.buffer import RolloutBatch, resize
 from minirec_pl.grpo.loss import (
     ADVANTAGE_EPS,
     Baseline,
@@ -117,21 +117,16 @@ class Objective:
         logps, entropy, loss, tokens = known, rollouts.entropy, no_loss(policy), 0
         of_items = torch.zeros_like(loss.detach()) if policy.ranks_catalogue else None
         if len(rows):
-            part = rollouts if len(rows) == len(rollouts) else rollouts.take(rows)
-            with_target = bool(part.pairs.any())
-            passed = policy.completion_pass(part.batch, part.items, part.texts, temperature, with_target=with_target)
-            returned(passed, CompletionPass, policy, "completion_pass", logps=part.mask.shape, entropy=part.mask.shape)
-            sampled, new_entropy, tokens = passed.logps, passed.entropy, passed.tokens
-            extra = sampled.new_zeros(())
-            if passed.target_logps is not None:
-                extra = self._pair_loss(part, passed.target_logps, sampled).sum() / shares[2]
-            if passed.rank_target is not None:
-                best, advantages = best_rollouts(part.advantages, self.relabel_topk)
-                ranked, more = passed.rank_target(best, rollouts.batch["target"])
-                extra = item_loss(ranked, advantages, self.epsilon, self.epsilon_high) / shares[1]
-                of_items, tokens = extra.detach(), tokens + more
-            loss = extra
-            logps, entropy = _place(sampled, rows, known), _place(new_entropy, rows, entropy)
+            learning = rollouts if len(rows) == len(rollouts) else rollouts.take(rows)
+            extras: list[Tensor] = []
+            for places, part in learning.of_equal_size():
+                passed, extra, more = self._pass(policy, part, rollouts.batch["target"], shares, temperature)
+                tokens += passed.tokens + more
+                extras.append(extra)
+                logps = _place(resize(passed.logps, known.shape[1]), rows[places], logps)
+                entropy = _place(resize(passed.entropy, known.shape[1]), rows[places], entropy)
+            loss = torch.stack(extras).sum()
+            of_items = loss.detach() if policy.ranks_catalogue else None
         parts = policy_loss(
             logps,
             logps.detach() if on_policy else known,
@@ -147,9 +142,27 @@ class Objective:
             importance_sampling_level=self.importance_sampling_level,
             max_completion_length=rollouts.mask.shape[-1],
             num_items=shares[0 if self.loss_type == "dapo" else 1],
+            weights=rollouts.weights,
         )
         mean_entropy = entropy.masked_fill(~rollouts.mask, 0.0).sum() / rollouts.mask.sum().clamp(min=1)
         return Update(parts.loss + loss, parts.clip_low, parts.clip_high, parts.kl, mean_entropy, of_items, tokens)
+
+    def _pass(
+        self, policy: Policy, part: RolloutBatch, targets: Tensor, shares: Tensor, temperature: float
+    ) -> tuple[CompletionPass, Tensor, int]:
+        """The completions of groups of one size, the losses of their targets, and the tokens that these took."""
+        with_target = bool(part.pairs.any())
+        passed = policy.completion_pass(part.batch, part.items, part.texts, temperature, with_target=with_target)
+        returned(passed, CompletionPass, policy, "completion_pass", logps=part.mask.shape, entropy=part.mask.shape)
+        extra = passed.logps.new_zeros(())
+        if passed.target_logps is not None:
+            extra = self._pair_loss(part, passed.target_logps, passed.logps).sum() / shares[2]
+        if passed.rank_target is None:
+            return passed, extra, 0
+        best, advantages = best_rollouts(part.advantages, self.relabel_topk)
+        ranked, more = passed.rank_target(best, targets)
+        extra = item_loss(ranked, advantages, self.epsilon, self.epsilon_high) / shares[1]
+        return passed, extra if part.sizes is None else extra / part.items.shape[1], more
 
     def _pair_loss(self, part: RolloutBatch, target: Tensor, sampled: Tensor) -> Tensor:
         pairs = part.pairs

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from minirec_pl.grpo.buffer import RolloutBatch, scoring_numbers, take_rows
+from minirec_pl.data.loader import GROUP_SIZE
+from minirec_pl.grpo.buffer import RolloutBatch, resize, scoring_numbers, take_rows
 from minirec_pl.grpo.loss import flat_groups, group_advantages
 from minirec_pl.grpo.objective import Objective
 from minirec_pl.policy.interface import (
@@ -39,6 +42,7 @@ class RolloutSampler:
         objective: what the rollouts are for.
         cost: what is run is booked here.
         trajectory: remembers where training started.
+        largest: rollouts that groups of unequal size are padded to.
     """
 
     policy: Policy
@@ -47,16 +51,45 @@ class RolloutSampler:
     objective: Objective
     cost: Cost
     trajectory: Trajectory
+    largest: int = 0
 
     def roll_out(self, batch: Batch, generator: torch.Generator, keep_logps: bool) -> RolloutBatch:
         """Rewarded rollouts to train on.
 
+        Groups of unequal size are rewarded one size after the other, smallest first, and drawn so, too, unless the
+        policy draws them at once. Nothing is drawn for padding.
+
         Args:
-            batch: the prompts.
+            batch: the prompts; with a column `group_size` int64 [B] where groups are of unequal size.
             generator: of the random numbers.
             keep_logps: whether an update needs the log-probabilities under the policy that sampled.
         """
-        drawn = self._drawn(batch, self.options, generator)
+        if GROUP_SIZE not in batch:
+            return self._to_train_on(batch, self._drawn(batch, self.options, generator), keep_logps)
+        parts, places = [], []
+        for rows, drawn in self._drawn_by_size(batch, generator):
+            part = self._to_train_on(take_rows(batch, rows), drawn, keep_logps)
+            parts.append(part.resized(self.largest))
+            places.append(rows)
+        return RolloutBatch.cat(parts).take(torch.cat(places).argsort())
+
+    def _drawn_by_size(self, batch: Batch, generator: torch.Generator) -> Iterator[tuple[Tensor, DrawnGroups]]:
+        """The groups of each size, and at which rows of the batch they are."""
+        sizes, whole = batch[GROUP_SIZE], None
+        if self.policy.draws_unequal_groups:
+            whole = self._drawn(batch, replace(self.options, num_generations=int(sizes.max())), generator)
+            whole.target = None if whole.target is None else cache(whole.target)
+            self.cost.add("training", forward=whole.tokens)
+        for size in sorted(set(sizes.tolist())):
+            rows = (sizes == size).nonzero().flatten()
+            if whole is not None:
+                yield rows, whole.of_size(rows, size)
+            else:
+                options = replace(self.options, num_generations=size)
+                yield rows, self._drawn(take_rows(batch, rows), options, generator)
+
+    def _to_train_on(self, batch: Batch, drawn: DrawnGroups, keep_logps: bool) -> RolloutBatch:
+        """Rewards rollouts and measures what no update will."""
         target_logps, target_mask = (None, None) if drawn.target is None else drawn.target()
         rewards, by_name = self._rewarded(batch, drawn)
         applies = ~rewards.isnan()
@@ -112,10 +145,14 @@ class RolloutSampler:
 
     def reference_logps(self, policy: Policy, rollouts: RolloutBatch) -> Tensor:
         """Log-probabilities [B, G, L] of rollouts under another policy."""
-        passed = policy.completion_pass(rollouts.batch, rollouts.items, rollouts.texts, self.options.temperature)
-        returned(passed, CompletionPass, policy, "completion_pass", logps=rollouts.mask.shape)
-        self.cost.add("training", forward=passed.tokens)
-        return passed.logps
+        parts, places = [], []
+        for rows, part in rollouts.of_equal_size():
+            passed = policy.completion_pass(part.batch, part.items, part.texts, self.options.temperature)
+            returned(passed, CompletionPass, policy, "completion_pass", logps=part.mask.shape)
+            self.cost.add("training", forward=passed.tokens)
+            parts.append(resize(passed.logps, rollouts.items.shape[1]))
+            places.append(rows)
+        return torch.cat(parts)[torch.cat(places).argsort()]
 
     def signals(
         self, batch: Batch, words: tuple[int, int], gradient: GradientKind, space: GradientSpace

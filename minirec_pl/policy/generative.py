@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minirec_pl.data.loader import GROUP_SIZE
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy.distinct import sample_distinct
 from minirec_pl.policy.folder import StoredPolicy, read_policy, write_policy
@@ -75,6 +76,7 @@ class GenerativePolicy(ItemIdGenerator):
     """
 
     extra_options = ITEM_OPTIONS
+    draws_unequal_groups = True
     made_of = frozenset({"config", "language_model", "semantic_ids", "prompt"})
 
     def __init__(
@@ -233,7 +235,7 @@ class GenerativePolicy(ItemIdGenerator):
 
     def roll_out(self, batch: Batch, options: RolloutOptions, random: torch.Generator | Tensor) -> DrawnGroups:
         """See `Policy.roll_out`: items with replacement, without, or those that a beam search ends with."""
-        target, seen = batch["target"][:, None], batch["seen"]
+        target, seen, sizes = batch["target"][:, None], batch["seen"], batch.get(GROUP_SIZE)
         with evaluation_mode(self):
             prompt = self.run_prompt(batch)
             drawn = self._draw(prompt, batch, options, random)
@@ -242,6 +244,7 @@ class GenerativePolicy(ItemIdGenerator):
         def measure(rows: Tensor) -> tuple[Tensor, Tensor, int]:
             with evaluation_mode(self):
                 part, items = prompt._replace(states=prompt.states[rows], row=prompt.row[rows]), drawn.items[rows]
+                items = items if sizes is None else items[:, : int(sizes[rows].max())]
                 found = self.completion_states(part, items)
                 logps, _, entropy = self.head_logps(found, items, seen[rows], options.temperature)
             return logps, entropy, self.fed_tokens(items)
@@ -251,7 +254,8 @@ class GenerativePolicy(ItemIdGenerator):
                 logps, mask, _ = self.head_logps(states, target, seen, options.temperature)
             return logps[:, 0], mask[:, 0]
 
-        tokens = self.prompt_tokens(batch) + self.fed_tokens(drawn.items) + self.fed_tokens(target)
+        items = drawn.items if sizes is None else drawn.items[drawn.mask.any(dim=-1)]
+        tokens = self.prompt_tokens(batch) + self.fed_tokens(items) + self.fed_tokens(target)
         return DrawnGroups(drawn.items, drawn.logps, drawn.mask, tokens, measure, target_logps, context=states)
 
     def _draw(
@@ -264,9 +268,8 @@ class GenerativePolicy(ItemIdGenerator):
         if options.rollouts == "beam":
             return self.beams(prompt, batch["seen"], group, temperature)
         numbers = uniform_numbers(random, (len(batch["target"]), group, self.id_length))
-        return self.sample(
-            prompt, batch["seen"], numbers, temperature=temperature, top_k=options.top_k, top_p=options.top_p
-        )
+        narrowed: dict[str, Any] = {"temperature": temperature, "top_k": options.top_k, "top_p": options.top_p}
+        return self.sample(prompt, batch["seen"], numbers, **narrowed, sizes=batch.get(GROUP_SIZE))
 
     def completion_pass(
         self, batch: Batch, items: Tensor, texts: Tensor | None, temperature: float, *, with_target: bool = False

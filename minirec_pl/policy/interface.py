@@ -137,7 +137,8 @@ class DrawnGroups:
         mask: bool [B, G, L], tokens that the loss counts.
         tokens: that went through the model.
         measure: from rows int64 [n] to log-probabilities and entropies float32 [n, G, L] under the policy, without
-            gradient, and the tokens that this takes.
+            gradient, and the tokens that this takes. G may be the largest of these groups, where they are of unequal
+            size.
         target: gives log-probabilities float32 [B, L] of the target's tokens, and which exist, bool [B, L]; None
             where the target is not a completion.
         texts: int64 [B, G, L], tokens of the rollouts, padded with -1, where these are texts and not items.
@@ -154,6 +155,32 @@ class DrawnGroups:
     texts: Tensor | None = None
     ranking: Ranking | None = None
     context: Any = None
+
+    def of_size(self, rows: Tensor, size: int) -> DrawnGroups:
+        """The groups at these rows int64 [n], whose size this is, out of groups of unequal size.
+
+        Their tokens are 0, since those of the whole were counted.
+        """
+
+        def measure(some: Tensor) -> tuple[Tensor, Tensor, int]:
+            logps, entropy, tokens = self.measure(rows[some])
+            return logps[:, :size], entropy[:, :size], tokens
+
+        def target() -> tuple[Tensor, Tensor]:
+            assert self.target is not None
+            logps, exists = self.target()
+            return logps[rows], exists[rows]
+
+        return DrawnGroups(
+            self.items[rows, :size],
+            self.logps[rows, :size],
+            self.mask[rows, :size],
+            0,
+            measure,
+            None if self.target is None else target,
+            None if self.texts is None else self.texts[rows, :size],
+            None if self.ranking is None else Ranking(*(values[rows, :size] for values in self.ranking)),
+        )
 
 
 class CompletionPass(NamedTuple):
@@ -260,12 +287,15 @@ class Policy(ExactBuffers, ABC):
         extra_options: options of `GRPORecModule` for some policies only that make sense for this one, out of
             `ITEM_OPTIONS` and `TEXT_OPTIONS`.
         ranks_catalogue: whether each rollout ranks the catalogue, so that the best of a group learn the item, too.
+        draws_unequal_groups: whether `roll_out` draws groups of unequal size at once, see there; otherwise it is called
+            once for each size.
         made_of: arguments that a new policy is made of; a folder that `save_pretrained` wrote, given as the argument
             `pretrained`, takes their place.
     """
 
     extra_options: ClassVar[frozenset[str]] = frozenset()
     ranks_catalogue: ClassVar[bool] = False
+    draws_unequal_groups: ClassVar[bool] = False
     made_of: ClassVar[frozenset[str]] = frozenset()
     catalogue: Catalogue | None = None
     training_cost: Mapping[str, Any]
@@ -355,7 +385,8 @@ class Policy(ExactBuffers, ABC):
         """Draws groups of rollouts in evaluation mode, without gradient.
 
         Args:
-            batch: the prompts.
+            batch: the prompts. With `draws_unequal_groups` it may have a column `group_size` int64 [B]: how many of the
+                G rollouts a sample gets. The others are not drawn and have no token; their item is any.
             options: how they are drawn.
             random: numbers float64 [B, G, L] in [0, 1), one for each token, so that a row depends on its own numbers
                 alone; or what draws them.

@@ -190,6 +190,7 @@ class ItemIdGenerator(Policy):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        sizes: Tensor | None = None,
     ) -> Rollouts:
         """As `generate`, from prompts that have been run and given random numbers.
 
@@ -200,10 +201,16 @@ class ItemIdGenerator(Policy):
             temperature: divides the logits.
             top_k: as in `generate`.
             top_p: as in `generate`.
+            sizes: int64 [B], how many of the G items each prompt gets; None for all. The others are item 0 without a
+                token.
         """
         head = TrieHead(head_of(self.model), self.trie, seen, temperature, top_k, top_p)
         group, length = uniform.shape[1:]
-        return self._rollouts(decode(prompt, head, group, length, uniform), group)
+        rollouts = self._rollouts(decode(prompt, head, group, length, uniform, sizes), group)
+        if sizes is None:
+            return rollouts
+        exists = torch.arange(group, device=sizes.device) < sizes[:, None]
+        return Rollouts(rollouts.items.where(exists, 0), rollouts.logps, rollouts.mask & exists[..., None])
 
     @torch.no_grad()
     def beams(self, prompt: Prompt, seen: Tensor, num_generations: int, temperature: float = 1.0) -> Rollouts:

@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
+from minirec_pl.data.loader import GROUP_SIZE
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy.catalogue_text import check_rows, encode_texts, rows_of
 from minirec_pl.policy.folder import RetrieverText, check_parts, read_retriever, stored_vectors, write_retriever
@@ -81,6 +83,7 @@ class RetrievalPolicy(Policy):
     """
 
     extra_options = TEXT_OPTIONS
+    draws_unequal_groups = True
     ranks_catalogue = True
     made_of = frozenset({"language_model"})
     index: ItemIndex
@@ -281,6 +284,7 @@ class RetrievalPolicy(Policy):
         sampling: Sampling | None = None,
         uniform: Tensor | None = None,
         ran: Prompt | None = None,
+        sizes: Tensor | None = None,
     ) -> Reasoning:
         """Reasonings of each prompt, in evaluation mode.
 
@@ -291,6 +295,7 @@ class RetrievalPolicy(Policy):
             sampling: how tokens are chosen; plain sampling if None.
             uniform: float64 [B, G, L] in [0, 1), one number for each token; torch's global generator if None.
             ran: what `run` made of the prompts.
+            sizes: int64 [B], how many of the G reasonings each prompt gets; None for all. The others have no token.
         """
         length = self.max_completion_length if length is None else length
         size = (len(prompts.row), num_generations, length)
@@ -298,7 +303,8 @@ class RetrievalPolicy(Policy):
         if length == 0:
             return Reasoning(texts, texts.float())
         ids, mask = (part.index_select(0, prompts.row) for part in (prompts.input_ids, prompts.mask))
-        made = generate(self.model, ids, mask, num_generations, length, sampling=sampling, uniform=uniform, prompt=ran)
+        drawn: dict[str, Any] = {"sampling": sampling, "uniform": uniform, "prompt": ran, "sizes": sizes}
+        made = generate(self.model, ids, mask, num_generations, length, **drawn)
         logps, longest = made.logps.new_zeros(size), made.ids.shape[-1]
         texts[..., :longest] = made.ids.masked_fill(~made.mask, -1)
         logps[..., :longest] = made.logps
@@ -460,21 +466,25 @@ class RetrievalPolicy(Policy):
 
     def roll_out(self, batch: Batch, options: RolloutOptions, random: torch.Generator | Tensor) -> DrawnGroups:
         """See `Policy.roll_out`: reasonings, each with the ranking of the catalogue that follows from it."""
-        length = self.rollout_length(options)
+        length, sizes = self.rollout_length(options), batch.get(GROUP_SIZE)
         numbers = uniform_numbers(random, (len(batch["target"]), options.num_generations, length))
         sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
         with evaluation_mode(self):
             prompts = self.encode(batch, length)
             ran = self.run(prompts)
-            texts, logps = self.reason(
-                prompts, numbers.shape[1], length=length, sampling=sampling, uniform=numbers, ran=ran
-            )
-            passed = self.read(prompts, texts, sampling.temperature, ran=ran)
-            ranking = self.rank(passed.states, batch["target"], batch["seen"])
+            drawn: dict[str, Any] = {
+                "length": length,
+                "sampling": sampling,
+                "uniform": numbers,
+                "ran": ran,
+                "sizes": sizes,
+            }
+            texts, logps = self.reason(prompts, numbers.shape[1], **drawn)
+            passed, ranking = self._read_and_rank(batch, prompts, texts, sampling.temperature, ran)
         mask = texts >= 0
         if options.mask_truncated_completions:
             mask = mask & ~self.truncated(texts)[..., None]
-        markers = len(texts) * texts.shape[1] * len(self.marker)
+        markers = (texts.shape[0] * texts.shape[1] if sizes is None else int(sizes.sum())) * len(self.marker)
         tokens = int(prompts.mask.sum()) + 2 * passed.tokens - markers
 
         def measure(rows: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -483,6 +493,32 @@ class RetrievalPolicy(Policy):
         return DrawnGroups(
             ranking.best, logps, mask, tokens, measure, texts=texts, ranking=ranking, context=passed.states
         )
+
+    def _read_and_rank(
+        self, batch: Batch, prompts: EncodedPrompts, texts: Tensor, temperature: float, ran: Prompt
+    ) -> tuple[ReasoningPass, Ranking]:
+        """`read` and `rank` of texts int64 [B, G, L]; groups of unequal size one size after the other, then padded."""
+        sizes = batch.get(GROUP_SIZE)
+        if sizes is None:
+            passed = self.read(prompts, texts, temperature, ran=ran)
+            return passed, self.rank(passed.states, batch["target"], batch["seen"])
+        places, passes, rankings = [], [], []
+        for size in sorted(set(sizes.tolist())):
+            rows = (sizes == size).nonzero().flatten()
+            own, own_ran = prompts._replace(row=prompts.row[rows]), ran._replace(row=ran.row[rows])
+            part = self.read(own, texts[rows, :size], temperature, ran=own_ran._replace(states=ran.states[rows]))
+            places.append(rows)
+            passes.append(part)
+            rankings.append(self.rank(part.states, batch["target"][rows], batch["seen"][rows]))
+        order = torch.cat(places).argsort()
+
+        def joined(parts: Sequence[Tensor]) -> Tensor:
+            missing = [(0, 0) * (part.ndim - 2) + (0, texts.shape[1] - part.shape[1]) for part in parts]
+            return torch.cat([pad(part, size) for part, size in zip(parts, missing, strict=True)])[order]
+
+        logps, entropy, states = (joined(parts) for parts in zip(*(part[:3] for part in passes), strict=True))
+        ranking = Ranking(*(joined(parts) for parts in zip(*rankings, strict=True)))
+        return ReasoningPass(logps, entropy, states, sum(part.tokens for part in passes)), ranking
 
     def completion_pass(
         self, batch: Batch, items: Tensor, texts: Tensor | None, temperature: float, *, with_target: bool = False

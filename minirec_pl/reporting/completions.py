@@ -30,8 +30,9 @@ def completion_rows(
     rows: list[Row] = []
     for b in range(min(num_prompts, len(rollouts))):
         history = rollouts.batch["history"][b].cpu()
-        names = [str(item_ids[item]) for item in rollouts.items[b].tolist()]
-        texts = None if words is None or rollouts.texts is None else words(rollouts.texts[b])
+        drawn = rollouts.exists[b]
+        names = [str(item_ids[item]) for item in rollouts.items[b][drawn].tolist()]
+        texts = None if words is None or rollouts.texts is None else words(rollouts.texts[b][drawn])
         for g, name in enumerate(names):
             made = {"completion": name} if texts is None else {"completion": texts[g], "recommended": name}
             rewards = {f"reward/{key}": _number(v[b, g]) for key, v in rollouts.rewards_by_name.items()}

@@ -72,6 +72,11 @@ def hit_values(fns: Sequence[RewardFunction], weights: Sequence[float] | None) -
     return total
 
 
+def is_hit_or_miss(fn: RewardFunction) -> bool:
+    """Whether a reward is declared a function of hit or miss, see `hit_or_miss`."""
+    return hasattr(_unwrapped(fn), "hit_values")
+
+
 def _unwrapped(fn: RewardFunction) -> RewardFunction:
     while isinstance(fn, functools.partial):
         fn = fn.func

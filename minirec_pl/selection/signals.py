@@ -99,6 +99,8 @@ class SampleSignals:
         embedding: [B, E] float, the embedding e.
         solve_probability: [B] float in [0, 1], the exact probability that one rollout hits the target.
         alignment: [B] float in [-1, 1], the cosine of the sample's update with the way the parameters have moved.
+        group_size: [B] int64, how many of a row's rewards count, where the groups are of unequal size; see
+            `of_equal_size`.
 
     Raises:
         InputError: If a shape does not fit or a value is NaN or infinite; the message names the sample_ids.
@@ -110,6 +112,7 @@ class SampleSignals:
     embedding: Tensor | None = None
     solve_probability: Tensor | None = None
     alignment: Tensor | None = None
+    group_size: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.sample_id = as_ids(self.sample_id)
@@ -128,9 +131,25 @@ class SampleSignals:
                 tensor = _checked(value, name, self.sample_id, ndim=1)
                 _refuse_non_finite(tensor, name, self.sample_id)
                 setattr(self, name, _within(tensor, name, self.sample_id))
+        if self.group_size is not None:
+            self.group_size = _checked(self.group_size, "group_size", self.sample_id, ndim=1).to("cpu", torch.int64)
 
     def __len__(self) -> int:
         return len(self.sample_id)
+
+    def of_equal_size(self) -> list[SampleSignals]:
+        """Returns the rows of each size of group, smallest first, with as many rewards as count; else itself."""
+        if self.group_size is None or self.rewards is None:
+            return [self]
+        parts = []
+        for size in sorted(set(self.group_size.tolist())):
+            rows = (self.group_size == size).nonzero().flatten()
+            taken: dict[str, Any] = {}
+            for field in fields(self):
+                value: Tensor | None = getattr(self, field.name)
+                taken[field.name] = None if value is None else value[rows.to(value.device)]
+            parts.append(SampleSignals(**{**taken, "rewards": taken["rewards"][:, :size], "group_size": None}))
+        return parts
 
     def cpu(self) -> SampleSignals:
         """Moves the signals to the CPU."""

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from minirec_pl.data.loader import GENERATION, REPEATED, GenerationSchedule, in_hand
+from minirec_pl.data.loader import GENERATION, GROUP_SIZE, REPEATED, GenerationSchedule, in_hand
 from minirec_pl.data.own_columns import OwnColumns
 from minirec_pl.grpo.buffer import Generation, RolloutBatch, figures_of, signals_of, take_rows, totals_of
 from minirec_pl.grpo.collector import RolloutCollector
@@ -25,10 +25,13 @@ from minirec_pl.grpo.reference import adapters_off, check_sync, frozen_copy, is_
 from minirec_pl.grpo.sampler import RolloutSampler
 from minirec_pl.policy.interface import WITHOUT_ROLLOUTS, Policy, RolloutKind, RolloutOptions
 from minirec_pl.rewards.calls import Rewarder, RewardFunction, asked_for, check_columns, checked_rewards, described
-from minirec_pl.rewards.hit_or_miss import check_hit_values, hit_values
+from minirec_pl.rewards.hit_or_miss import check_hit_values, hit_values, is_hit_or_miss
+from minirec_pl.selection.group_sizes import AdaptiveGenerations, GroupSizer
 from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace
 from minirec_pl.selection.probes.trajectory import Trajectory
+from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.selection.session.resume import position as batch_position
+from minirec_pl.selection.session.scoring import is_sharded
 from minirec_pl.selection.session.session import session_of
 from minirec_pl.selection.signals import SampleSignals
 from minirec_pl.trainers.recommender import EVALUATION_K, RecModule
@@ -91,6 +94,10 @@ class GRPORecModule(RecModule):
             `dynamic_sampling` drops them and draws for more prompts (DAPO). `preference_pairs` turns those in which
             nothing found the target into target-over-sampled pairs, see `minirec_pl.grpo.preference_loss`.
         oversample: with `dynamic_sampling`, how many prompts the loader delivers for one that is trained on.
+        adaptive_generations: as many rollouts for each sample as make a mixed group likely, by its solve probability;
+            None for `num_generations`, which samples get whose solve probability is not known. Each group weighs 1. For
+            `rollouts: sample`, with MiniRec or another callback that records rewards, whose budget is then one of
+            rollouts: `num_generations` for each sample of it.
         sync_ref_model: move the reference after the policy (TR-DPO, arXiv 2404.09656).
         ref_model_sync_steps: optimizer steps from one sync to the next.
         ref_model_mixup_alpha: share of the policy in the new reference; the rest is the old one.
@@ -134,6 +141,7 @@ class GRPORecModule(RecModule):
         steps_per_generation: int | None = None,
         wasted_groups: WastedGroups = "keep",
         oversample: float = 2.0,
+        adaptive_generations: AdaptiveGenerations | None = None,
         sync_ref_model: bool = False,
         ref_model_sync_steps: int = 512,
         ref_model_mixup_alpha: float = 0.6,
@@ -161,6 +169,8 @@ class GRPORecModule(RecModule):
             raise InputError(f"wasted_groups is {wasted_groups!r}: choose one of {', '.join(WASTED_GROUPS)}")
         if not 1 <= oversample < math.inf:
             raise InputError(f"oversample is {oversample}: it is a multiple of data.batch_size, at least 1")
+        if adaptive_generations is not None:
+            check_adaptive(adaptive_generations, num_generations, rollouts, distinct_rollouts, scale_rewards)
         self.rewards = policy.default_rewards() if rewards is None else checked_rewards(rewards)
         if reward_weights is not None and len(reward_weights) != len(self.rewards):
             raise InputError(
@@ -183,6 +193,7 @@ class GRPORecModule(RecModule):
         self.steps_per_generation = steps_per_generation
         self.wasted_groups = wasted_groups
         self.oversample = oversample if wasted_groups == "dynamic_sampling" else None
+        self.adaptive_generations = adaptive_generations
         self.sync_ref_model = sync_ref_model
         self.ref_model_sync_steps = ref_model_sync_steps
         self.ref_model_mixup_alpha = ref_model_mixup_alpha
@@ -248,8 +259,9 @@ class GRPORecModule(RecModule):
     @property
     def sampler(self) -> RolloutSampler:
         """Draws and rewards groups of rollouts, with the options as they are now."""
-        options = self.rollout_options
-        return RolloutSampler(self.policy, options, self.rewarder, self.objective, self.cost, self.trajectory)
+        largest = 0 if self.adaptive_generations is None else self.adaptive_generations.max
+        made = (self.policy, self.rollout_options, self.rewarder, self.objective, self.cost, self.trajectory)
+        return RolloutSampler(*made, largest=largest)
 
     def _warn(self, text: str) -> None:
         if self._trainer is None:
@@ -270,6 +282,26 @@ class GRPORecModule(RecModule):
             check_schedule(self.num_iterations, self.steps_per_generation, self.trainer.accumulate_grad_batches)
             if self.distinct_rollouts or self.rollouts == "beam":
                 check_selectors(self.trainer.callbacks)  # type: ignore[attr-defined]
+            self._size_groups()
+
+    def _size_groups(self) -> None:
+        """Has the session size the groups, if that is asked for."""
+        sizer = None
+        if self.adaptive_generations is not None:
+            if not any(isinstance(c, SessionCallback) for c in self.trainer.callbacks):  # type: ignore[attr-defined]
+                raise InputError(
+                    "adaptive_generations goes by the rewards met so far, and no callback keeps them: add MiniRec, or "
+                    "RewardHistory to train on the whole pool"
+                )
+            if is_sharded(self.trainer):
+                raise InputError(
+                    f"{type(self.trainer.strategy).__name__} needs all ranks to run the model equally often, and with "
+                    "adaptive_generations they run it once for each size of group: use the strategy ddp, or leave out "
+                    "adaptive_generations"
+                )
+            hits = all(is_hit_or_miss(reward) for reward in self.rewards)
+            sizer = GroupSizer(self.num_generations, self.adaptive_generations, by_target=hits)
+        session_of(self.trainer).sizer = sizer
 
     def configure_model(self) -> None:
         """Binds the policy; with `beta` above 0 keeps a frozen copy, unless a new adapter can be switched off."""
@@ -414,6 +446,7 @@ class GRPORecModule(RecModule):
         self.cost.add("training", forward=self.policy.refresh_items(self.trainer.global_step))
         ranks = (self.global_rank, self.trainer.world_size) if several and self.negatives_across_ranks else None
         words = (self.rollout_seed, self.rollout_step)
+        batches = [self._with_sizes(batch) for batch in batches]
         batches = self.policy.with_negatives(batches, words, ranks, self._sum_over_ranks)
         collector = RolloutCollector(
             roll_out=self.sampler.roll_out,
@@ -433,6 +466,16 @@ class GRPORecModule(RecModule):
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=size)
         self.log("train/reward", values["reward"], on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
         return signals_of(drawn, with_rewards=not self.distinct_rollouts and self.rollouts == "sample")
+
+    def _with_sizes(self, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A batch with the sizes of its groups, if these are unequal."""
+        if self.adaptive_generations is None:
+            return batch
+        sizes, groups = torch.full_like(batch["sample_id"], self.num_generations), session_of(self.trainer).groups
+        if groups is not None:
+            asked = groups.of(batch["sample_id"]).to(sizes.device)
+            sizes = asked.where(asked > 0, sizes)
+        return {**batch, GROUP_SIZE: sizes}
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         total = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")
@@ -496,6 +539,37 @@ def check_schedule(num_iterations: int, steps_per_generation: int | None, accumu
         raise InputError(
             f"steps_per_generation is {steps_per_generation} and trainer.accumulate_grad_batches {accumulate}: "
             "rollouts are made for whole optimizer steps, so give a multiple, or null"
+        )
+
+
+def check_adaptive(
+    adaptive: AdaptiveGenerations, num_generations: int, rollouts: str, distinct_rollouts: bool, scale_rewards: str
+) -> None:
+    """Refuses options with which groups of unequal size make no sense.
+
+    Raises:
+        InputError: naming the option.
+    """
+    if not isinstance(adaptive, AdaptiveGenerations):
+        raise InputError(
+            f"adaptive_generations is {adaptive!r}: give minirec_pl.grpo.AdaptiveGenerations(q=0.8, max=64), or in "
+            "YAML the keys q and max"
+        )
+    if rollouts != "sample" or distinct_rollouts:
+        given = "distinct_rollouts is true" if distinct_rollouts else f"rollouts is {rollouts!r}"
+        raise InputError(
+            f"{given}, and adaptive_generations is for groups that are sampled with replacement: set rollouts to "
+            "sample and distinct_rollouts to false, or leave out adaptive_generations"
+        )
+    if scale_rewards == "batch":
+        raise InputError(
+            "scale_rewards is 'batch', a deviation to which large groups would contribute more than small ones under "
+            "adaptive_generations: set scale_rewards to group, mean or none"
+        )
+    if adaptive.max < num_generations:
+        raise InputError(
+            f"adaptive_generations.max is {adaptive.max} and num_generations {num_generations}, which samples get of "
+            "which nothing is known: raise the former or lower the latter"
         )
 
 

@@ -12,6 +12,7 @@ from helpers.tiny_llm import longrope
 from helpers.toy_data import random_rows, write_dataset
 from transformers import AutoTokenizer
 
+from minirec_pl import InputError
 from minirec_pl.cli.check import Preflight
 from minirec_pl.cli.estimates import Load, memory_of, peak
 from minirec_pl.cli.fit import parsed
@@ -316,3 +317,103 @@ def test_it_knows_a_stored_policy_with_adapters(command, tmp_path, capsys):
     assert "adapters on down_proj (2), gate_up_proj (2), o_proj (2), qkv_proj (2)" in line(out, "lora")
     assert "332 tokens in the tokenizer, 332 rows in the model" in line(out, "vocabulary")
     assert "parameters in bfloat16" in line(out, "model")
+
+
+def saving(command, root, *more, **options):
+    preflight = Preflight(parsed(command.grpo(root, *more)), **options)
+    preflight.run()
+    found = [finding for finding in preflight.findings if finding.what == "selection"]
+    return preflight, found[-1] if found else None
+
+
+def test_what_a_selection_could_save(command, tmp_path):
+    preflight, found = saving(command, tmp_path / "runs")
+    setting, schedules = preflight.saving
+    load = preflight.load
+    assert (setting.prompt, setting.completion) == (load.prompt, 0)  # the one token of an id is not fed
+    assert setting.scoring == load.prompt
+    assert setting.budget == pytest.approx(load.selected / load.pool)
+    assert found.level == "ok"
+    assert "measure it with --probe, or give it as --flat_share" in found.text
+    assert len(schedules) == 3
+    more = ["--selection.rescore_fraction=0.5", "--selection.score_fraction=0.4"]
+    preflight, _ = saving(command, tmp_path / "runs", *more, flat_share=0.5)
+    load = preflight.load
+    scored = [0.4 * load.pool] + [0.5 * load.pool] * (load.epochs - 1)
+    assert preflight.saving[1]["as in the config"] == pytest.approx(sum(scored) / load.pool / load.epochs, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("flat_share", "level", "beginning"),
+    [(0.0, "warning", "Selection cannot pay here: 0%"), (0.9, "ok", "Selection can save 75% of the tokens at most")],
+)
+def test_a_setting_that_cannot_gain_is_told_so(flat_share, level, beginning, command, tmp_path):
+    _, found = saving(command, tmp_path / "runs", flat_share=flat_share)
+    assert found.level == level
+    assert found.text.startswith(beginning)
+
+
+def test_a_probe_counts_the_flat_groups_of_the_policy_itself(command, tmp_path):
+    preflight, found = saving(command, tmp_path / "runs", probe=True)
+    assert f"{preflight.flat_share:.0%} of the groups are flat" in found.text
+    assert preflight.flat_share * 64 == round(preflight.flat_share * 64)
+    policy, data = GenerativePolicy(pretrained=str(command.policy)), preflight._data()
+    policy.bind(data.catalogue)
+    expected = []
+    for batch in data.sample_loader(data.pool_ids):
+        p = policy.item_logps(batch).gather(1, batch["target"][:, None]).double().exp()
+        expected += (p**4 + (1 - p) ** 4).flatten().tolist()
+    error = 4 * (0.25 / 64) ** 0.5
+    assert preflight.flat_share == pytest.approx(sum(expected) / len(expected), abs=error)
+
+
+@pytest.mark.parametrize(
+    ("options", "more", "message"),
+    [
+        ({"flat_share": 1.0}, [], "--flat_share is 1.0: give a share of the groups, at least 0 and below 1"),
+        ({"flat_share": 0.5, "probe": True}, [], "--flat_share gives what --probe measures"),
+        ({"probe": True}, ["--warm_start={epochs: 1}"], "--probe draws with the policy of the config, which is warmed"),
+    ],
+)
+def test_shares_that_cannot_be(options, more, message, command, tmp_path):
+    with pytest.raises(InputError, match=message):
+        Preflight(parsed(command.grpo(tmp_path / "runs", *more)), **options)
+
+
+def test_training_without_rollouts_has_no_flat_groups(command, tmp_path):
+    preflight, found = saving(command, tmp_path / "runs", "--model.rollouts=expected", flat_share=0.5)
+    assert preflight.saving is None
+    assert "draws no groups" in found.text
+
+
+def test_tokens_of_ids_of_several_codes(command, tmp_path):
+    new = ["--model.policy.pretrained=null", "--model.policy.item_ids=semantic"]
+    new += ["--model.policy.config={hidden_size: 8, num_attention_heads: 2}", "--model.policy.semantic_ids.levels=2"]
+    preflight, _ = saving(command, tmp_path / "runs", *new)
+    assert preflight.prompts.completion == 3
+    assert preflight.saving[0].completion == 2
+    assert all(length % 3 == 1 for length in preflight.prompts.lengths)
+
+
+def test_groups_as_large_as_allowed_count_for_the_memory(command, tmp_path):
+    usual, _ = saving(command, tmp_path / "runs", "--model.num_generations=16")
+    larger, _ = saving(command, tmp_path / "runs", "--model.adaptive_generations={q: 0.8, max: 16}")
+    assert larger.load.num_generations == 4
+    assert larger.memory == usual.memory
+
+
+def test_a_pool_in_which_all_groups_are_flat(command, tmp_path, monkeypatch):
+    (tmp_path / "no_reward.py").write_text("def nothing(completions):\n    return [0.0] * len(completions)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    preflight, found = saving(command, tmp_path / "runs", "--model.rewards=[no_reward.nothing]", probe=True)
+    assert preflight.fails
+    assert found.level == "fails"
+    assert "all groups of the probe are flat" in found.text
+
+
+def test_the_options_of_the_command_itself(command, tmp_path, capsys):
+    capsys.readouterr()
+    assert check(command, tmp_path / "runs", "--flat_share", "0.5") == 0
+    assert "50% of the groups are flat" in " ".join(capsys.readouterr().out.split())
+    assert check(command, tmp_path / "runs", "--flat_share=half") == 2
+    assert "--flat_share: invalid float value: 'half'" in sentence(capsys)

@@ -8,7 +8,7 @@ import inspect
 import json
 import platform
 import sys
-from argparse import SUPPRESS
+from argparse import SUPPRESS, HelpFormatter
 from importlib import import_module
 from importlib.metadata import version
 from types import UnionType
@@ -54,9 +54,10 @@ def trainer_parsers():
 def rows_of(parser):
     """The options of a parser by group, in words, in the order of its help."""
     groups = {}
-    required = {action.dest for action in parser._actions if action.required} | parser._extra_required_keys
+    required = {action.dest for action in parser._actions if action.required}
+    required |= getattr(parser, "_extra_required_keys", set())
 
-    class Recorder(DefaultHelpFormatter):
+    class Recorder(DefaultHelpFormatter if isinstance(parser, ArgumentParser) else HelpFormatter):
         def start_section(self, heading):
             super().start_section(heading)
             groups[heading] = self.rows = []
@@ -145,8 +146,12 @@ def option_list():
             parsers[name] = import_module(place).parser()
     groups, commands = {}, {}
     for command, parser in parsers.items():
-        titles = {}
-        for title, options in rows_of(parser).items():
+        titles, rows = {}, rows_of(parser)
+        if command == "check":
+            from minirec_pl.cli.check_saving import parser as own_parser
+
+            rows |= rows_of(own_parser())
+        for title, options in rows.items():
             shared = groups.setdefault(title, options) == options
             titles[title] = title if shared else f"{title} of {command}"
             groups[titles[title]] = options

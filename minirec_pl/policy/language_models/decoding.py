@@ -51,7 +51,7 @@ class TokenRows(NamedTuple):
 class Decoder:
     """Feeds one token a step to the rows in use, on a cache of their prompts."""
 
-    def __init__(self, prompt: Prompt, group: int, room: int) -> None:
+    def __init__(self, prompt: Prompt, group: int | Tensor, room: int) -> None:
         self.body = prompt.body
         self.row = prompt.row.repeat_interleave(group)  # of all rows of the cache, in use or not
         self.cache = decode_cache(prompt.cache, self.row, room)
@@ -87,7 +87,9 @@ class Decoder:
 
 
 @torch.no_grad()
-def decode(prompt: Prompt, head: TokenHead, group: int, length: int, uniform: Tensor | None) -> TokenRows:
+def decode(
+    prompt: Prompt, head: TokenHead, group: int, length: int, uniform: Tensor | None, sizes: Tensor | None = None
+) -> TokenRows:
     """Samples `group` rows for each sample, or takes the most likely token at each step.
 
     Args:
@@ -96,24 +98,27 @@ def decode(prompt: Prompt, head: TokenHead, group: int, length: int, uniform: Te
         group: G.
         length: L, tokens at most.
         uniform: float64 [B, G, L] in [0, 1), one number for each token drawn; None takes the most likely one.
+        sizes: int64 [B], how many of its G rows each sample gets; None for all. The others have no token.
 
     Raises:
         InputError: if a probability is NaN.
     """
     logps = head.logps(prompt.states)
     pick = _most_likely(logps).expand(-1, group) if uniform is None else draw(logps, uniform[:, :, 0])
-    chosen = logps.gather(1, pick).flatten()
-    head.select(torch.arange(len(logps), device=logps.device).repeat_interleave(group))
-    tokens, ended = head.take(pick.flatten())
-    rows = torch.arange(len(tokens), device=tokens.device)
+    rows = torch.arange(pick.numel(), device=logps.device)
+    if sizes is not None:
+        rows = rows[(torch.arange(group, device=logps.device) < sizes[:, None]).flatten()]
+    chosen = logps.gather(1, pick).flatten()[rows]
+    head.select(rows // group)
+    tokens, ended = head.take(pick.flatten()[rows])
     numbers = None if uniform is None else uniform.flatten(0, 1)
-    output = TokenRows.empty(len(rows), length, logps)
+    output = TokenRows.empty(pick.numel(), length, logps)
     decoder: Decoder | None = None
     for step in range(length):
         output.tokens[rows, step], output.logps[rows, step], output.mask[rows, step] = tokens, chosen, True
         if step + 1 == length or bool(ended.all()):
             break
-        decoder = decoder or Decoder(prompt, group, length - 1)
+        decoder = decoder or Decoder(prompt, group if sizes is None else sizes, length - 1)
         if bool(ended.any()):
             source = _fill_holes(ended)
             decoder.select(source)

@@ -117,6 +117,7 @@ def generate(
     uniform: Tensor | None = None,
     generator: torch.Generator | None = None,
     prompt: Prompt | None = None,
+    sizes: Tensor | None = None,
 ) -> Completions:
     """G completions of each prompt, in evaluation mode and without gradients; the mode is put back afterwards.
 
@@ -133,6 +134,7 @@ def generate(
         uniform: float64 [B, G, max_new_tokens] in [0, 1), one number for each token; drawn from `generator` if None.
         generator: e.g. from `rollout_generator(seed, epoch, step, rank)`; torch's global one if None.
         prompt: these prompts, run in evaluation mode already.
+        sizes: int64 [B], how many of the G completions each prompt gets; None for all. The mask of the others is empty.
 
     Raises:
         InputError: if a prompt is empty or too long for the model, the shapes do not fit, the weights have diverged, or
@@ -160,7 +162,7 @@ def generate(
     with evaluation_mode(model):
         prompt, ends = prompt or run_prompts(body_of(model), input_ids, attention_mask), eos_token_ids(model)
         head = VocabularyHead(head_of(model), sampling, ends)
-        rows = decode(prompt, head, num_generations, max_new_tokens, uniform)
+        rows = decode(prompt, head, num_generations, max_new_tokens, uniform, sizes)
     longest = int(rows.mask.sum(dim=1).max())
     pad = text_setting(model, "pad_token_id")
     ids = rows.tokens.masked_fill(~rows.mask, (ends or [0])[0] if pad is None else pad)

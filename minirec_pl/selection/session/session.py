@@ -19,6 +19,7 @@ from minirec_pl.data.train_loader import TrainLoader, foresee
 from minirec_pl.selection.curriculum import shuffled_curriculum
 from minirec_pl.selection.diagnostics import Diagnostics, diagnose, easiness_of, notable
 from minirec_pl.selection.fingerprints import fingerprints_of
+from minirec_pl.selection.group_sizes import GroupSizer, GroupSizes, met_chance
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.predicted import PredictedDifficulty
 from minirec_pl.selection.probes.head import HeadProbe
@@ -47,7 +48,7 @@ Step: TypeAlias = "Callable[[SelectionSession, Trainer, LightningModule, int], N
 Phase = Literal["record", "rescore", "select", "order"]
 PHASES: tuple[Phase, ...] = ("record", "rescore", "select", "order")
 _KEPT = ("selected", "plan", "plan_epoch", "fold_starts", "plan_easiness", "scored", "trained", "target_difficulty")
-_ADDED = ("plan_measure", "told", "forecasts", "reliability")  # kept too; not in checkpoints of 0.1
+_ADDED = ("plan_measure", "told", "forecasts", "reliability", "group_sizes")  # kept too; not in checkpoints of 0.1
 CHECKPOINT_KEY = "minirec_pl.SelectionSession"
 LEDGER, SIGNALS, DIAGNOSTICS = "ledger.parquet", "signals.safetensors", "diagnostics.json"
 PLAN, EXAMPLES = "plan.parquet", "examples.parquet"
@@ -109,6 +110,9 @@ class SelectionSession:
         cost: what the run spent; that of the module where it has one.
         running: what the run is in the middle of, shared with our modules.
         identity: what the run's checkpoints are made for, shared with our modules.
+        sizer: gives the samples groups of unequal size; None where all are of one size.
+        group_sizes: rollouts of each sample of the pool in the coming epoch, int64 [N], see `GroupSizer.sizes`; None
+            without a sizer.
     """
 
     store: SignalStore
@@ -138,6 +142,8 @@ class SelectionSession:
         self.cost = Cost()
         self.running = Running()
         self.identity = RunIdentity()
+        self.sizer: GroupSizer | None = None
+        self.group_sizes: torch.Tensor | None = None
         self._steps: dict[Phase, Step] = {}
         self._restored: Mapping[str, Any] | None = None
         self._restored_step = 0
@@ -214,7 +220,7 @@ class SelectionSession:
         self.ledger = self.selected = self.plan = None
         self.plan_epoch, self.scored, self.fold_starts, self.plan_easiness = -1, False, [], []
         self.trained, self.trained_reward, self.target_difficulty = nothing_trained(), None, None
-        self.told = []
+        self.told, self.group_sizes = [], None
         self._first, self._batch, self._ended, self._no_loss = None, (-1, -1), -1, 0
 
     def keep_selection(self) -> None:
@@ -303,16 +309,25 @@ class SelectionSession:
     def _run(self, trainer: Trainer, module: LightningModule, epoch: int) -> None:
         self.plan = None
         self.fold_starts, self.plan_easiness = [], []
+        if self.ledger is None:
+            self.selected = None
         error: Exception | None = None
         try:
             for phase in PHASES:
+                if phase == "select":
+                    self.size_groups(epoch)
                 if phase in self._steps:
                     self._steps[phase](self, trainer, module, epoch)
+                if phase == "select" and self.selected is None and (groups := self.groups) is not None:
+                    pool = shuffled_curriculum(self.store.sample_ids, seed=f"{self.sampler.seed}-{epoch}")
+                    self.selected = groups.within_budget(pool, len(pool))
             if self.plan is None and self.selected is not None and len(self.selected) < len(self.store):
                 self.plan = shuffled_curriculum(self.selected, seed=f"{self.sampler.seed}-{epoch}")
         except Exception as raised:
             error = raised
-        agree(error, trainer.strategy.root_device, self.plan or ())
+        sizes = [] if self.group_sizes is None else self.group_sizes.tolist()
+        self._log_sizes(trainer)
+        agree(error, trainer.strategy.root_device, [*(self.plan or ()), *sizes])
         self.plan_epoch = epoch
         self.sampler.set_plan(self.plan)
         self._train.renew(trainer, epoch)
@@ -323,6 +338,35 @@ class SelectionSession:
     def has(self, phase: Phase) -> bool:
         """Whether a callback is responsible for a phase."""
         return phase in self._steps
+
+    def size_groups(self, epoch: int) -> None:
+        """Gives the samples the sizes of their groups, by what is known of them: the posterior where it is predicted.
+
+        Args:
+            epoch: the coming epoch.
+        """
+        if self.sizer is None:
+            return
+        if self.predictor is not None and self.store.has_outcomes:
+            chance = self.store.posterior_mean(self.store.sample_ids)
+        else:
+            signals = self.store.read(self.store.sample_ids, vectors=False)
+            chance = met_chance(signals, by_target=self.sizer.by_target)
+        self.group_sizes = self.sizer.sizes(chance, self.sampler.seed, epoch)
+
+    def _log_sizes(self, trainer: Trainer) -> None:
+        if self.group_sizes is None:
+            return
+        drawn = self.group_sizes[self.group_sizes > 0]
+        values = {"selection/left_out": float(len(self.group_sizes) - len(drawn))}
+        self.log(trainer, values | ({"selection/mean_generations": float(drawn.double().mean())} if len(drawn) else {}))
+
+    @property
+    def groups(self) -> GroupSizes | None:
+        """The sizes of the groups of the present plan; None where all are of one size."""
+        if self.sizer is None or self.group_sizes is None:
+            return None
+        return GroupSizes(self.store.sample_ids, self.group_sizes, self.sizer)
 
     def score(self, trainer: Trainer, module: LightningModule, sample_ids: Sequence[int], epoch: int) -> None:
         """Measures rewards, gradient signals and embeddings of samples in one pass and stores them.
