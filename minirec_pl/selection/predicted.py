@@ -151,8 +151,8 @@ class PredictedDifficulty:
         fold = np.random.default_rng(self.seed).permutation(n) % self.folds
         models = [self._fit(columns, met[fold[met] != one], hit, miss) for one in range(self.folds)]
         mean = np.empty(n)
-        for start in range(0, n, _ROWS):
-            rows = np.arange(start, min(n, start + _ROWS))
+        for first in range(0, n, _ROWS):
+            rows = np.arange(first, min(n, first + _ROWS))
             basis = _basis(columns, rows)
             for one, model in enumerate(models):
                 own = fold[rows] == one
