@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from helpers.cli_tools import CONFIGS, REPOSITORY, equal_weights, write_toy
 
 from minirec_pl.cli.main import main
 
-METHODS = ["popularity", "warm_start", "sft_pool", "grpo_full", "grpo_random", "grpo_sampled", "grpo_minirec"]
+METHODS = ["popularity", "warm_start", "sft_pool", "grpo_full", "grpo_random", "grpo_expected", "grpo_minirec"]
 COSTS = {
     "rollouts": {"scoring", "training"},
     "tokens": {"forward", "backward"},
@@ -91,19 +92,23 @@ def check_rows(rows):
 def test_rows_and_their_costs(shown):
     _, rows, _ = shown
     check_rows(rows)
-    popularity, warm, supervised, full, random, sampled, minirec = rows
+    popularity, warm, supervised, full, random, expected, minirec = rows
     assert popularity["tokens"] == {"forward": 0, "backward": 0}
     assert warm["rollouts"] == {"scoring": 0, "training": 0}
     assert warm["seconds"]["warm_start"] > 0
-    for row in (supervised, full, random, sampled, minirec):
+    for row in (supervised, full, random, expected, minirec):
         assert row["seconds"]["warm_start"] == pytest.approx(warm["seconds"]["warm_start"], abs=1e-3)
         assert row["tokens"]["forward"] > warm["tokens"]["forward"]
     assert full["samples_per_epoch"] == full["distinct_samples"]
     assert random["samples_per_epoch"] < full["samples_per_epoch"]
-    for row in (supervised, sampled, minirec):
+    for row in (supervised, expected, minirec):
         assert row["samples_per_epoch"] <= random["samples_per_epoch"]
         assert row["seconds"]["scoring"] > 0
-    assert [row["method"] for row in rows if row["rollouts"]["training"]] == ["grpo_sampled"]
+    assert [row["method"] for row in rows if row["rollouts"]["training"]] == [
+        "grpo_full",
+        "grpo_random",
+        "grpo_minirec",
+    ]
     assert random["seconds"]["scoring"] == full["seconds"]["scoring"] == 0
     assert len({(row["ndcg@10"], row["hit_rate@10"]) for row in rows}) > 3
 
@@ -127,10 +132,10 @@ def test_a_pipe_gets_a_line_per_stage_the_table_and_the_paths(piped):
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 100 + len(str(folder))  # paths are not broken
     assert not {"\r", "\x1b"} & set(text)
-    stages = ["warm start", "SFT pool", "GRPO full", "GRPO random", "GRPO sampled", "MiniRec", "tests"]
-    assert [line[:12].strip() for line in lines[:7]] == stages
+    stages = ["warm start", "SFT pool", "GRPO full", "GRPO random", "GRPO expected", "MiniRec", "tests"]
+    assert [line[:13].strip() for line in lines[:7]] == stages
     assert all("NDCG@10 0." in line for line in lines[:6])
-    assert "picks: supervised, with rollouts, and with rollouts: expected" in " ".join(lines)
+    assert re.search(r"Best on validation: \w+, NDCG@10 0\.\d{4}\.", " ".join(lines))
     assert f"picture: {folder / 'two' / 'grpo_minirec' / 'latest' / 'curriculum.png'}" in lines
     for method in METHODS[1:]:
         log = (folder / "two" / method / "log.txt").read_text()
