@@ -104,8 +104,8 @@ def quickstart(data: Path, to: Path, configs: Path, seed: int) -> None:
         console.print(table_of(rows))
         console.print(
             "Test part of MovieLens-100K, the whole catalogue ranked. Tokens and seconds include the warm start, "
-            "scoring and selection; evaluation is not counted. MiniRec's picks are trained on supervised (sft_pool), by "
-            f"the expected gradient (grpo_expected) and with rollouts (grpo_minirec). {_best_on_validation(results)}",
+            "scoring and selection; evaluation is not counted. Trained on MiniRec's picks: sft_pool (supervised), "
+            f"grpo_expected (by the expected gradient), grpo_minirec (with rollouts). {_best_on_validation(results)}",
             style="dim",
             highlight=False,
         )
