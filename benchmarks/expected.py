@@ -170,14 +170,16 @@ def _rates(study, frame):
         "| data | arm | " + " | ".join(settings) + " | used |",
         "| --- | --- " + "| ---: " * (len(settings) + 1) + "|",
     ]
+    at_edge = 0
     for (dataset, window), part in runs.groupby(["dataset", "window"], sort=False):
         means = part.groupby(["method", "setting"])["validation"].mean()
         for method in study.methods:
             shown = (f"{means[method.name, name]:.4f}" if (method.name, name) in means else "–" for name in settings)
             where = " ".join(filter(None, (dataset, window)))
             used = method.per_dataset[dataset]["model.optimizer.lr"]
+            at_edge += used in (float(settings[0].removeprefix("lr")), float(settings[-1].removeprefix("lr")))
             lines.append(f"| {where} | {method.name} | {' | '.join(shown)} | {used:g} |")
-    return [*lines, ""]
+    return [*lines, "", f"{at_edge} of the rates used are at an end of the grid: a wider one could be better.", ""]
 
 
 if __name__ == "__main__":
