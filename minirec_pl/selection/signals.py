@@ -206,11 +206,13 @@ class Signals:
         embedding: [N, E] float; None if never measured.
         embedding_known: [N] bool, rows whose embedding was measured; None means all.
         alignment: [N] float64 in [-1, 1], see `SampleSignals`, NaN where not measured; None if never measured.
-        hits: [N] float64, discounted count of the rollouts met in training that solved the sample; likewise `misses`.
-            None where no store kept them, as the following.
-        prior_hits: [N] float64, hits that the predicted solve probability counts as, NaN where none was predicted;
-            likewise `prior_misses`.
-        all_hit_streak: [N] int64, how many of the last groups in a row were all hits; likewise `all_miss_streak`.
+        hits: [N] float64, discounted count of the rollouts met in training that solved the sample. None where no store
+            kept them, as the following.
+        misses: [N] float64, likewise of those that did not solve it.
+        prior_hits: [N] float64, hits that the predicted solve probability counts as, NaN where none was predicted.
+        prior_misses: [N] float64, misses that it counts as.
+        all_hit_streak: [N] int64, how many of the last groups in a row were all hits.
+        all_miss_streak: [N] int64, how many were all misses.
         reward_epoch: [N] int64, epoch in which rewards were last met or measured, -1 for never.
         vectors: [N, D] float, who else had the target and the history; None where that is not known.
 
