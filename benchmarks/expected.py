@@ -64,10 +64,11 @@ def _head(frame):
         "16 rollouts (`sample`), by its expected gradient (`expected`), and supervised on the same samples (`sft`).",
         "Samples: the full pool, or a tenth of it chosen anew for each of four epochs, at random, by MiniRec with its",
         "Gaussian, or by MiniRec with the size of the expected update. MiniRec scores the whole pool before an epoch.",
-        "The epoch is chosen on validation, NDCG@10 is that of test, the whole catalogue ranked. [ ] are 95 %",
-        "intervals over seeds, differences paired by seed. Tokens (forward and backward), rollouts and seconds are",
-        "those of the whole run after its warm start, scoring and selection included, evaluation not; seconds are of",
-        "seed 1, whose cells ran alone. `minus sft` and `minus sample` compare with the same samples, the columns",
+        "The epoch, the warm start as epoch 0 among them, is chosen on validation, NDCG@10 is that of test, the whole",
+        "catalogue ranked. [ ] are 95 % intervals over seeds, differences paired by seed. Tokens (forward and",
+        "backward), rollouts and seconds are those of the whole run after its warm start, scoring and selection",
+        "included, evaluation not; seconds are of seed 1, whose cells ran alone. `minus sft` and `minus sample` compare",
+        "with the same samples, the columns",
         "after them with the same training.",
         "The window `all` is the mean of the windows of a seed.",
         "",
@@ -144,18 +145,19 @@ def _users(study, folder):
 
 def _equal_cost(frame):
     lines = ["## At equal tokens", "", "Shares of the tokens that `sample_full` spends after the warm start, linear"]
-    lines += ["between the evaluation points of a run; – where no run covers it.", ""]
+    lines += ["between the evaluation points of a run; – where not all seeds cover it.", ""]
     for (dataset, window), part in frame.groupby(["dataset", "window"], observed=True, sort=False):
         spent = part[part["method"] == "sample_full"].groupby("seed")["tokens"].agg(["min", "max"]).mean()
         budgets = [spent["min"] + share * (spent["max"] - spent["min"]) for share in SHARES]
-        made = at_equal_cost(part, "tokens", budgets)
+        made, n_seeds = at_equal_cost(part, "tokens", budgets), part["seed"].nunique()
         titles = (f"{share:.0%}: {budget / 1e3:,.0f} k" for share, budget in zip(SHARES, budgets, strict=True))
         lines += [f"### {dataset} {window}".rstrip(), "", "| arm | " + " | ".join(titles) + " |"]
         lines += ["| --- " + "| ---: " * len(SHARES) + "|"]
         for samples in SAMPLES:
             for training in TRAINING:
                 rows = made[made["method"] == f"{training}_{samples}"].set_index("spent")
-                shown = [cell(interval(rows.loc[b], "figure")) if b in rows.index else "–" for b in budgets]
+                whole = [b for b in budgets if b in rows.index and rows.loc[b, "figure_n"] == n_seeds]
+                shown = [cell(interval(rows.loc[b], "figure")) if b in whole else "–" for b in budgets]
                 lines.append(f"| {training}_{samples} | {' | '.join(shown)} |")
         lines.append("")
     return lines
@@ -165,7 +167,12 @@ def _rates(study, frame):
     """What the learning rates were chosen by."""
     runs = chosen_points(frame)
     settings = sorted(runs["setting"].unique(), key=lambda name: float(name.removeprefix("lr")))
-    lines = ["## Learning rates", "", "NDCG@10 on validation, mean over two seeds that the study does not use.", ""]
+    lines = [
+        "## Learning rates",
+        "",
+        "NDCG@10 on validation, mean over two seeds that the study does not use. The rates",
+    ]
+    lines += ["of one window of MovieLens-100K serve for all.", ""]
     lines += [
         "| data | arm | " + " | ".join(settings) + " | used |",
         "| --- | --- " + "| ---: " * (len(settings) + 1) + "|",

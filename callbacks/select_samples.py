@@ -210,6 +210,11 @@ class SelectSamples(SessionCallback):
                 f"{name} goes by the rewards met in training: add the callback RewardHistory(), as MiniRec does"
             )
         module = trainer.lightning_module
+        if getattr(self.selector, "groups", False) and getattr(module, "expectation", None) is not None:
+            raise InputError(
+                f"{name} goes by groups of rollouts and rollouts='{module.rollouts}' draws none: choose "
+                "PredictedSelector or MoPPSSelector, or set model.rollouts to sample"
+            )
         if epoch > 0 and not session.store.has_outcomes:
             text = (
                 f"{name} goes by the rewards met in training, and training_step of {type(module).__name__} returned "

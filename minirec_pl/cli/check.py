@@ -48,7 +48,7 @@ from minirec_pl.policy.semantic_ids import SemanticIds
 from minirec_pl.rewards.calls import RewardFunction, check_columns
 from minirec_pl.selection.budget import budget_count
 from minirec_pl.selection.session.callback import SessionCallback
-from minirec_pl.trainers.grpo import GRPORecModule
+from minirec_pl.trainers.grpo import GRPORecModule, beta_without_rollouts
 from minirec_pl.utils.break_even import BreakEven
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.run_folder import SIDE_FILE, policy_file
@@ -246,6 +246,7 @@ class Preflight:
                 f"rollouts='{options['rollouts']}' draws no groups, so none is flat and selection has none to leave out"
             )
             self._add("ok", "selection", text)
+            self._ids_without_rollouts(options, _id_tokens(policy) > 1 or policy.get("item_ids") == "title")
             return
         length: float = load.completion
         if self.probe:
@@ -261,6 +262,18 @@ class Preflight:
         found = schedules_of(load, _made(SessionCallback | None, _plain(self.config.get("selection"))))
         self.saving = setting, found
         self.findings.append(finding_of(setting, known, found))
+
+    def _ids_without_rollouts(self, options: Mapping[str, Any], several: bool) -> None:
+        """Says what ids of several tokens go with, as the fit will."""
+        if several and (options.get("beta") or 0) > 0:
+            raise InputError(beta_without_rollouts(options["beta"], options["rollouts"]))
+        loss_type = options.get("loss_type", "dapo")
+        if several and options["rollouts"] == "expected" and loss_type != "dr_grpo":
+            text = (
+                f"loss_type is {loss_type}, which is refused if ids have unequal lengths, as titles have and semantic "
+                "ids once items share their codes: set --model.loss_type=dr_grpo"
+            )
+            self._add("warning", "item ids", text)
 
     def _load(self, data: RecDataModule, policy: Mapping[str, Any], options: Mapping[str, Any]) -> Load:
         assert self.prompts is not None

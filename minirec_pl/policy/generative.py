@@ -286,6 +286,13 @@ class GenerativePolicy(ItemIdGenerator):
     def target_pass(self, batch: Batch, temperature: float) -> TargetPass:
         """See `Policy.target_pass`: with ids of one token, prompts that others begin with are not run again."""
         target = batch["target"]
+        outside = (target < 0) | (target >= self.trie.n_items)
+        if bool(outside.any()):
+            row = int(outside.nonzero()[0])
+            raise InputError(
+                f"the target of sample_id {int(batch['sample_id'][row])} is item {int(target[row])}, and the catalogue "
+                f"has items 0 to {self.trie.n_items - 1}: give positions in the catalogue"
+            )
         if self.id_length > 1:
             logps, _, _ = self.completion_logps(batch, target[:, None], temperature)
             tokens = self.prompt_tokens(batch) + self.fed_tokens(target)

@@ -124,7 +124,7 @@ def _warnings(found: Diagnostics, learn: Floats, represent: Floats, name: str, r
             "representativeness is the same for all samples, so it decides nothing; there are no gradients, or they "
             f"are all equal or zero: {remedies.against_flat_representativeness()}"
         )
-    if found.share_near_zero >= _MANY:
+    if found.share_near_zero >= _MANY and remedies.draws_rollouts:
         said.append(
             f"{found.share_near_zero:.0%} of the picks have a {name} below {NEAR_ZERO}, and most of their rollouts "
             f"will teach nothing: {remedies.against_hard_picks()}"

@@ -83,7 +83,7 @@ def group_moments(
         divisor = miss + gain * share
     else:
         divisor = torch.ones_like(share)
-    slope = gain * share * (1 - share) / divisor
+    slope = gain * share * (1 - share) / divisor if gain else torch.zeros_like(share)
     if baseline == "leave_one_out":
         slope = slope * (num_generations / (num_generations - 1))
     ways = math.lgamma(num_generations + 1) - torch.lgamma(hits + 1) - torch.lgamma(num_generations - hits + 1)

@@ -151,7 +151,7 @@ def update_learnability(
         lengths: [N] float, |grad p| of each sample; None takes p (1 - p).
 
     Returns:
-        [N] float64 in [0, 1]; 0 where p is 0 or 1, and for all where no sample has an update.
+        [N] float64 in [0, 1]; 0 where p is 0 or 1, and for all where no sample has an update; NaN where p is.
 
     Raises:
         InputError: If an option is out of range or a probability is outside [0, 1].
@@ -169,5 +169,5 @@ def update_learnability(
     if lengths is not None:
         size = weight * torch.as_tensor(lengths).detach().to("cpu", torch.float64)
     size = size.masked_fill(nothing, 0.0)
-    largest = size.max() if len(size) else size.new_zeros(())
+    largest = size.nan_to_num(nan=0.0).max() if len(size) else size.new_zeros(())
     return size / largest if largest > 0 else size

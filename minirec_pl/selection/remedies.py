@@ -46,12 +46,14 @@ class Situation:
             `ledger` where only that is at hand.
         scoring_generations: rollouts per sample, of the source `rollouts`.
         can_have_gradients: False where the strategy spreads the weights over the ranks.
+        draws_rollouts: False where training takes the expected gradient, which no sample is too hard for.
     """
 
     signals: Signals | None = None
     source: Source = "ledger"
     scoring_generations: int = 0
     can_have_gradients: bool = True
+    draws_rollouts: bool = True
 
 
 class Remedies:
@@ -69,6 +71,11 @@ class Remedies:
         seen = {"mode": "paper" if gated else "official", "on_short": "fill" if FILLED in reasons else "shrink"}
         self._options = {**DEFAULTS, **seen, **ledger.options}
         self._options["gate"] = tuple(self._options["gate"])
+
+    @property
+    def draws_rollouts(self) -> bool:
+        """Whether training draws rollouts."""
+        return self._at.draws_rollouts
 
     @property
     def uses_learnability(self) -> bool:

@@ -602,15 +602,20 @@ def check_ids(rollouts: str, policy: Policy, options: RolloutOptions, objective:
     """
     several = policy.rollout_length(options) > 1
     if several and objective.beta > 0:
-        raise InputError(
-            f"beta is {objective.beta} and rollouts='{rollouts}' knows the KL divergence of ids of one token only: set "
-            "beta to 0, or rollouts to sample"
-        )
+        raise InputError(beta_without_rollouts(objective.beta, rollouts))
     if rollouts == "expected" and not policy.equal_lengths and objective.loss_type != "dr_grpo":
         raise InputError(
             f"the item ids have unequal lengths, for which loss_type='{objective.loss_type}' has another expectation: "
             "set loss_type to dr_grpo, or rollouts to sample"
         )
+
+
+def beta_without_rollouts(beta: float, rollouts: str) -> str:
+    """Says why `beta` does not go with ids of several tokens."""
+    return (
+        f"beta is {beta} and rollouts='{rollouts}' knows the KL divergence of ids of one token only: set beta to 0, or "
+        "rollouts to sample"
+    )
 
 
 def without_repeats(batch: Mapping[str, Any]) -> dict[str, Tensor]:

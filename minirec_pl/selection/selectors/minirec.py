@@ -101,7 +101,8 @@ class MiniRecSelector:
             alpha: Weight of learnability beside representativeness, not negative.
             mu: Difficulty of the highest learnability, in units of the difficulty.
             sigma: Width of the learnability curve; None takes the standard deviation over the pool.
-            gate: Lowest and highest difficulty, both inclusive, that may be picked in mode "paper".
+            gate: Lowest and highest difficulty, both inclusive, that may be picked in mode "paper". With "update" the
+                size of the update leaves out the hopeless and the solved, so that (0, 1) will do.
             on_short: If fewer than k samples pass the gate: "shrink" picks fewer and warns, "fill" picks the others
                 outside the gate.
             gradient: "first" (first-order), "hvp" (Hessian-vector products) or "trajectory" (way of the
@@ -152,8 +153,9 @@ class MiniRecSelector:
             raise InputError("calibrate='quantile' takes sigma from the pool: leave out sigma or calibrate")
         if sigma is not None and not sigma > 0:
             raise InputError(f"sigma is {sigma}: give a number above 0")
-        if num_generations is not None and num_generations < 1:
-            raise InputError(f"num_generations is {num_generations}: give at least 1")
+        least = 1 if learnability == "gaussian" else 2
+        if num_generations is not None and num_generations < least:
+            raise InputError(f"num_generations is {num_generations}: give at least {least}")
         self.mode = mode
         self.difficulty = difficulty
         self.calibrate = calibrate
@@ -294,7 +296,8 @@ class MiniRecSelector:
 
     def _difficulty(self, signals: Signals) -> Tensor:
         if self.difficulty == "mean":
-            return signals.reward_mean
+            met = signals.reward_mean
+            return met if self.learnability == "gaussian" else met.where(~met.isnan(), solve_chance(signals, self))
         return group_difficulty(solve_chance(signals, self), self._group())
 
     def _terms(self, signals: Signals, difficulty: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

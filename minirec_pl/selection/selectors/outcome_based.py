@@ -92,6 +92,7 @@ class GRESOSelector:
 
     needs: frozenset[str] = frozenset()
     outcomes = True
+    groups = True  # of rollouts: solve probabilities without them are not enough
 
     def __init__(
         self,

@@ -136,7 +136,10 @@ class ExpectedUpdateSelector:
             InputError: If an option has a value that is not allowed.
         """
         update_learnability(
-            torch.zeros(1), num_generations or 8, scale_rewards=scale_rewards or "group", baseline=baseline or "mean"
+            torch.zeros(1),
+            8 if num_generations is None else num_generations,
+            scale_rewards=scale_rewards or "group",
+            baseline=baseline or "mean",
         )
         self.num_generations = num_generations
         self.scale_rewards = scale_rewards

@@ -568,6 +568,7 @@ class SelectionSession:
             source=source,
             scoring_generations=int(generations or 0),
             can_have_gradients=not is_sharded(trainer),
+            draws_rollouts=getattr(module, "expectation", None) is None,
         )
 
     def warn_once(self, trainer: Trainer, text: str, key: str) -> None:
