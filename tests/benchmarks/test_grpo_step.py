@@ -142,6 +142,7 @@ def test_the_report_of_items_has_a_row_for_each_side(tmp_path):
     found = {
         "prompts_per_second": {"expected": 30.0, "supervised": 33.0, "sample": 10.0, "trl": 1.0},
         "peak_mb": dict.fromkeys(ITEM_SIDES, 10.0),
+        "step_seconds": {"expected": [1.0, 2.0], "supervised": [0.9, 1.9], "sample": [3.0, 6.0], "trl": [30.0, 60.0]},
         "mixed_groups": 0.4,
         "shape": {"prompts": 32, "generations": 16},
     }

@@ -283,3 +283,10 @@ def test_out_of_fold_predictions_beat_the_mean_on_movielens(make_trainer, capsys
     assert int(met.sum()) == 2048
     assert figures.brier < figures.brier_of_mean
     assert figures.auc > 0.6
+
+
+@pytest.mark.parametrize("rollouts", ["expected", "supervised"])
+def test_streaks_need_rollouts(rollouts, toy_data, make_trainer):
+    trainer = make_trainer(callbacks=[MiniRec(0.25, selector=GRESOSelector(), curriculum="shuffled")])
+    with pytest.raises(InputError, match=f"goes by groups of rollouts and rollouts='{rollouts}' draws none: choose"):
+        trainer.fit(module(rollouts=rollouts), toy_data())

@@ -386,6 +386,19 @@ def test_training_without_rollouts_has_no_flat_groups(command, tmp_path):
     assert "draws no groups" in found.text
 
 
+def test_ids_of_several_tokens_without_rollouts(command, tmp_path):
+    new = ["--model.policy.pretrained=null", "--model.policy.item_ids=semantic", "--model.rollouts=expected"]
+    new += ["--model.policy.config={hidden_size: 8, num_attention_heads: 2}", "--model.policy.semantic_ids.levels=2"]
+    for more, level in ([], "warning"), (["--model.loss_type=dr_grpo"], None):
+        preflight, _ = saving(command, tmp_path / "runs", *new, *more)
+        found = {finding.what: finding.level for finding in preflight.findings}
+        assert found.get("item ids") == level
+        assert not preflight.fails
+    preflight, found = saving(command, tmp_path / "runs", *new, "--model.loss_type=dr_grpo", "--model.beta=0.1")
+    assert preflight.fails
+    assert "beta is 0.1 and rollouts='expected' knows the KL divergence of ids of one token only" in found.text
+
+
 def test_tokens_of_ids_of_several_codes(command, tmp_path):
     new = ["--model.policy.pretrained=null", "--model.policy.item_ids=semantic"]
     new += ["--model.policy.config={hidden_size: 8, num_attention_heads: 2}", "--model.policy.semantic_ids.levels=2"]

@@ -338,3 +338,33 @@ def test_a_target_that_the_user_has_seen_is_named(tiny_policy):
         InputError, match="the target of sample_id 101 cannot be recommended, since the user has seen it"
     ):
         module.expectation.update(policy, None, batch, torch.tensor(2.0), 1.0)
+
+
+@pytest.mark.parametrize("rollouts", ["expected", "supervised"])
+@pytest.mark.parametrize("beyond", [-1, 0, 9_999])
+def test_a_target_outside_the_catalogue_is_named(tmp_path, tiny_policy, rollouts, beyond):
+    for policy in (tiny_policy(), many_token_policy(tmp_path / "several")):
+        outside = beyond if beyond < 0 else policy.trie.n_items + beyond
+        batch = batch_of([[1, 2], [3]], [[1, 2], [3]], [5, outside])
+        module = expected_module(policy, rollouts=rollouts)
+        module.configure_model()
+        with pytest.raises(InputError, match=rf"the target of sample_id 101 is item {outside}, and the catalogue has"):
+            module.expectation.update(policy, None, batch, torch.tensor(2.0), 1.0)
+
+
+def test_a_reward_that_counts_for_nothing_teaches_nothing(policy, toy_data, make_trainer):
+    module = expected_module(policy, rewards=[hit], reward_weights=[0.0], scale_rewards="mean")
+    watch = fit(make_trainer, module, toy_data(batch_size=6), 1)
+    assert not any(gradient.any() for gradient in watch.gradients[0])
+
+
+@pytest.mark.parametrize("rollouts", ["expected", "sample"])
+def test_hard_picks_are_warned_of_only_where_rollouts_are_drawn(tiny_policy, toy_data, make_trainer, rollouts):
+    module = GRPORecModule(tiny_policy(), rollouts=rollouts, optimizer=sgd, scoring_generations=0)
+    selector = MiniRecSelector(difficulty="pass_at_group", mode="official", gradient="first", num_generations=1)
+    trainer = make_trainer(callbacks=[MiniRec(0.25, selector=selector)], max_epochs=1)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer.fit(module, toy_data())
+    told = any("most of their rollouts will teach nothing" in str(warning.message) for warning in said)
+    assert told == (rollouts == "sample")

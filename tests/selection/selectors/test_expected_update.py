@@ -93,6 +93,23 @@ def test_minirec_takes_it_in_place_of_the_gaussian(kind):
     )
 
 
+def test_exact_probabilities_without_rewards_are_enough():
+    p = torch.linspace(0.001, 0.999, 200, dtype=torch.float64)
+    known = signals(p)
+    known.reward_mean = torch.full_like(p, torch.nan)
+    chosen = MiniRecSelector(learnability="update", gate=(0.0, 1.0), beta=0.0, novelty=False).select(known, 20).table
+    assert chosen.loc[chosen["rank"] > 0, "difficulty"].between(0.4, 0.6).all()
+    with pytest.raises(InputError, match="no sample of the pool has the rewards that difficulty='mean' needs"):
+        MiniRecSelector(gate=(0.0, 1.0)).select(known, 20)
+
+
+def test_an_unknown_probability_stays_unknown_and_leaves_the_others_alone():
+    p = torch.tensor([0.5, math.nan, 0.1], dtype=torch.float64)
+    found = update_learnability(p, 8)
+    assert math.isnan(float(found[1]))
+    torch.testing.assert_close(found[[0, 2]], update_learnability(p[[0, 2]], 8))
+
+
 def test_they_take_from_the_module_how_it_trains(tiny_policy):
     module = GRPORecModule(tiny_policy(), num_generations=6, scale_rewards="mean", baseline="leave_one_out")
     for selector in (MiniRecSelector(learnability="update"), ExpectedUpdateSelector()):
@@ -114,6 +131,8 @@ def test_they_take_from_the_module_how_it_trains(tiny_policy):
         (lambda: MiniRecSelector(learnability="update", calibrate="quantile"), "has no mu and no sigma: leave out"),
         (lambda: MiniRecSelector(mode="official", learnability="update_length"), "set gradient to first or traj"),
         (lambda: ExpectedUpdateSelector(1), "num_generations is 1: "),
+        (lambda: ExpectedUpdateSelector(0), "num_generations is 0: "),
+        (lambda: MiniRecSelector(learnability="update", num_generations=1), "num_generations is 1: give at least 2"),
         (lambda: ExpectedUpdateSelector(scale_rewards="batch"), "scale_rewards='batch'"),
         (lambda: update_learnability(torch.tensor([1.5]), 4), "outside"),
     ],
