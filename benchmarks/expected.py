@@ -15,9 +15,9 @@ from measuring import machine
 
 from minirec_pl.cli.compare.comparison import cell, chosen_points, with_all_windows
 from minirec_pl.cli.compare.intervals import paired_interval, t_interval
-from minirec_pl.cli.compare.results import write_tidy
+from minirec_pl.cli.compare.results import tidy, write_tidy
 from minirec_pl.cli.compare.study import Study
-from minirec_pl.cli.compare.tasks import cell_path
+from minirec_pl.cli.compare.tasks import CELLS, cell_path
 
 TRAINING = ("sample", "expected", "sft")
 SAMPLES = ("full", "random", "gaussian", "update")
@@ -33,14 +33,14 @@ def main(args=None):
     parser.add_argument("--tuning", required=True, type=Path, metavar="DIR", help="--to of tuning_expected.yaml")
     parser.add_argument("--to", type=Path, default=RESULTS, metavar="DIR", help=f"default: {RESULTS}")
     options = parser.parse_args(args)
-    study, tuning = (Study.read(STUDIES / f"{name}.yaml") for name in ("expected", "tuning_expected"))
+    study = Study.read(STUDIES / "expected.yaml")
     frame, alone = (pd.read_parquet(folder / "expected.parquet") for folder in (options.folder, options.alone))
     frame = frame.merge(alone[KEYS].assign(seconds_alone=alone["seconds"] - alone["seconds_warm_start"]), how="left")
     lines = _head(frame)
     for (dataset, window), runs in runs_of(frame).groupby(["dataset", "window"], sort=False):
         lines += [f"## {dataset} {window}".rstrip(), "", *table(runs), ""]
     lines += [*_users(study, options.folder), *_equal_cost(frame)]
-    lines += _rates(study, pd.read_parquet(options.tuning / f"{tuning.path.stem}.parquet"))
+    lines += _rates(study, tidy(sorted(options.tuning.glob(f"{CELLS}/**/*.safetensors"))))
     options.to.mkdir(parents=True, exist_ok=True)
     write_tidy(frame, options.to / "expected.parquet")
     (options.to / "expected.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
@@ -63,7 +63,9 @@ def _head(frame):
         "All arms of a data set and seed start from the same warm policy and differ in two things. Training: GRPO with",
         "16 rollouts (`sample`), by its expected gradient (`expected`), and supervised on the same samples (`sft`).",
         "Samples: the full pool, or a tenth of it chosen anew for each of four epochs, at random, by MiniRec with its",
-        "Gaussian, or by MiniRec with the size of the expected update. MiniRec scores the whole pool before an epoch.",
+        "Gaussian, or by MiniRec with the size of the expected update. The Gaussian is that of the probability that",
+        "a group holds a hit, within a gate of 0.02 to 0.95; the update has no gate. MiniRec scores the whole pool",
+        "before an epoch.",
         "The epoch, the warm start as epoch 0 among them, is chosen on validation. NDCG@10 is that of test, the whole",
         "catalogue ranked. [ ] are 95 % intervals over seeds, differences paired by seed. Tokens (forward and",
         "backward), rollouts and seconds are those of the whole run after its warm start, scoring and selection",
