@@ -18,7 +18,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 	MINIREC_PROPERTY_EXAMPLES=200 $(BIN)/python -m pytest -n 2 --dist worksteal -m property
 
 test-lowest: $(INSTALLED)
