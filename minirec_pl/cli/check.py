@@ -48,7 +48,8 @@ from minirec_pl.policy.semantic_ids import SemanticIds
 from minirec_pl.rewards.calls import RewardFunction, check_columns
 from minirec_pl.selection.budget import budget_count
 from minirec_pl.selection.session.callback import SessionCallback
-from minirec_pl.trainers.grpo import GRPORecModule, beta_without_rollouts
+from minirec_pl.trainers.grpo import GRPORecModule
+from minirec_pl.trainers.grpo_checks import beta_without_rollouts
 from minirec_pl.utils.break_even import BreakEven
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.run_folder import SIDE_FILE, policy_file
