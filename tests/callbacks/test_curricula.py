@@ -22,6 +22,7 @@ from minirec_pl.callbacks import (
 from minirec_pl.cli.fit import MiniRecCLI, run
 from minirec_pl.cli.main import main
 from minirec_pl.selection import RandomSelector, gaussian_curriculum, session_of
+from minirec_pl.selection.session.session import CHECKPOINT_KEY
 
 CURRICULA = [EasyToHardCurriculum, HardToEasyCurriculum, MovingTargetCurriculum, GaussianCurriculum]
 SELECTORS = [slow("Full"), "Random", "KMeans", slow("KCenter"), "GraNd", slow("EL2N")]
@@ -147,6 +148,16 @@ def test_resume_goes_on_as_if_never_stopped(fit, make, place, tmp_path):
     assert resumed.ids[-2:] == whole.ids[-2:]
     assert resumed.targets[-2:] == whole.targets[-2:]
     assert whole.ids[-3] != whole.ids[-2] != whole.ids[-1]
+
+
+def test_a_checkpoint_of_an_earlier_version_that_counts_groups_alone_is_resumed(fit, tmp_path):
+    path = tmp_path / "stopped.ckpt"
+    whole = fit(MovingTargetCurriculum(target=0.9, step_size=0.2), SaveAt(path, step=8), epochs=4)
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint[CHECKPOINT_KEY]["trained"]["samples"]
+    torch.save(checkpoint, path)
+    resumed = fit(MovingTargetCurriculum(target=0.9, step_size=0.2), epochs=4, ckpt_path=path)
+    assert resumed.targets[-2:] == whole.targets[-2:]
 
 
 @pytest.mark.parametrize("cls", CURRICULA)

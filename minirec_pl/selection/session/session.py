@@ -599,6 +599,7 @@ class SelectionSession:
             self.ledger = SelectionLedger.from_state_dict(state["ledger"], embedding=embedding)
         for name in _KEPT:
             setattr(self, name, state[name])
+        self.trained = {"samples": self.trained["groups"], **self.trained}  # checkpoints of 0.1 count groups alone
         for name in _ADDED:
             setattr(self, name, state.get(name, getattr(self, name)))
         self._own = state["ranks"][world()[1] % len(state["ranks"])]
