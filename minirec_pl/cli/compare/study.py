@@ -17,6 +17,7 @@ from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.seeds import LARGEST_SEED
 
 FORMAT = 1
+POLICY = "model.policy."
 GRID_POINTS = 4
 KEYS = {
     "like": "another study: its keys hold where this file has none, and methods can be like its methods",
@@ -54,6 +55,20 @@ class Data:
     def label(self) -> str:
         """`name/window`, or `name`."""
         return f"{self.name}/{self.window}" if self.window else self.name
+
+    def filled(self, seed: int) -> Overrides:
+        """The overrides with the path and a seed in their places."""
+        filled: Overrides = _filled(self.overrides, {"{path}": self.path, "{seed}": seed})
+        return filled
+
+    @property
+    def by_seed(self) -> bool:
+        """Whether each seed has data or a model of its own: `{seed}` stands in the overrides."""
+        return "{seed}" in json.dumps(self.overrides)
+
+    def of_policy(self, key: str) -> bool:
+        """Whether an override says what policy is warmed up."""
+        return f"{key}.".startswith(POLICY)
 
 
 @dataclass(frozen=True)
@@ -104,7 +119,7 @@ class Cell:
         return f"{self.data.label}/{method}/{self.budget:g}/{self.seed}"
 
     def words(self, pool: int, batch_size: int) -> list[str]:
-        """Makes the command line of the cell, without the config.
+        """Makes the command line of the cell, without the config and without the policy of its data set.
 
         Args:
             pool: samples in the pool.
@@ -113,7 +128,8 @@ class Cell:
         count = max(1, int(self.budget * pool)) if self.method.takes_budget else pool
         steps = self.method.epochs * -(-count // batch_size)
         own = self.method.per_dataset.get(self.data.name, {})
-        values: Overrides = {**self.data.overrides, **self.method.overrides, **own, **self.overrides}
+        data = {key: value for key, value in self.data.overrides.items() if not self.data.of_policy(key)}
+        values: Overrides = {**data, **self.method.overrides, **own, **self.overrides}
         values["trainer.max_epochs"] = self.method.epochs
         if self.method.takes_budget:
             values["selection.budget"] = float(self.budget)

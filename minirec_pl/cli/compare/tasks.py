@@ -7,8 +7,9 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from minirec_pl.cli.arguments import class_of
 from minirec_pl.cli.compare.results import Point, points_of, read_cell, write_cell
-from minirec_pl.cli.compare.study import Cell, Data, Study, as_words, seeded
+from minirec_pl.cli.compare.study import POLICY, Cell, Data, Study, as_words, seeded
 from minirec_pl.cli.fit import CLI_OPTIONS, MiniRecCLI, ParserError, refusing
 from minirec_pl.cli.sentences import sentence_of
 from minirec_pl.cli.stages import Stages, WarmStart
@@ -163,7 +164,8 @@ def check(study: Study, cells: Sequence[Cell]) -> None:
         InputError: naming the method and the option.
     """
     for cell in cells:
-        words = [*_config(study), *cell.words(1000, 64), *as_words(QUIET)]
+        policy = {key: value for key, value in cell.data.filled(cell.seed).items() if cell.data.of_policy(key)}
+        words = [*_config(study), *as_words(policy), *cell.words(1000, 64), *as_words(QUIET)]
         try:
             _quiet(lambda words=words: Parts(words))
         except InputError as error:
@@ -183,9 +185,7 @@ def warm_start(study: Study, data: Data, seed: int, to: Path) -> float:
     folder = warm_folder(to, study, data, seed)
     if (folder / START).is_file():
         return 0.0
-    words = as_words(
-        {**data.overrides, **seeded(seed), "selection": None, **QUIET}, {"{path}": data.path, "{seed}": seed}
-    )
+    words = as_words({**data.filled(seed), **seeded(seed), "selection": None, **QUIET})
 
     def write(new: Path) -> None:
         parts = Parts([*_config(study), *words])
@@ -193,7 +193,7 @@ def warm_start(study: Study, data: Data, seed: int, to: Path) -> float:
         if not isinstance(options, WarmStart):
             raise InputError(f"{study.config}: warm_start is missing: add it, all cells of a seed start from one")
         module, table = parts.read()
-        shared = study.warm_fingerprint(data, None)
+        shared = study.warm_fingerprint(data, seed if data.by_seed else None)
         starts = [path for path in folder.parent.glob(f"*/{START}") if path.parent != folder]
         others = [path for path in starts if read_cell(path)[1].get("shared") == shared]
         same_data(table, data.label, others, module.policy)
@@ -216,14 +216,21 @@ def warm_start(study: Study, data: Data, seed: int, to: Path) -> float:
     return time.perf_counter() - started
 
 
-def config_after_warm_start(config: dict[str, Any], policy: Path) -> dict[str, Any]:
+def config_after_warm_start(config: dict[str, Any], policy: Path, data: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a fit that starts from a warm policy instead of making one.
 
     Args:
         config: of a fit with a warm start; its policy is changed in place.
         policy: folder of the warm policy.
+        data: overrides of the data set, of which those of the policy are put into the config.
     """
-    given = config["model"]["init_args"]["policy"]
+    model = config["model"]["init_args"]
+    model["policy"] = data.get(POLICY[:-1], model["policy"])
+    given = model["policy"]
+    for key, value in data.items():
+        *above, last = key.removeprefix(POLICY).removeprefix("init_args.").split(".")
+        if key.startswith(POLICY):
+            reduce(lambda part, name: part.setdefault(name, {}), above, given.setdefault("init_args", {}))[last] = value
     kind: type[Policy] = class_of(given["class_path"])
     options = given.setdefault("init_args", {})
     options |= dict.fromkeys(kind.made_of & set(options))
@@ -283,7 +290,8 @@ def run_cell(study: Study, cell: Cell, to: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         config = Path(scratch, "config.yaml")
         content = yaml.safe_load(study.config.read_text(encoding="utf-8"))
-        config.write_text(yaml.safe_dump(config_after_warm_start(content, warm / "policy")), encoding="utf-8")
+        own = cell.data.filled(cell.seed)
+        config.write_text(yaml.safe_dump(config_after_warm_start(content, warm / "policy", own)), encoding="utf-8")
         words = ["--config", str(config), *words, *as_words({**QUIET, "trainer.default_root_dir": scratch})]
 
         def fit() -> None:
