@@ -50,13 +50,52 @@ def test_a_history_vector_is_the_mean_of_its_last_items():
     assert checked > 100
 
 
+def cosines(table, known, i):
+    """Of the users that had the target of a sample and those that had each of its last items, by sets."""
+    had = {}
+    for user, item in table.interactions(known):
+        had.setdefault(item, set()).add(user)
+    target = had.get(table.item[i], set())
+    others = [had.get(item, set()) for item in table.history(i, 10)]
+    return [len(target & other) / math.sqrt(max(1, len(target) * len(other))) for other in others] or [0.0]
+
+
+@pytest.mark.parametrize("made", ["log", "sequences"])
+@pytest.mark.parametrize("dense", [1, 60, 10_000])
+def test_cooccurrence_equals_sets_of_users(made, dense, monkeypatch):
+    monkeypatch.setattr("minirec_pl.data.sample_features._DENSE", dense)
+    table = random_table(seed=2)
+    if made == "sequences":
+        random = np.random.default_rng(3)
+        histories = [random.integers(25, size=n) for n in random.integers(0, 14, size=300)]
+        table = SequenceTable([f"u{n % 80}" for n in range(300)], random.integers(25, size=300), histories, 25)
+    known, ids = np.arange(120), np.random.default_rng(4).permutation(300)[:200]
+    found = sample_features(table, ids, known, known).table
+    expected = [cosines(table, known, i) for i in ids]
+    assert found["cooccurrence"].to_numpy() == pytest.approx(np.array([np.mean(c) for c in expected]), abs=1e-6)
+    assert found["best_cooccurrence"].to_numpy() == pytest.approx(np.array([max(c) for c in expected]), abs=1e-6)
+    assert found["cooccurrence"].max() > 0.2
+
+
+def test_cooccurrence_of_many_pairs_is_of_users_drawn_at_random(monkeypatch):
+    table = random_table(n=3_000, n_users=400, seed=5)
+    known, ids = np.arange(2_000), np.arange(2_000, 3_000)
+    whole = sample_features(table, ids, known, known).table["cooccurrence"]
+    monkeypatch.setattr("minirec_pl.data.sample_features._PAIRS", 3_000)
+    some = sample_features(table, ids, known, known).table["cooccurrence"]
+    assert not np.allclose(whole, some)
+    assert np.corrcoef(whole, some)[0, 1] > 0.7
+    monkeypatch.setattr("minirec_pl.data.sample_features._PAIRS", 0)  # one user at least
+    assert np.isfinite(sample_features(table, ids, known, known).table.to_numpy()).all()
+
+
 @pytest.mark.parametrize("known", [np.arange(0), np.arange(1), np.arange(2)])
 def test_almost_nothing_known(known):
     table = SampleTable(["u", "u", "v", "u"], [0, 1, 1, 2], [1.0, 2.0, 2.0, 3.0], 4)
     found = sample_features(table, np.array([1, 3]), known, np.arange(4))
     assert np.isfinite(found.table.to_numpy()).all()
     assert np.isfinite(found.vectors).all()
-    assert sample_features(table, np.arange(0), known, np.arange(4)).table.shape == (0, 6)
+    assert sample_features(table, np.arange(0), known, np.arange(4)).table.shape == (0, 8)
 
 
 def test_ready_made_sequences():

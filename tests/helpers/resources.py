@@ -49,3 +49,9 @@ class Watch(Callback):
         first = self.held[0] if self.held else held()
         self.held.append(held_at_rest(first, seconds=1.0))
         self.children.append([child.pid for child in multiprocessing.active_children()])
+
+
+def say_pid(seconds):
+    """Names this process and goes on for a while: work for a process that will be killed."""
+    print(os.getpid(), flush=True)
+    time.sleep(seconds)

@@ -17,7 +17,7 @@ from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.seeds import LARGEST_SEED
 
 FORMAT = 1
-POLICY = "model.policy."
+POLICY, WARM_START = "model.policy.", "warm_start."
 GRID_POINTS = 4
 KEYS = {
     "like": "another study: its keys hold where this file has none, and methods can be like its methods",
@@ -66,9 +66,9 @@ class Data:
         """Whether each seed has data or a model of its own: `{seed}` stands in the overrides."""
         return "{seed}" in json.dumps(self.overrides)
 
-    def of_policy(self, key: str) -> bool:
-        """Whether an override says what policy is warmed up."""
-        return f"{key}.".startswith(POLICY)
+    def for_warm_start(self, seed: int) -> Overrides:
+        """Those of `filled` that say which policy is warmed up and how, which is no matter of a cell."""
+        return {key: value for key, value in self.filled(seed).items() if f"{key}.".startswith((POLICY, WARM_START))}
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Cell:
         return f"{self.data.label}/{method}/{self.budget:g}/{self.seed}"
 
     def words(self, pool: int, batch_size: int) -> list[str]:
-        """Makes the command line of the cell, without the config and without the policy of its data set.
+        """Makes the command line of the cell, without the config and without what is for the warm start.
 
         Args:
             pool: samples in the pool.
@@ -128,8 +128,9 @@ class Cell:
         count = max(1, int(self.budget * pool)) if self.method.takes_budget else pool
         steps = self.method.epochs * -(-count // batch_size)
         own = self.method.per_dataset.get(self.data.name, {})
-        data = {key: value for key, value in self.data.overrides.items() if not self.data.of_policy(key)}
-        values: Overrides = {**data, **self.method.overrides, **own, **self.overrides}
+        warm = self.data.for_warm_start(self.seed)
+        values = {key: value for key, value in self.data.overrides.items() if key not in warm}
+        values |= {**self.method.overrides, **own, **self.overrides}
         values["trainer.max_epochs"] = self.method.epochs
         if self.method.takes_budget:
             values["selection.budget"] = float(self.budget)

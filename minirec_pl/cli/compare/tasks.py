@@ -164,8 +164,8 @@ def check(study: Study, cells: Sequence[Cell]) -> None:
         InputError: naming the method and the option.
     """
     for cell in cells:
-        policy = {key: value for key, value in cell.data.filled(cell.seed).items() if cell.data.of_policy(key)}
-        words = [*_config(study), *as_words(policy), *cell.words(1000, 64), *as_words(QUIET)]
+        warm = cell.data.for_warm_start(cell.seed)
+        words = [*_config(study), *as_words(warm), *cell.words(1000, 64), *as_words(QUIET)]
         try:
             _quiet(lambda words=words: Parts(words))
         except InputError as error:

@@ -29,7 +29,8 @@ class Predictions:
     """Refits the predictor of a session before a selection; features are computed once.
 
     Attributes:
-        vectors: float32 [N, D] of the samples for the novelty, None where the data have none; after `refit`.
+        vectors: float32 [N, D] of the samples, for the novelty and, without embeddings, for the prediction; None where
+            the data have none; after `refit`.
     """
 
     def __init__(self) -> None:
@@ -52,9 +53,10 @@ class Predictions:
         view = store.pool_view(epoch)
         assert view.hits is not None
         assert view.misses is not None
-        found = predictor.predict(
-            view.hits, view.misses, self._features, view.embedding, view.embedding_known, store.clock("reward_epoch")
-        )
+        vectors, known = view.embedding, view.embedding_known
+        if vectors is None:
+            vectors, known = self.vectors, None
+        found = predictor.predict(view.hits, view.misses, self._features, vectors, known, store.clock("reward_epoch"))
         for note in (*found.notes, *self._notes(view.embedding is not None)):
             session.warn_once(trainer, f"predicted difficulty: {note}", note)
         store.set_prior(found.mean, found.strength, epoch=epoch, step=session.step(trainer))

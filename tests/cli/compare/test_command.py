@@ -10,13 +10,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers.cli_tools import sentence
-from helpers.compare_tools import write_study
+import yaml
+from helpers.cli_tools import sentence, write_toy
+from helpers.compare_tools import BASE, write_study
 
 from minirec_pl.cli.compare.results import read_cell
 from minirec_pl.cli.compare.study import Study
 from minirec_pl.cli.compare.tasks import Parts, cell_path, warm_folder
 from minirec_pl.cli.main import main
+from minirec_pl.policy import GenerativePolicy
 
 
 def cells_of(to):
@@ -118,6 +120,27 @@ def test_the_same_command_again_runs_nothing(finished, capsys):
     assert main(["compare", "--config", str(path), "--to", str(to)]) == 0
     assert "6 cells, 6 of them finished" in capsys.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in cells_of(to)} == before
+
+
+@pytest.mark.slow
+def test_each_seed_may_bring_data_and_an_untrained_policy_of_its_own(tmp_path):
+    for seed in (1, 2):
+        write_toy(tmp_path / str(seed))
+        (tmp_path / f"{seed}.yaml").write_text(yaml.safe_dump(BASE))
+        words = [f"--config={tmp_path / f'{seed}.yaml'}", f"--data.path={tmp_path / str(seed)}", "--data.dataset=toy"]
+        torch.manual_seed(seed)
+        module, _ = Parts([*words, f"--model.policy.config.hidden_size={16 * seed}"]).read()
+        module.policy.save_pretrained(tmp_path / f"{seed}/policy")
+    own = {
+        "class_path": "minirec_pl.policy.GenerativePolicy",
+        "init_args": {"pretrained": "{path}/{seed}/policy", "config": None},
+    }
+    data = {"name": "toy", "path": str(tmp_path), "overrides": {"data.path": "{path}/{seed}", "model.policy": own}}
+    path = write_study(tmp_path, datasets=[data])
+    assert main(["compare", "--config", str(path), "--to", str(tmp_path / "to"), "--only", "*/random/*"]) == 0
+    warm = sorted((tmp_path / "to/warm/toy").glob("*/policy"))
+    assert [GenerativePolicy(pretrained=str(one)).model.config.hidden_size for one in warm] == [16, 32]
+    assert len(cells_of(tmp_path / "to")) == 2
 
 
 @pytest.mark.slow

@@ -3,9 +3,10 @@
 import json
 
 import pytest
-from helpers.compare_tools import STUDY, write_study
+from helpers.compare_tools import BASE, STUDY, write_study
 
 from minirec_pl.cli.compare.study import Study, as_words
+from minirec_pl.cli.compare.tasks import config_after_warm_start
 from minirec_pl.utils.errors import InputError
 
 
@@ -128,3 +129,21 @@ def test_faults_are_named(tmp_path, changes, said):
 def test_a_path_of_an_unknown_data_set_is_refused(study):
     with pytest.raises(InputError, match="--path names the data set 'other'"):
         Study.read(study.path, {"other": "x"})
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"model.policy.config.hidden_size": 12, "model.policy.init_args.evaluation_beams": 3},
+        {"model.policy": {"class_path": "minirec_pl.policy.GenerativePolicy", "init_args": {"evaluation_beams": 3}}},
+    ],
+)
+def test_the_policy_of_a_data_set_is_for_its_warm_start(tmp_path, own):
+    own = {**STUDY["datasets"][0]["overrides"], **own, "warm_start.epochs": 3}
+    data = {**STUDY["datasets"][0], "overrides": own}
+    cell = Study.read(write_study(tmp_path, datasets=[data])).cells()[0]
+    assert not [word for word in cell.words(100, 16) if word.startswith(("--model.policy", "--warm_start"))]
+    config = {"model": {"init_args": {"policy": {**BASE["model"]["init_args"]["policy"], "init_args": {"config": {}}}}}}
+    made = config_after_warm_start(config, tmp_path / "policy", cell.data.filled(1))["model"]["init_args"]["policy"]
+    left = {name: value for name, value in made["init_args"].items() if value is not None}
+    assert left == {"evaluation_beams": 3, "pretrained": str(tmp_path / "policy")}
