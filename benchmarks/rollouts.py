@@ -1,0 +1,234 @@
+"""Tables and picture of benchmarks/studies/rollouts.yaml and rollouts_known.yaml: selection where rollouts are dear.
+
+python benchmarks/rollouts.py --from runs/rollouts --tuning runs/rollouts-tuning
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from data_efficiency import RESULTS, STUDIES, quality_at
+from known_kinds import KINDS
+from measuring import machine
+
+from minirec_pl.cli.compare.comparison import cell, chosen_points
+from minirec_pl.cli.compare.intervals import paired_interval, t_interval
+from minirec_pl.cli.compare.results import read_cell, tidy, write_tidy
+from minirec_pl.cli.compare.study import Study
+from minirec_pl.cli.compare.tasks import CELLS, cell_path
+
+FILES = ("rollouts_known", "rollouts")
+SHARES = (0.1, 0.2, 0.5, 1.0)
+AT = 0.2  # of what the full pool spends: where arms are compared
+CHEAP = ("supervised", "expected")  # have no rollouts, end early and are then taken as they are
+RIVALS = ("random", "random_filter")
+COSTS = {"seconds": ("s", 1.0), "tokens": ("k tokens", 1e3)}
+# Okabe and Ito's colours; the same hue without and with the filter.
+STYLES = {
+    "full": ("#000000", "-"),
+    "full_filter": ("#000000", "--"),
+    "random": ("#0072B2", "-"),
+    "random_filter": ("#0072B2", "--"),
+    "greso": ("#56B4E9", "-"),
+    "predicted": ("#D55E00", "-"),
+    "predicted_filter": ("#D55E00", "--"),
+    "minirec_lean": ("#009E73", "-"),
+    "supervised": ("0.6", "-"),
+    "expected": ("#CC79A7", "-"),
+}
+
+
+def main(args=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--from", dest="folder", required=True, type=Path, metavar="DIR", help="--to of both studies")
+    parser.add_argument("--tuning", required=True, type=Path, metavar="DIR", help="--to of their tuning")
+    parser.add_argument("--to", type=Path, default=RESULTS, metavar="DIR", help=f"default: {RESULTS}")
+    options = parser.parse_args(args)
+    studies = [Study.read(STUDIES / f"{name}.yaml") for name in FILES]
+    tables = [options.folder / f"{name}.parquet" for name in FILES]
+    frame = pd.concat([pd.read_parquet(path) for path in tables if path.is_file()], ignore_index=True)
+    frame = after_warm_start(frame)
+    frame = frame.merge(_picks(studies[0], options.folder), how="left")
+    lines = _head(frame, studies)
+    for dataset in dict.fromkeys(frame["dataset"]):
+        lines += _section(frame[frame["dataset"] == dataset])
+    lines += _rates(studies, options.tuning)
+    options.to.mkdir(parents=True, exist_ok=True)
+    write_tidy(frame, options.to / "rollouts.parquet")
+    draw(frame, options.to / "rollouts.png")
+    (options.to / "rollouts.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def after_warm_start(frame):
+    """Costs without those of the warm start, which all arms share; names as text."""
+    frame = frame.astype({"dataset": str, "window": str, "method": str, "setting": str, "split": str})
+    for cost in COSTS:
+        frame[cost] -= frame[f"{cost}_warm_start"]
+    return frame
+
+
+def at_cost(frame, cost, share):
+    """Test NDCG@10 of each arm and seed at a share of what `full` spends in all, [seeds] by arm.
+
+    Straight between evaluation points. NaN where a run does not go so far, but for those of `CHEAP`, which end early.
+    """
+    test = frame[frame["split"] == "test"].sort_values("epoch")
+    budgets = share * test[test["method"] == "full"].groupby("seed")[cost].max()
+    found = {}
+    for method, rows in test.groupby("method", sort=False):
+        values = pd.Series(np.nan, index=budgets.index)
+        for seed, run in rows.groupby("seed"):
+            spent = min(budgets[seed], run[cost].max()) if method in CHEAP else budgets[seed]
+            values[seed] = quality_at(run[cost].to_numpy(float), run["ndcg@10"].to_numpy(float), [spent])[0]
+        found[method] = values
+    return found
+
+
+def _section(frame):
+    """What there is of one data set."""
+    dataset = frame["dataset"].iloc[0]
+    lines = [f"## {dataset}", ""]
+    start = frame[(frame["epoch"] == 0) & (frame["split"] == "test") & (frame["method"] == "random")]["ndcg@10"]
+    lines += [f"Warm start: {cell(t_interval(start.to_numpy()))}.", ""]
+    for cost, (unit, scale) in COSTS.items():
+        lines += _table(frame, cost, unit, scale)
+    if "useful" in frame and frame["useful"].notna().any():
+        lines += _kinds(frame)
+    return lines
+
+
+def _table(frame, cost, unit, scale):
+    whole = frame[(frame["method"] == "full") & (frame["split"] == "test")].groupby("seed")[cost].max()
+    points = {share: at_cost(frame, cost, share) for share in SHARES}
+    full = points[1.0]["full"]
+    rivals = {**{f"minus {name}": points[AT][name] for name in RIVALS}, "minus full at 100%": full}
+    if "expected" in points[AT]:
+        rivals["minus expected"] = points[AT]["expected"]
+    lines = [f"### At equal {cost}: shares of the {whole.mean() / scale:,.0f} {unit} of `full`", ""]
+    titles = [f"{share:.0%}" for share in SHARES] + [f"{AT:.0%}: {name}" for name in rivals]
+    lines += ["| arm | " + " | ".join(titles) + " |", "| --- " + "| ---: " * len(titles) + "|"]
+    for method in points[AT]:
+        shown = [cell(t_interval(point[method].to_numpy())) if _all(point[method]) else "–" for point in points.values()]
+        own = points[AT][method]
+        for name, rival in rivals.items():
+            itself = name.removeprefix("minus ") == method or not (_all(own) and _all(rival))
+            shown.append("–" if itself else cell(paired_interval(own.to_numpy(), rival.to_numpy()), signed=True))
+        lines.append(f"| {method} | {' | '.join(shown)} |")
+    return [*lines, ""]
+
+
+def _all(values):
+    return len(values) > 0 and bool(values.notna().all())
+
+
+def _picks(study, folder):
+    """Samples of each kind that an epoch was to train on, a row per cell and epoch of the known pools."""
+    rows = [dict.fromkeys(["dataset", "method", "seed", "epoch"])]
+    for one in study.cells():
+        path = cell_path(folder, one)
+        if not path.is_file():
+            continue
+        kinds = pd.read_parquet(Path(one.data.path) / str(one.seed) / "sequences.parquet")["kind"]
+        content, _ = read_cell(path)
+        for epoch in range(one.method.epochs):
+            if f"selected_{epoch}" in content:
+                counts = kinds.iloc[content[f"selected_{epoch}"].numpy()].value_counts()
+                key = {"dataset": one.data.name, "method": one.method.name, "seed": one.seed, "epoch": epoch + 1}
+                rows.append({**key, **{kind: int(counts.get(kind, 0)) for kind in KINDS[:-1]}})
+    return pd.DataFrame(rows[1:] or rows).astype({"dataset": str, "method": str})
+
+
+def _kinds(frame):
+    lines = ["### What an epoch was to train on, samples by kind, mean over seeds", ""]
+    lines += ["| arm | epoch | " + " | ".join(KINDS[:-1]) + " |", "| --- | ---: " + "| ---: " * 4 + "|"]
+    picked = frame[(frame["split"] == "test") & frame["useful"].notna()]
+    for method, rows in picked.groupby("method", sort=False):
+        for epoch in (1, 2, rows["epoch"].max()):
+            means = rows[rows["epoch"] == epoch][list(KINDS[:-1])].mean()
+            lines.append(f"| {method} | {epoch} | " + " | ".join(f"{value:.0f}" for value in means) + " |")
+    return [*lines, ""]
+
+
+def _head(frame, studies):
+    seeds = ", ".join(map(str, sorted(frame["seed"].unique())))
+    cells = frame.groupby(["dataset", "method", "seed"]).ngroups
+    epochs = ", ".join(f"{method.name} {method.epochs}" for method in studies[1].methods)
+    return [
+        "# Selection where rollouts cost something",
+        "",
+        "`python benchmarks/known_files.py --to data/known` writes the known pools. Of `benchmarks/studies/`,",
+        "`tuning_rollouts_known.yaml` and `tuning_rollouts.yaml` ran with `minirec compare --config FILE --to",
+        "runs/rollouts-tuning`, then `rollouts_known.yaml` and `rollouts.yaml` the same way to `runs/rollouts`, a cell",
+        "at a time. `python benchmarks/rollouts.py --from runs/rollouts --tuning runs/rollouts-tuning` writes this page.",
+        "The Amazon files are in `data/amazon-industrial` or where `--path amazon-industrial-g16=DIR` says. One cell",
+        "again: `--cell ID`, such as `--cell known-16/predicted/0.1/1`.",
+        "",
+        f"{cells} cells, seeds {seeds}. {machine()}.",
+        "",
+        "Known pools: 2,000 samples, 10 % of them useful, 30 % each solved, redundant and hopeless",
+        "(`benchmarks/known_kinds.py`), with completions of 16 and of 64 tokens that hit only as a whole; each seed has",
+        "rules, samples and weights of its own. MovieLens-100K (middle window) and Amazon Industrial: pools of 2,000,",
+        "items of four tokens, 16 and 64 rollouts. All arms of a data set and seed start from the same warm policy and",
+        f"train at a constant rate. Epochs: {epochs}; those of the full pool have ten times the samples. `filter`",
+        "draws rollouts until a batch is full of mixed groups. `minirec_lean` scores a quarter of the pool at first and",
+        "a tenth after each epoch, in the known pools with 4 rollouts. `supervised` and `expected` train on the whole",
+        "pool without rollouts. Known pools leave `expected` out: they stand for completions whose probability of a hit",
+        "has no closed form.",
+        "",
+        "NDCG@10 on test, of beams of 10. Tokens, forward and backward, and seconds are those after the warm start:",
+        "decoding, scoring and selection count, evaluation does not. Values between two evaluation points are on the",
+        "straight line between them; – where a run ends before. [ ] are 95 % intervals over seeds, differences paired",
+        f"by seed. The last columns compare at {AT:.0%} of what `full` spends.",
+        "",
+        "![NDCG@10 over seconds and tokens](rollouts.png)",
+        "",
+    ]
+
+
+def _rates(studies, folder):
+    frame = tidy(sorted(folder.glob(f"{CELLS}/**/*.safetensors")))
+    runs = chosen_points(frame)
+    settings = sorted(runs["setting"].unique(), key=lambda name: float(name.removeprefix("lr")))
+    lines = ["## Learning rates", "", "NDCG@10 on validation at the best epoch, of a seed that the studies do not use."]
+    lines += ["The rate of `random` serves for all arms with rollouts and for `expected`.", ""]
+    lines += ["| data | arm | " + " | ".join(settings) + " | used |", "| --- | --- " + "| ---: " * (len(settings) + 1) + "|"]
+    used = {
+        (data, method.name): overrides["model.optimizer.lr"]
+        for study in studies
+        for method in study.methods
+        for data, overrides in method.per_dataset.items()
+    }
+    for (dataset, method), part in runs.groupby(["dataset", "method"], sort=False):
+        means = part.groupby("setting")["validation"].mean()
+        shown = (f"{means[name]:.4f}" if name in means else "–" for name in settings)
+        lines.append(f"| {dataset} | {method} | {' | '.join(shown)} | {used[dataset, method]:g} |")
+    return [*lines, ""]
+
+
+def draw(frame, path):
+    """NDCG@10 on test over seconds and over tokens, a row of two panels per data set."""
+    from matplotlib.figure import Figure
+
+    datasets = list(dict.fromkeys(frame["dataset"]))
+    figure = Figure(figsize=(11, 3.1 * len(datasets)), layout="constrained")
+    axes = figure.subplots(len(datasets), 2, squeeze=False)
+    for row, dataset in zip(axes, datasets, strict=True):
+        test = frame[(frame["dataset"] == dataset) & (frame["split"] == "test")]
+        for place, (cost, (unit, scale)) in zip(row, COSTS.items(), strict=True):
+            for method, (colour, line) in STYLES.items():
+                means = test[test["method"] == method].groupby("epoch")[["ndcg@10", cost]].mean()
+                if len(means):
+                    place.plot(means[cost] / scale, means["ndcg@10"], line, color=colour, marker=".", lw=1.3, label=method)
+            place.set(xlabel=f"{unit} after the warm start", ylabel="NDCG@10 on test")
+            place.set_title(f"{dataset}: {cost}", loc="left")
+            place.grid(color="0.92")
+            place.spines[["top", "right"]].set_visible(False)
+        row[1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=130, format="png")
+
+
+if __name__ == "__main__":
+    main()
