@@ -24,7 +24,7 @@ from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.selection.session.ledger_data import check_ledger
 from minirec_pl.selection.session.prediction import Predictions
 from minirec_pl.selection.session.session import SelectionSession, session_of
-from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.errors import InputError, check_whole
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -62,6 +62,7 @@ class SelectSamples(SessionCallback):
     ) -> None:
         super().__init__()
         check_budget(budget)
+        check_whole(warmup_epochs=warmup_epochs, every_n_epochs=every_n_epochs)
         if warmup_epochs < 0 or every_n_epochs < 1:
             raise InputError(
                 f"warmup_epochs is {warmup_epochs} and every_n_epochs {every_n_epochs}: give at least 0 and at least 1"
@@ -180,7 +181,6 @@ class SelectSamples(SessionCallback):
             self._check_outcomes(session, trainer, epoch)
         if session.predictor is not None:
             self._predictions.refit(session, trainer, epoch)
-            session.size_groups(epoch)
         view = session.store.pool_view(epoch)
         view.vectors = self._predictions.vectors
         with warnings.catch_warnings(record=True) as caught:

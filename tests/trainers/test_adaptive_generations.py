@@ -257,6 +257,15 @@ def test_groups_are_sized_by_the_posterior_where_the_solve_probability_is_predic
         assert all(size == (plain_size(chance[sample_id]) or GROUP) for sample_id, size in drawn.items())
 
 
+@pytest.mark.parametrize("options", [{}, {"warmup_epochs": 1}, {"every_n_epochs": 2}])
+def test_groups_are_sized_once_for_each_epoch(options, tiny_policy, toy_data, make_trainer, monkeypatch):
+    asked, sizes = [], GroupSizer.sizes
+    monkeypatch.setattr(GroupSizer, "sizes", lambda self, *given: asked.append(given[-1]) or sizes(self, *given))
+    selection = MiniRec(20, selector=PredictedSelector(), **options)
+    make_trainer(callbacks=[selection], max_epochs=4).fit(module_of(tiny_policy()), toy_data(**SMALL))
+    assert asked == [0, 1, 2, 3]
+
+
 def weighted_gradient(policy, parts):
     """Of DAPO's loss, tokens of a group counting 1 / its size; parts are dictionaries."""
     plain, total, tokens = PlainPolicy(policy), 0.0, 0.0
