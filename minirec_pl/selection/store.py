@@ -80,6 +80,7 @@ class SignalStore:
         self.discount = 0.5
         self.fingerprints = dict(fingerprints or {})
         self.vectors_version = 0
+        self._has_prior = False
         self._lent = False  # whether a view may still read the embeddings, so that an update must not write into them
         self._seed = seed
         n = len(self.sample_ids)
@@ -172,6 +173,7 @@ class SignalStore:
         """
         mean = mean.double()
         self._data["prior_hits"], self._data["prior_misses"] = strength * mean, strength * (1 - mean)
+        self._has_prior = True
         self._data["prior_epoch"].fill_(epoch)
         self._data["prior_step"].fill_(step)
 
@@ -205,7 +207,7 @@ class SignalStore:
     @property
     def has_prior(self) -> bool:
         """Whether a prior was set, so that the solve probability of samples that were never met is predicted."""
-        return not bool(self._data["prior_hits"].isnan().all())
+        return self._has_prior
 
     @property
     def has_outcomes(self) -> bool:
@@ -347,6 +349,7 @@ class SignalStore:
             raise InputError(f"{source} are damaged or not a signal store, {error} is missing: score again") from error
         fresh = SignalStore(self.sample_ids)._data
         self._data = {name: fresh[name] for name in _ADDED} | loaded
+        self._has_prior = not bool(self._data["prior_hits"].isnan().all())
         self.vectors_version += 1
         self.solve_threshold, self._seed, self.fingerprints = float(settings[0]), int(settings[1]), dict(settings[2])
 
