@@ -28,6 +28,7 @@ from minirec_pl.cli.check_saving import (
     probed,
     saving_table,
     schedules_of,
+    scoring_of,
     setting_of,
 )
 from minirec_pl.cli.estimates import Load, Memory, memory_of, peak
@@ -76,6 +77,7 @@ class Preflight:
         check_flat_share(flat_share, probe, config.get("warm_start") is not None)
         self.config, self.flat_share, self.probe = config, flat_share, probe
         self.saving: tuple[BreakEven, dict[str, float]] | None = None
+        self.selection: SessionCallback | None = None
         self.findings: list[Finding] = []
         self.prompts: Prompts | None = None
         self.memory: Memory | None = None
@@ -144,7 +146,7 @@ class Preflight:
         _make_module(
             _plain(self.config.model), _kind_of(policy).unloaded({k: v for k, v in policy.items() if k != "class_path"})
         )
-        _made(SessionCallback | None, _plain(self.config.get("selection")))
+        self.selection = _made(SessionCallback | None, _plain(self.config.get("selection")))
         _made(WarmStart | None, _plain(self.config.get("warm_start")))
 
     def _folder(self) -> None:
@@ -260,9 +262,10 @@ class Preflight:
                 )
         exact, known = not _retrieves(policy), self.flat_share is not None
         setting = setting_of(load, self.flat_share or 0.0, exact=exact, fed=length - int(exact))
-        found = schedules_of(load, _made(SessionCallback | None, _plain(self.config.get("selection"))))
+        found = schedules_of(load, self.selection)
         self.saving = setting, found
-        self.findings.append(finding_of(setting, known, found))
+        scores_nothing = self.selection is not None and not load.scored
+        self.findings.append(finding_of(setting, known, {} if scores_nothing else found))
 
     def _ids_without_rollouts(self, options: Mapping[str, Any], several: bool) -> None:
         """Says what ids of several tokens go with, as the fit will."""
@@ -278,8 +281,8 @@ class Preflight:
 
     def _load(self, data: RecDataModule, policy: Mapping[str, Any], options: Mapping[str, Any]) -> Load:
         assert self.prompts is not None
-        trainer, selection = self.config.trainer, _plain(self.config.get("selection"))
-        chosen = (selection or {}).get("init_args", {})
+        trainer, scoring = self.config.trainer, scoring_of(self.selection)
+        chosen = (_plain(self.config.get("selection")) or {}).get("init_args", {})
         pool = len(data.pool_ids)
         epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else 1
         completion = self.prompts.completion
@@ -291,8 +294,8 @@ class Preflight:
             epochs=epochs,
             num_generations=options.get("num_generations", 1),
             scoring_generations=options.get("scoring_generations", 0),
-            rescored=round((chosen.get("rescore_fraction") or 0) * pool),
-            scored=0 if selection is None else math.ceil(chosen.get("score_fraction", 1.0) * pool),
+            rescored=0 if scoring is None else round(scoring.rescore_fraction * pool),
+            scored=0 if scoring is None else math.ceil(scoring.score_fraction * pool),
             prompt=round(float(np.mean(self.prompts.lengths))),
             completion=completion,
             batch_size=data.batch_size,

@@ -343,6 +343,21 @@ def test_what_a_selection_could_save(command, tmp_path):
     assert preflight.saving[1]["as in the config"] == pytest.approx(sum(scored) / load.pool / load.epochs, abs=0.02)
 
 
+PREDICTED = "--selection.selector=minirec_pl.selection.PredictedSelector"
+
+
+def test_a_selection_without_a_scoring_pass_has_none_to_pay(command, tmp_path, capsys):
+    """MiniRec and SelectSamples do not score for a selector that needs no signals, so no cost of scoring is shown."""
+    generations = "--model.scoring_generations=4"
+    preflight, found = saving(command, tmp_path / "runs", PREDICTED, generations, flat_share=0.5)
+    assert (preflight.load.scored, preflight.load.rescored, preflight.load.rollouts()["scoring"]) == (0, 0, 0)
+    assert found.level == "ok"
+    assert found.text.startswith("Selection that scores nothing can save ")
+    assert saving(command, tmp_path / "runs", PREDICTED)[1].level == "ok"
+    scored, _ = saving(command, tmp_path / "runs", generations, flat_share=0.5)
+    assert scored.load.rollouts()["scoring"] > 0
+
+
 @pytest.mark.parametrize(
     ("flat_share", "level", "beginning"),
     [(0.0, "warning", "Selection cannot pay here: 0%"), (0.9, "ok", "Selection can save 75% of the tokens at most")],
