@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.errors import InputError, check_whole
 from minirec_pl.utils.seeds import check_seed
 
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -26,6 +26,8 @@ _COMPONENTS = 8  # principal components of the embeddings
 _LOWEST = 1e-4  # predicted probability, and 1 less it the highest
 _UNIFORM = 2.0  # strength before the first outcome; with a mean of 0.5 that is Beta(1, 1)
 _WEAKEST, _STRONGEST = 2.0, 256.0
+_MOST_STRENGTH = 1e9  # that one may give
+_HUGE = 1e307  # two values of a feature that is larger may be further apart than the largest float
 _NEEDS = {"log_popularity": "item_id", "user_activity": "user_id", "age": "timestamp"}
 
 
@@ -36,7 +38,7 @@ class Prediction:
     Attributes:
         mean: [N] float64 in (0, 1), out of fold.
         strength: rollouts that a prediction counts as.
-        features: names of what it goes by; empty where all samples get the same.
+        features: names of what tells samples apart; empty where all samples get the same.
         notes: sentences on what is missing, for a warning.
     """
 
@@ -79,7 +81,8 @@ class PredictedDifficulty:
         """Sets the model.
 
         Args:
-            strength: Rollouts that a prediction counts as, kappa, above 0; None takes it from the outcomes.
+            strength: Rollouts that a prediction counts as, kappa, above 0 and at most 1e9; None takes it from the
+                outcomes.
             discount: Share lambda of the earlier counts that remains when a sample is met again, from 0 to 1. Published
                 are 1 and, for fast learners, 0.5.
             prior_mean: Solve probability before the first outcome, between 0 and 1.
@@ -89,14 +92,16 @@ class PredictedDifficulty:
         Raises:
             InputError: If an option is out of range, or scikit-learn is not installed.
         """
-        if strength is not None and not 0 < strength < float("inf"):
+        if strength is not None and not 0 < strength <= _MOST_STRENGTH:
             raise InputError(
-                f"strength is {strength}: give the number of rollouts that a prediction counts as, above 0"
+                f"strength is {strength}: give the number of rollouts that a prediction counts as, above 0 and at most "
+                f"{_MOST_STRENGTH:g}"
             )
         if not 0 <= discount <= 1:
             raise InputError(f"discount is {discount}: give a share from 0 to 1")
         if not 0 < prior_mean < 1:
             raise InputError(f"prior_mean is {prior_mean}: give a probability between 0 and 1")
+        check_whole(folds=folds)
         if folds < 2:
             raise InputError(f"folds is {folds}: give at least 2, so that each is predicted from the others")
         if find_spec("sklearn") is None:
@@ -128,7 +133,7 @@ class PredictedDifficulty:
                 on; None for the order of the rows.
 
         Raises:
-            InputError: If `features` has another number of rows, or a column that is not numeric.
+            InputError: If `features` has another number of rows, a column that is not numeric, or two of one name.
         """
         notes: list[str] = []
         hit, miss = (value.double().numpy() for value in (hits, misses))
@@ -195,12 +200,11 @@ class PredictedDifficulty:
                 f"the feature {first} is NaN for {count} of {n} samples{more}: they count as unknown; fill the column "
                 "to have them predicted by it"
             )
-        names = list(table)
+        parts = {name: list(_Column.of(values)) for name, values in table.items()}
         if embedding is not None:
-            names.append("embedding")
-            for number, values in enumerate(_components(embedding, known, met, self.seed)):
-                table[f"embedding {number}"] = values
-        return [column for values in table.values() for column in _Column.of(values)], names
+            components = _components(embedding, known, met, self.seed)
+            parts["embedding"] = [column for values in components for column in _Column.of(values)]
+        return [column for part in parts.values() for column in part], [name for name, part in parts.items() if part]
 
 
 def table_features(samples: pd.DataFrame) -> tuple[pd.DataFrame, str | None]:
@@ -211,18 +215,20 @@ def table_features(samples: pd.DataFrame) -> tuple[pd.DataFrame, str | None]:
 
     Returns:
         A frame of N rows with the columns `log_popularity`, `user_activity` and `age` (log of days), as far as they can
-        be computed; and a sentence on what is missing, None where nothing is.
+        be computed, NaN where an id or a time is missing; and a sentence on what is missing, None where nothing is.
+
+    Raises:
+        InputError: If the timestamps are not numbers.
     """
     found: dict[str, Floats] = {}
     for name, source in _NEEDS.items():
         if source not in samples:
             continue
         if source == "timestamp":
-            seconds = samples[source].to_numpy(dtype=np.float64)
-            found[name] = np.log1p((np.nanmax(seconds, initial=0.0) - seconds).clip(min=0) / 86_400)
+            found[name] = _log_age(samples[source])
         else:
             codes, _ = pd.factorize(samples[source])
-            found[name] = np.log1p(np.bincount(codes + 1)[codes + 1].astype(np.float64))
+            found[name] = np.where(codes < 0, np.nan, np.log1p(np.bincount(codes + 1)[codes + 1].astype(np.float64)))
     lacking = [source for source in _NEEDS.values() if source not in samples]
     left = f"from {', '.join(found)} alone" if found else "without features, so the same for all that were never met"
     note = None
@@ -232,6 +238,20 @@ def table_features(samples: pd.DataFrame) -> tuple[pd.DataFrame, str | None]:
             "add the column, or define sample_features(sample_ids) on the DataModule"
         )
     return pd.DataFrame(found, index=range(len(samples))), note
+
+
+def _log_age(timestamps: pd.Series[Any]) -> Floats:
+    if not pd.api.types.is_numeric_dtype(timestamps):
+        raise InputError(f"the column timestamp of the samples holds {timestamps.dtype}: give unix seconds")
+    seconds = _finite(timestamps)
+    age: Floats = np.log1p((np.nanmax(seconds, initial=-np.inf) - seconds) / 86_400)
+    return age
+
+
+def _finite(column: pd.Series[Any]) -> Floats:
+    """The numbers of a column, NaN where one is missing or infinite."""
+    values = column.to_numpy(dtype=np.float64, na_value=np.nan)
+    return np.where(np.isfinite(values), values, np.nan)
 
 
 def _strength(mean: Floats, hits: Floats, misses: Floats) -> float:
@@ -249,12 +269,15 @@ def _strength(mean: Floats, hits: Floats, misses: Floats) -> float:
 def _numbers(features: pd.DataFrame, n: int) -> dict[str, Floats]:
     if len(features) != n:
         raise InputError(f"the features have {len(features)} rows for {n} samples: give one per sample, in their order")
-    found = {}
-    for name in features.columns:
-        if not pd.api.types.is_numeric_dtype(features[name]):
-            raise InputError(f"the feature {name} holds {features[name].dtype}, not numbers: encode it or leave it out")
-        values = features[name].to_numpy(dtype=np.float64, na_value=np.nan)
-        found[str(name)] = np.where(np.isfinite(values), values, np.nan)
+    found: dict[str, Floats] = {}
+    for place, name in enumerate(map(str, features.columns)):
+        column = features.iloc[:, place]
+        if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_complex_dtype(column):
+            raise InputError(f"the feature {name} holds {column.dtype}, not numbers: encode it or leave it out")
+        if name in found:
+            raise InputError(f"two features are called {name}: give each a name of its own")
+        values = _finite(column)
+        found[name] = values / 64 if np.nanmax(np.abs(values), initial=0.0) > _HUGE else values
     return found
 
 
@@ -267,7 +290,9 @@ def _components(embedding: Tensor, known: Tensor | None, met: Ints, seed: int) -
     width = min(_COMPONENTS, len(learned), embedding.shape[1])
     if width < 1 or len(learned) < 2:
         return
-    found = PCA(width, svd_solver="full", random_state=seed).fit(embedding[torch.from_numpy(learned)].float().numpy())
+    with np.errstate(invalid="ignore", over="ignore"):  # in shares of the variance, which are not used
+        known_values = embedding[torch.from_numpy(learned)].float().numpy()
+        found = PCA(width, svd_solver="full", random_state=seed).fit(known_values)
     values = np.full((len(embedding), width), np.nan)
     for start in range(0, len(rows), _ROWS):
         block = rows[start : start + _ROWS]

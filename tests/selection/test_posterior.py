@@ -48,7 +48,8 @@ def test_updates_and_streaks_equal_a_loop(history, discount, mean, strength):
         all_hit = all_hit + 1 if flat and group[0] > 0.5 else 0
         all_miss = all_miss + 1 if flat and group[0] <= 0.5 else 0
         known[sample] = [alpha, beta, all_hit, all_miss, flat_ever + flat]
-    store.set_prior(torch.full((3,), mean, dtype=torch.float64), strength, epoch=0, step=0)  # made anew after the outcomes
+    means = torch.full((3,), mean, dtype=torch.float64)
+    store.set_prior(means, strength, epoch=0, step=0)  # made anew after the outcomes
     alpha, beta = store.posterior(POOL)
     view = store.read(POOL)
     for row, sample in enumerate(POOL):
