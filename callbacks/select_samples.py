@@ -210,11 +210,8 @@ class SelectSamples(SessionCallback):
                 f"{name} goes by the rewards met in training: add the callback RewardHistory(), as MiniRec does"
             )
         module = trainer.lightning_module
-        if getattr(self.selector, "groups", False) and getattr(module, "expectation", None) is not None:
-            raise InputError(
-                f"{name} goes by groups of rollouts and rollouts='{module.rollouts}' draws none: choose "
-                "PredictedSelector or MoPPSSelector, or set model.rollouts to sample"
-            )
+        if getattr(self.selector, "groups", False):
+            _check_groups(name, module)
         if epoch > 0 and not session.store.has_outcomes:
             text = (
                 f"{name} goes by the rewards met in training, and training_step of {type(module).__name__} returned "
@@ -244,6 +241,27 @@ class SelectSamples(SessionCallback):
 
 # Lightning then counts it as stateless, and a second one is refused by the session, which says what to do.
 update_wrapper(SelectSamples.state_dict, Callback.state_dict, assigned=())
+
+
+def _check_groups(name: str, module: LightningModule) -> None:
+    """Refuses a module that says it meets no groups whose rewards tell of the solve probability.
+
+    Raises:
+        InputError: naming the option.
+    """
+    rollouts = getattr(module, "rollouts", "sample")
+    if getattr(module, "expectation", None) is not None:
+        given = f"rollouts='{rollouts}' draws none"
+    elif rollouts != "sample":
+        given = f"rollouts='{rollouts}' draws rollouts that are all different"
+    elif getattr(module, "distinct_rollouts", False):
+        given = "distinct_rollouts has them all different"
+    else:
+        return
+    raise InputError(
+        f"{name} goes by groups of rollouts and {given}: choose PredictedSelector or MoPPSSelector, or set "
+        "model.rollouts to sample and model.distinct_rollouts to false"
+    )
 
 
 def told_of(selector: Selector, module: LightningModule) -> Selector:

@@ -23,7 +23,8 @@ _FIELDS = {
     "gradient": ("gradient",),
     "embedding": ("embedding",),
 }
-_COUNTS, _COUNTED = ("hits", "misses"), ("reward", "solve_probability")  # counts of what was met, and of which signals
+_COUNTS = ("hits", "misses", "squared_weights")
+_COUNTED = ("reward", "solve_probability")  # signals of which they are
 _MATRICES = ("rewards", "gradient", "embedding")
 _OLDER = {"model", "data", "seed"}  # which are digests alone
 

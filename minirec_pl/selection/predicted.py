@@ -120,6 +120,7 @@ class PredictedDifficulty:
         embedding: Tensor | None = None,
         embedding_known: Tensor | None = None,
         met_at: Tensor | None = None,
+        squared_weights: Tensor | None = None,
     ) -> Prediction:
         """Fits the model to the outcomes and predicts every sample, out of fold.
 
@@ -131,6 +132,8 @@ class PredictedDifficulty:
             embedding_known: [N] bool, None for all.
             met_at: [N] int64, when each sample was last met, for pools of which more were met than the model is fitted
                 on; None for the order of the rows.
+            squared_weights: [N] float64, sum of the squared weights with which a sample's rollouts are counted, see
+                `SignalStore.squared_weights`; None where each counts once.
 
         Raises:
             InputError: If `features` has another number of rows, a column that is not numeric, or two of one name.
@@ -163,7 +166,8 @@ class PredictedDifficulty:
                 own = fold[rows] == one
                 mean[rows[own]] = model.predict(basis[own])
         mean = mean.clip(_LOWEST, 1 - _LOWEST)
-        strength = self.strength or _strength(mean[met], hit[met], miss[met])
+        squares = (hits + misses if squared_weights is None else squared_weights).double().numpy()
+        strength = self.strength or _strength(mean[met], hit[met], miss[met], squares[met])
         return Prediction(torch.from_numpy(mean), strength, tuple(names) if columns else (), tuple(notes))
 
     def _fit(self, columns: Sequence[_Column], rows: Ints, hits: Floats, misses: Floats) -> _Model:
@@ -254,15 +258,15 @@ def _finite(column: pd.Series[Any]) -> Floats:
     return np.where(np.isfinite(values), values, np.nan)
 
 
-def _strength(mean: Floats, hits: Floats, misses: Floats) -> float:
+def _strength(mean: Floats, hits: Floats, misses: Floats, squares: Floats) -> float:
     """Takes kappa by the method of moments: hits vary about the prediction as those of a beta-binomial distribution do.
 
-    E (h - n p)^2 = n p (1 - p) (1 + (n - 1) rho) with rho = 1 / (kappa + 1).
+    E (h - n p)^2 = p (1 - p) (m + (n^2 - m) rho) with rho = 1 / (kappa + 1), n the sum of the weights with which a
+    sample's rollouts are counted and m that of their squares; without weights m = n.
     """
-    size = hits + misses
-    alone = size * mean * (1 - mean)
-    together = float(((size - 1) * alone).sum())
-    rho = float(((hits - size * mean) ** 2 - alone).sum()) / together if together > 0 else 0.0
+    size, each = hits + misses, mean * (1 - mean)
+    together = float(((size**2 - squares) * each).sum())
+    rho = float(((hits - size * mean) ** 2 - squares * each).sum()) / together if together > 0 else 0.0
     return float(np.clip(1 / rho - 1, _WEAKEST, _STRONGEST)) if rho > 0 else _STRONGEST
 
 

@@ -1,14 +1,17 @@
 """Predictions of known pools, and what they may not know."""
 
+import math
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.optimize import minimize
 from sklearn.metrics import roc_auc_score
 
-from minirec_pl.selection import PredictedDifficulty, PredictedSelector, calibration
+from minirec_pl.selection import PredictedDifficulty, PredictedSelector, SampleSignals, SignalStore, calibration
 from minirec_pl.selection.predicted import table_features
 from minirec_pl.utils.errors import InputError
 
@@ -92,6 +95,54 @@ def test_the_strength_is_that_of_the_pool(kappa):
     none = torch.zeros(5, dtype=torch.float64)
     assert PredictedDifficulty().predict(none, none).strength == 2.0
     assert PredictedDifficulty().predict(none + 1, none).strength == 256.0
+
+
+@pytest.mark.parametrize(("group", "times"), [(4, 4), (8, 2), (16, 8), (None, 4)])
+def test_the_strength_is_that_of_the_pool_however_often_its_samples_were_met(group, times):
+    """Rollouts that are counted with a weight tell less by chance; exact probabilities (group None) have no chance."""
+    random, n = np.random.default_rng(1), 20_000
+    chance = random.beta(0.3 * 20, 0.7 * 20, size=n)
+    store = SignalStore(range(n))
+    for step in range(times):
+        if group is None:
+            met = SampleSignals(range(n), solve_probability=chance)
+        else:
+            met = SampleSignals(range(n), rewards=(random.random((n, group)) < chance[:, None]).astype(float))
+        store.update(met, epoch=0, step=step, source="train")
+    view = store.pool_view(0)
+    found = PredictedDifficulty().predict(view.hits, view.misses, squared_weights=store.squared_weights)
+    assert found.strength == pytest.approx(20, rel=0.1)
+
+
+def test_the_prediction_is_the_fit_of_a_plain_logistic_regression():
+    random, n = np.random.default_rng(3), 200
+    values = random.normal(size=n)
+    values[random.random(n) < 0.1] = np.nan
+    hits = random.integers(0, 5, n) * (random.random(n) < 0.7)
+    misses = random.integers(0, 9, n) * (random.random(n) < 0.7)
+    found = PredictedDifficulty(folds=3, seed=5).predict(
+        torch.from_numpy(hits), torch.from_numpy(misses), pd.DataFrame({"a": values})
+    )
+    knots = np.quantile(values[~np.isnan(values)], [0, 0.2, 0.4, 0.6, 0.8, 1])
+
+    def row(value):
+        if math.isnan(value):
+            return [1.0, 1.0, *[0.0] * 5]
+        ramps = [(value - low) / (high - low) for low, high in pairwise(knots)]
+        return [1.0, 0.0, *[min(max(ramp, 0.0), 1.0) for ramp in ramps]]
+
+    basis = np.array([row(value) for value in values])
+    fold = np.random.default_rng(5).permutation(n) % 3
+    for one in range(3):
+        rows = np.flatnonzero((hits + misses > 0) & (fold != one))
+        share = hits[rows] / (hits[rows] + misses[rows])
+
+        def loss(weights, rows=rows, share=share):
+            scores = basis[rows] @ weights
+            return (np.logaddexp(0, scores) - share * scores).sum() + (weights[1:] ** 2).sum() / 2
+
+        scores = basis[fold == one] @ minimize(loss, np.zeros(7), tol=1e-10).x
+        np.testing.assert_allclose(found.mean.numpy()[fold == one], 1 / (1 + np.exp(-scores)), atol=5e-4)
 
 
 def test_few_outcomes_and_a_single_sample():
