@@ -143,7 +143,7 @@ class SelectSamples(SessionCallback):
         try:
             with session.cost.timed("selection"):
                 ledger = self._ledger(session, trainer, epoch) if again or session.ledger is None else session.ledger
-                session.selected = self._chosen(session, ledger)
+                session.selected = self._chosen(session, ledger, trainer)
         except InputError as error:
             if not before:
                 raise
@@ -163,9 +163,20 @@ class SelectSamples(SessionCallback):
     def _ledger(self, session: SelectionSession, trainer: Trainer, epoch: int) -> SelectionLedger:
         return self._pick(session, trainer, epoch) if self.ledger is None else self._fixed(session, trainer)
 
-    def _chosen(self, session: SelectionSession, ledger: SelectionLedger) -> list[int]:
-        if session.groups is not None:
-            return session.groups.within_budget(ledger.selected(), self._expected(len(session.store)))
+    def _chosen(self, session: SelectionSession, ledger: SelectionLedger, trainer: Trainer) -> list[int]:
+        if (groups := session.groups) is not None:
+            ranked, n_samples = ledger.selected(), self._expected(len(session.store))
+            chosen = groups.within_budget(ranked, n_samples)
+            share = groups.share_of_budget(chosen, n_samples)
+            if share < 1 and len(chosen) < len(ranked):
+                text = (
+                    f"{len(ranked) - len(chosen)} of {len(ranked)} samples need more than "
+                    f"{groups.sizer.adaptive.max} rollouts and are left out, so that the epoch has {share:.0%} of the "
+                    "rollouts of the budget: raise adaptive_generations.max, lower adaptive_generations.q, or lower "
+                    "the budget"
+                )
+                session.warn_once(trainer, text, text)
+            return chosen
         return ledger.selected(
             None if self.ledger is None or self.budget is None else budget_count(self.budget, len(ledger))
         )

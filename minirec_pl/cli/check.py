@@ -98,6 +98,11 @@ class Preflight:
         policy = self._policy_options()
         if not issubclass(_kind_of(policy), GenerativePolicy | RetrievalPolicy):
             self._add("ok", "policy", f"{policy['class_path']} is your own class: only its options were checked")
+            if self.probe or self.flat_share is not None:
+                text = (
+                    "its tokens are not known, so work out with minirec_pl.utils.break_even.BreakEven what it can save"
+                )
+                self._add("warning", "selection", text)
             return
         prompt = self._try("policy", lambda: _prompt_of(policy))
         if self.fails and self.findings[-1].what == "policy":

@@ -430,6 +430,20 @@ def test_groups_as_large_as_allowed_count_for_the_memory(command, tmp_path):
     assert larger.memory == usual.memory
 
 
+def test_a_policy_of_your_own_is_told_that_the_saving_is_not_worked_out(command, tmp_path, monkeypatch):
+    (tmp_path / "own_policy.py").write_text(
+        "from minirec_pl.policy import Policy\n"
+        "methods = {name: lambda self, *given: None for name in Policy.__abstractmethods__}\n"
+        "Own = type('Own', (Policy,), {'__module__': __name__, **methods})\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = ["--model.policy=null", "--model.policy=own_policy.Own"]
+    assert saving(command, tmp_path / "runs", *own)[1] is None
+    for options in ({"probe": True}, {"flat_share": 0.5}):
+        _, found = saving(command, tmp_path / "runs", *own, **options)
+        assert "work out with minirec_pl.utils.break_even.BreakEven what it can save" in found.text
+
+
 def test_a_pool_in_which_all_groups_are_flat(command, tmp_path, monkeypatch):
     (tmp_path / "no_reward.py").write_text("def nothing(completions):\n    return [0.0] * len(completions)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
