@@ -115,7 +115,8 @@ def item_factors(interactions: npt.NDArray[np.int64], n_items: int, seed: int) -
     values = 1 / np.sqrt(by_user[user] * by_item[item])
     matrix = csr_array((values, (user, item)), shape=(len(users), n_items))
     width = min(_FACTORS, len(users) - 1, n_items - 1)
-    found = TruncatedSVD(width, random_state=seed).fit(matrix)
+    with np.errstate(invalid="ignore"):  # in shares of the variance, which are not used
+        found = TruncatedSVD(width, random_state=seed).fit(matrix)
     factors = (found.components_ * found.singular_values_[:, None]).T
     return torch.from_numpy(factors).float()
 
