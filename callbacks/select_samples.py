@@ -81,7 +81,7 @@ class SelectSamples(SessionCallback):
             return
         self.check_ledger()
         session = session_of(trainer)
-        session.expect(self.warmup_epochs, self._expected)
+        session.expect(self.warmup_epochs, self.expected)
         session.register("select", self._select, trainer)
         session.asked = signal_options(self.selector)
         self._selector = told_of(self.selector, pl_module)
@@ -125,7 +125,12 @@ class SelectSamples(SessionCallback):
                 f"there is no ledger '{self.ledger}': give SelectSamples a ledger.parquet of an earlier run"
             )
 
-    def _expected(self, n_pool: int) -> int:
+    def expected(self, n_pool: int) -> int:
+        """Returns the samples that each epoch after the warm-up trains on, of a pool of this size.
+
+        Raises:
+            InputError: if the budget is above the pool, or the ledger cannot be read.
+        """
         if self.ledger is None:
             return n_pool if isinstance(self.selector, FullSelector) else budget_count(self.budget, n_pool)
         ledger = SelectionLedger.from_parquet(self.ledger)
@@ -165,7 +170,7 @@ class SelectSamples(SessionCallback):
 
     def _chosen(self, session: SelectionSession, ledger: SelectionLedger, trainer: Trainer) -> list[int]:
         if (groups := session.groups) is not None:
-            ranked, n_samples = ledger.selected(), self._expected(len(session.store))
+            ranked, n_samples = ledger.selected(), self.expected(len(session.store))
             chosen = groups.within_budget(ranked, n_samples)
             share = groups.share_of_budget(chosen, n_samples)
             if share < 1 and len(chosen) < len(ranked):

@@ -26,6 +26,7 @@ from minirec_pl.cli.check_saving import (
     finding_of,
     own_options,
     probed,
+    samples_of,
     saving_table,
     schedules_of,
     scoring_of,
@@ -47,7 +48,6 @@ from minirec_pl.policy.language_models.tiny import SPECIAL_TOKENS, build_tiny
 from minirec_pl.policy.prompt import PromptTemplate
 from minirec_pl.policy.semantic_ids import SemanticIds
 from minirec_pl.rewards.calls import RewardFunction, check_columns
-from minirec_pl.selection.budget import budget_count
 from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.trainers.grpo import GRPORecModule
 from minirec_pl.trainers.grpo_checks import beta_without_rollouts
@@ -287,7 +287,6 @@ class Preflight:
     def _load(self, data: RecDataModule, policy: Mapping[str, Any], options: Mapping[str, Any]) -> Load:
         assert self.prompts is not None
         trainer, scoring = self.config.trainer, scoring_of(self.selection)
-        chosen = (_plain(self.config.get("selection")) or {}).get("init_args", {})
         pool = len(data.pool_ids)
         epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else 1
         completion = self.prompts.completion
@@ -295,7 +294,7 @@ class Preflight:
         language_model = policy.get("language_model") or {}
         return Load(
             pool=pool,
-            selected=budget_count(chosen["budget"], pool) if chosen.get("budget") else pool,
+            selected=samples_of(self.selection, pool),
             epochs=epochs,
             num_generations=options.get("num_generations", 1),
             scoring_generations=options.get("scoring_generations", 0),

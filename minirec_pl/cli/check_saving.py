@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from minirec_pl.callbacks import RescoreSamples
+from minirec_pl.callbacks import RescoreSamples, SelectSamples
 from minirec_pl.cli.check_model import Finding
 from minirec_pl.cli.estimates import Load
 from minirec_pl.data.datamodule import RecDataModule
@@ -98,8 +98,20 @@ def setting_of(load: Load, flat_share: float, *, exact: bool, fed: float) -> Bre
 
 def scoring_of(selection: Any) -> RescoreSamples | None:
     """The part of a callback that scores the pool; None where nothing is scored."""
-    parts = (selection, *getattr(selection, "parts", ()))
-    return next((part for part in parts if isinstance(part, RescoreSamples)), None)
+    return next((part for part in _parts(selection) if isinstance(part, RescoreSamples)), None)
+
+
+def samples_of(selection: Any, pool: int) -> int:
+    """Samples that an epoch trains on: those of the part of a callback that selects, all without one.
+
+    Raises:
+        InputError: if the budget is above the pool, or the ledger cannot be read.
+    """
+    return next((part.expected(pool) for part in _parts(selection) if isinstance(part, SelectSamples)), pool)
+
+
+def _parts(selection: Any) -> tuple[Any, ...]:
+    return (selection, *getattr(selection, "parts", ()))
 
 
 def schedules_of(load: Load, selection: Any) -> dict[str, float]:

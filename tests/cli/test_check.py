@@ -20,6 +20,7 @@ from minirec_pl.cli.main import main
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy import GenerativePolicy, LanguageModel, Lora
 from minirec_pl.policy.language_models.tiny import build_tiny
+from minirec_pl.selection import MiniRecSelector, SampleSignals, SignalStore
 
 
 def check(command, root, *more):
@@ -356,6 +357,21 @@ def test_a_selection_without_a_scoring_pass_has_none_to_pay(command, tmp_path, c
     assert saving(command, tmp_path / "runs", PREDICTED)[1].level == "ok"
     scored, _ = saving(command, tmp_path / "runs", generations, flat_share=0.5)
     assert scored.load.rollouts()["scoring"] > 0
+
+
+def test_a_ledger_is_trained_on_as_it_is_and_scores_nothing(command, tmp_path):
+    ids = torch.arange(60)
+    store = SignalStore(ids)
+    store.update(SampleSignals(ids, torch.rand(60, 4), embedding=torch.randn(60, 3)), epoch=0, step=0, source="score")
+    ledger = MiniRecSelector(on_short="fill").select(store.pool_view(0), 9)
+    ledger.to_parquet(tmp_path / "ledger.parquet")
+    select = ["--selection=minirec_pl.callbacks.SelectSamples", "--selection.budget=null"]
+    fixed = [*select, f"--selection.ledger={tmp_path / 'ledger.parquet'}"]
+    preflight, found = saving(command, tmp_path / "runs", *fixed, flat_share=0.5)
+    assert (preflight.load.selected, preflight.load.scored) == (9, 0)
+    assert found.text.startswith("Selection that scores nothing can save ")
+    usual, _ = saving(command, tmp_path / "runs", *select, PREDICTED)
+    assert usual.load.selected == int(0.1 * usual.load.pool)
 
 
 @pytest.mark.parametrize(
