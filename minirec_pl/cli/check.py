@@ -22,6 +22,7 @@ from torch import nn
 from minirec_pl.cli.arguments import class_of, without_types
 from minirec_pl.cli.check_model import Finding, Level, Prompts, describe_family, describe_language_model
 from minirec_pl.cli.check_saving import (
+    PROBED,
     check_flat_share,
     finding_of,
     own_options,
@@ -261,10 +262,13 @@ class Preflight:
             module = _make_module(_plain(self.config.model), _made(Policy, options["policy"]))
             self.flat_share, length = probed(module, data)
             if self.flat_share == 1.0:
-                raise InputError(
-                    "all groups of the probe are flat, so nothing can be learnt of them: warm the policy up for "
-                    "longer, raise --model.num_generations, or reward more than a hit"
+                text = (
+                    f"all {min(PROBED, load.pool)} groups of the probe are flat, so hardly any sample of the pool "
+                    "teaches anything: warm the policy up for longer, raise --model.num_generations, or reward more "
+                    "than a hit"
                 )
+                self._add("warning", "selection", text)
+                return
         exact, known = not _retrieves(policy), self.flat_share is not None
         setting = setting_of(load, self.flat_share or 0.0, exact=exact, fed=length - int(exact))
         found = schedules_of(load, self.selection)

@@ -464,9 +464,9 @@ def test_a_pool_in_which_all_groups_are_flat(command, tmp_path, monkeypatch):
     (tmp_path / "no_reward.py").write_text("def nothing(completions):\n    return [0.0] * len(completions)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     preflight, found = saving(command, tmp_path / "runs", "--model.rewards=[no_reward.nothing]", probe=True)
-    assert preflight.fails
-    assert found.level == "fails"
-    assert "all groups of the probe are flat" in found.text
+    assert not preflight.fails  # a fit runs, and 64 samples say little of the rarest
+    assert found.level == "warning"
+    assert "all 64 groups of the probe are flat, so hardly any sample of the pool teaches anything" in found.text
 
 
 def test_the_options_of_the_command_itself(command, tmp_path, capsys):
