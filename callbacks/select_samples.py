@@ -15,6 +15,7 @@ from lightning.pytorch import Callback
 from minirec_pl.selection.budget import budget_count, check_budget
 from minirec_pl.selection.diagnostics import Diagnostics
 from minirec_pl.selection.ledger import SelectionLedger
+from minirec_pl.selection.predicted import PredictedDifficulty
 from minirec_pl.selection.remedies import NEAR_ZERO
 from minirec_pl.selection.selectors.baselines import FullSelector
 from minirec_pl.selection.selectors.checked import check_selector, pick
@@ -87,7 +88,8 @@ class SelectSamples(SessionCallback):
         self._selector = told_of(self.selector, pl_module)
         session.from_ledger = self.ledger is not None
         if self.ledger is None:
-            session.predictor = getattr(self.selector, "predictor", None)
+            predictor = getattr(self.selector, "predictor", None)
+            session.predictor = predictor if isinstance(predictor, PredictedDifficulty) else None
             session.discount = getattr(session.predictor or self.selector, "discount", session.discount)
 
     def state_dict(self) -> dict[str, Any]:

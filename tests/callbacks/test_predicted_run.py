@@ -324,3 +324,18 @@ def test_exact_probabilities_are_compared_with_the_predictions_too(make_trainer,
         q = torch.cat(priors[part])
         assert brier == pytest.approx(float((p * (1 - q) ** 2 + (1 - p) * q**2).mean()))
     assert len(found) == 2
+
+
+@pytest.mark.parametrize("wrong", [PredictedDifficulty, "PredictedDifficulty", 0.5])
+def test_a_predictor_of_another_kind_is_refused(wrong):
+    for selector in (PredictedSelector(predictor=wrong), MiniRecSelector(signals="predicted", predictor=wrong)):
+        with pytest.raises(InputError, match=r"Selector.predictor is .*: give an object of PredictedDifficulty"):
+            MiniRec(selector=selector)
+
+
+def test_what_a_selector_of_your_own_calls_predictor_is_its_own_affair(make_trainer, toy_path):
+    selector = RandomSelector()
+    selector.predictor = "of something else"
+    trainer = make_trainer(callbacks=[MiniRec(48, selector=selector, curriculum="shuffled")], max_epochs=1)
+    trainer.fit(module(), data(toy_path))
+    assert session_of(trainer).predictor is None
