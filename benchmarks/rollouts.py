@@ -111,7 +111,8 @@ def _table(frame, cost, unit, scale):
     titles = [f"{share:.0%}" for share in SHARES] + [f"{AT:.0%}: {name}" for name in rivals]
     lines += ["| arm | " + " | ".join(titles) + " |", "| --- " + "| ---: " * len(titles) + "|"]
     for method in points[AT]:
-        shown = [cell(t_interval(point[method].to_numpy())) if _all(point[method]) else "–" for point in points.values()]
+        there = [point[method] for point in points.values()]
+        shown = [cell(t_interval(values.to_numpy())) if _all(values) else "–" for values in there]
         own = points[AT][method]
         for name, rival in rivals.items():
             itself = name.removeprefix("minus ") == method or not (_all(own) and _all(rival))
@@ -161,22 +162,22 @@ def _head(frame, studies):
         "",
         "`python benchmarks/known_files.py --to data/known` writes the known pools. Of `benchmarks/studies/`,",
         "`tuning_rollouts_known.yaml` and `tuning_rollouts.yaml` ran with `minirec compare --config FILE --to",
-        "runs/rollouts-tuning`, then `rollouts_known.yaml` and `rollouts.yaml` the same way to `runs/rollouts`, a cell",
-        "at a time. `python benchmarks/rollouts.py --from runs/rollouts --tuning runs/rollouts-tuning` writes this page.",
-        "The Amazon files are in `data/amazon-industrial` or where `--path amazon-industrial-g16=DIR` says. One cell",
-        "again: `--cell ID`, such as `--cell known-16/predicted/0.1/1`.",
+        "runs/rollouts-tuning`, then `rollouts_known.yaml` and `rollouts.yaml` the same way to `runs/rollouts`, a",
+        "cell at a time. `python benchmarks/rollouts.py --from runs/rollouts --tuning runs/rollouts-tuning` writes",
+        "this page. The Amazon files are in `data/amazon-industrial` or where `--path amazon-industrial-g16=DIR` says.",
+        "One cell again: `--cell ID`, such as `--cell known-16/predicted/0.1/1`.",
         "",
         f"{cells} cells, seeds {seeds}. {machine()}.",
         "",
         "Known pools: 2,000 samples, 10 % of them useful, 30 % each solved, redundant and hopeless",
-        "(`benchmarks/known_kinds.py`), with completions of 16 and of 64 tokens that hit only as a whole; each seed has",
-        "rules, samples and weights of its own. MovieLens-100K (middle window) and Amazon Industrial: pools of 2,000,",
-        "items of four tokens, 16 and 64 rollouts. All arms of a data set and seed start from the same warm policy and",
-        f"train at a constant rate. Epochs: {epochs}; those of the full pool have ten times the samples. `filter`",
-        "draws rollouts until a batch is full of mixed groups. `minirec_lean` scores a quarter of the pool at first and",
-        "a tenth after each epoch, in the known pools with 4 rollouts. `supervised` and `expected` train on the whole",
-        "pool without rollouts. Known pools leave `expected` out: they stand for completions whose probability of a hit",
-        "has no closed form.",
+        "(`benchmarks/known_kinds.py`), with completions of 16 and of 64 tokens that hit only as a whole; each seed",
+        "has rules, samples and weights of its own. MovieLens-100K (middle window) and Amazon Industrial: pools of",
+        "2,000, items of four tokens, 16 and 64 rollouts. All arms of a data set and seed start from the same warm",
+        f"policy and train at a constant rate. Epochs: {epochs}; those of the full pool have ten",
+        "times the samples. `filter` draws rollouts until a batch is full of mixed groups. `minirec_lean` scores a",
+        "quarter of the pool at first and a tenth after each epoch, in the known pools with 4 rollouts. `supervised`",
+        "and `expected` train on the whole pool without rollouts. Known pools leave `expected` out: they stand for",
+        "completions whose probability of a hit has no closed form.",
         "",
         "NDCG@10 on test, of beams of 10. Tokens, forward and backward, and seconds are those after the warm start:",
         "decoding, scoring and selection count, evaluation does not. Values between two evaluation points are on the",
@@ -194,7 +195,8 @@ def _rates(studies, folder):
     settings = sorted(runs["setting"].unique(), key=lambda name: float(name.removeprefix("lr")))
     lines = ["## Learning rates", "", "NDCG@10 on validation at the best epoch, of a seed that the studies do not use."]
     lines += ["The rate of `random` serves for all arms with rollouts and for `expected`.", ""]
-    lines += ["| data | arm | " + " | ".join(settings) + " | used |", "| --- | --- " + "| ---: " * (len(settings) + 1) + "|"]
+    lines += ["| data | arm | " + " | ".join(settings) + " | used |"]
+    lines += ["| --- | --- " + "| ---: " * (len(settings) + 1) + "|"]
     used = {
         (data, method.name): overrides["model.optimizer.lr"]
         for study in studies
@@ -220,8 +222,9 @@ def draw(frame, path):
         for place, (cost, (unit, scale)) in zip(row, COSTS.items(), strict=True):
             for method, (colour, line) in STYLES.items():
                 means = test[test["method"] == method].groupby("epoch")[["ndcg@10", cost]].mean()
+                style = {"color": colour, "linestyle": line, "marker": ".", "linewidth": 1.3, "label": method}
                 if len(means):
-                    place.plot(means[cost] / scale, means["ndcg@10"], line, color=colour, marker=".", lw=1.3, label=method)
+                    place.plot(means[cost] / scale, means["ndcg@10"], **style)
             place.set(xlabel=f"{unit} after the warm start", ylabel="NDCG@10 on test")
             place.set_title(f"{dataset}: {cost}", loc="left")
             place.grid(color="0.92")

@@ -1,7 +1,7 @@
 """Predicted difficulty: refit, posterior and selection of one epoch, seconds and peak memory.
 
-The pool has six features and vectors of 32 columns, as `RecDataModule.sample_features` makes them; their making, once a
-run, is not timed. Four epochs of k groups of 16 rollouts have been met. Each run is a process of its own.
+The pool has eight features and vectors of 32 columns, as `RecDataModule.sample_features` makes them; their making, once
+a run, is not timed. Four epochs of k groups of 16 rollouts have been met. Each run is a process of its own.
 
 refit   `PredictedDifficulty.predict` and the prior of the store.
 select  the store's view, the Thompson draw, value and max-min selection of `PredictedSelector`.
@@ -43,8 +43,8 @@ def run(threads: int, *, sizes: Sequence[tuple[int, int]] = tuple(SIZES), repeat
 def markdown(result: dict[str, Any]) -> str:
     """One table."""
     lines = [
-        f"Six features, vectors of {2 * WIDTH} columns, {EPOCHS} epochs of k groups of {GROUP} rollouts met. Seconds: "
-        "minimum / median.",
+        f"Eight features, vectors of {2 * WIDTH} columns, {EPOCHS} epochs of k groups of {GROUP} rollouts met. "
+        "Seconds, minimum / median:",
         "",
         "| N | k | refit, s | draw and select, s | together, s | goal, s | peak memory | goal |",
         "|---|---|---|---|---|---|---|---|",
@@ -63,7 +63,15 @@ def _one(n: int, k: int, threads: int) -> dict[str, float]:
     item = (ITEMS * random.random(n) ** 3).astype(np.int64)
     factors = random.normal(size=(ITEMS, WIDTH)).astype(np.float32)
     vectors = np.hstack([factors[item], factors[random.integers(ITEMS, size=n)]])
-    names = ("log_popularity", "similarity", "history_length", "age", "user_activity")
+    names = (
+        "log_popularity",
+        "similarity",
+        "cooccurrence",
+        "best_cooccurrence",
+        "history_length",
+        "age",
+        "user_activity",
+    )
     features = pd.DataFrame({name: random.normal(size=n) for name in names})
     features["cold"] = (random.random(n) < 0.02).astype(float)
     chance = 1 / (1 + np.exp(4 - features["log_popularity"] - 2 * features["similarity"]))
@@ -76,7 +84,14 @@ def _one(n: int, k: int, threads: int) -> dict[str, float]:
 
     started = time.perf_counter()
     view = store.pool_view(EPOCHS)
-    found = selector.predictor.predict(view.hits, view.misses, features, met_at=store.clock("reward_epoch"))
+    found = selector.predictor.predict(
+        view.hits,
+        view.misses,
+        features,
+        torch.from_numpy(vectors),
+        met_at=store.clock("reward_epoch"),
+        squared_weights=store.squared_weights,
+    )
     store.set_prior(found.mean, found.strength, epoch=EPOCHS, step=EPOCHS)
     refitted = time.perf_counter()
     view = store.pool_view(EPOCHS)

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from minirec_pl.reporting.completions import Row, completion_rows, print_completions
 from minirec_pl.trainers.grpo import GRPORecModule
-from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.errors import InputError, check_whole
 from minirec_pl.utils.files import write_atomically
 from minirec_pl.utils.run_folder import run_folder
 from minirec_pl.utils.versions import check_pytorch_lightning
@@ -42,6 +42,7 @@ class CompletionsTable(Callback):
     def __init__(self, every_n_steps: int = 100, num_prompts: int = 2, print_table: bool = True) -> None:
         check_pytorch_lightning()
         super().__init__()
+        check_whole(every_n_steps=every_n_steps, num_prompts=num_prompts)
         for name, value in (("every_n_steps", every_n_steps), ("num_prompts", num_prompts)):
             if value < 1:
                 raise InputError(f"{name} is {value}: give at least 1")

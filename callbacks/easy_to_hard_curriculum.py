@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from minirec_pl.callbacks.curriculum import Curriculum
 from minirec_pl.selection.curriculum import default_folds, fold_curriculum, fold_starts
-from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.errors import InputError, check_whole
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -28,6 +28,7 @@ class EasyToHardCurriculum(Curriculum):
 
     def __init__(self, n_folds: int | None = None, seed: int = 42) -> None:
         super().__init__(seed)
+        check_whole(n_folds=n_folds)
         if n_folds is not None and n_folds < 1:
             raise InputError(f"n_folds is {n_folds}: give at least 1, or null for one fold per 64 samples")
         self.n_folds = n_folds

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from minirec_pl.callbacks.curriculum import Curriculum
 from minirec_pl.selection.curriculum import gaussian_curriculum
-from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.errors import InputError, check_whole
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -35,6 +35,7 @@ class GaussianCurriculum(Curriculum):
 
     def __init__(self, n_levels: int = 4, exponent: float = 0.5, width: float = 0.5, seed: int = 42) -> None:
         super().__init__(seed)
+        check_whole(n_levels=n_levels)
         if n_levels < 1:
             raise InputError(f"n_levels is {n_levels}: give at least 1")
         for name, value in (("exponent", exponent), ("width", width)):

@@ -29,7 +29,8 @@ class MiniRec(SessionCallback):
     `PredictedSelector`, nothing is scored whatever the curriculum: it orders by what they say.
 
     The pool is what the training loader would train on. `trainer.estimated_stepping_batches` counts the steps of this
-    schedule when `configure_optimizers` reads it, rounded up to whole steps per epoch where there is a warm-up.
+    schedule when `configure_optimizers` reads it, rounded up to whole steps per epoch where there is a warm-up. With
+    `adaptive_generations` it counts plans in which each sample has `num_generations`.
 
     Args:
         budget: samples per epoch: a float is a share of the pool, above 0 and at most 1, an int is a number of samples.

@@ -58,6 +58,16 @@ class RewardHistory(SessionCallback):
                 session.trained["samples"] += len(part.solve_probability)
                 session.trained["reward"] += float(part.solve_probability.double().sum())
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compares the predictions for the last plan with what was met."""
+        super().on_train_end(trainer, pl_module)
+        self._compare(session_of(trainer), trainer)
+
+    @staticmethod
+    def _compare(session: SelectionSession, trainer: Trainer) -> None:
+        if calibrated := compare(session):
+            session.log(trainer, calibrated)
+
     def _record(self, session: SelectionSession, trainer: Trainer, module: LightningModule, epoch: int) -> None:
         trained = session.trained
         session.trained_reward = trained["reward"] / trained["samples"] if trained["samples"] else None
@@ -65,6 +75,5 @@ class RewardHistory(SessionCallback):
             session.log(trainer, {"selection/trained_reward": session.trained_reward})
         if trained["groups"]:
             session.log(trainer, {"selection/trained_share_mixed": trained["mixed"] / trained["groups"]})
-        if calibrated := compare(session):
-            session.log(trainer, calibrated)
+        self._compare(session, trainer)
         session.trained = nothing_trained()

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback
 from minirec_pl.selection.budget import budget_count, check_budget
 from minirec_pl.selection.diagnostics import Diagnostics
 from minirec_pl.selection.ledger import SelectionLedger
+from minirec_pl.selection.predicted import PredictedDifficulty
 from minirec_pl.selection.remedies import NEAR_ZERO
 from minirec_pl.selection.selectors.baselines import FullSelector
 from minirec_pl.selection.selectors.checked import check_selector, pick
@@ -24,7 +25,7 @@ from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.selection.session.ledger_data import check_ledger
 from minirec_pl.selection.session.prediction import Predictions
 from minirec_pl.selection.session.session import SelectionSession, session_of
-from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.errors import InputError, check_whole
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -62,6 +63,7 @@ class SelectSamples(SessionCallback):
     ) -> None:
         super().__init__()
         check_budget(budget)
+        check_whole(warmup_epochs=warmup_epochs, every_n_epochs=every_n_epochs)
         if warmup_epochs < 0 or every_n_epochs < 1:
             raise InputError(
                 f"warmup_epochs is {warmup_epochs} and every_n_epochs {every_n_epochs}: give at least 0 and at least 1"
@@ -80,13 +82,14 @@ class SelectSamples(SessionCallback):
             return
         self.check_ledger()
         session = session_of(trainer)
-        session.expect(self.warmup_epochs, self._expected)
+        session.expect(self.warmup_epochs, self.expected)
         session.register("select", self._select, trainer)
         session.asked = signal_options(self.selector)
         self._selector = told_of(self.selector, pl_module)
         session.from_ledger = self.ledger is not None
         if self.ledger is None:
-            session.predictor = getattr(self.selector, "predictor", None)
+            predictor = getattr(self.selector, "predictor", None)
+            session.predictor = predictor if isinstance(predictor, PredictedDifficulty) else None
             session.discount = getattr(session.predictor or self.selector, "discount", session.discount)
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,7 +127,12 @@ class SelectSamples(SessionCallback):
                 f"there is no ledger '{self.ledger}': give SelectSamples a ledger.parquet of an earlier run"
             )
 
-    def _expected(self, n_pool: int) -> int:
+    def expected(self, n_pool: int) -> int:
+        """Returns the samples that each epoch after the warm-up trains on, of a pool of this size.
+
+        Raises:
+            InputError: if the budget is above the pool, or the ledger cannot be read.
+        """
         if self.ledger is None:
             return n_pool if isinstance(self.selector, FullSelector) else budget_count(self.budget, n_pool)
         ledger = SelectionLedger.from_parquet(self.ledger)
@@ -142,7 +150,7 @@ class SelectSamples(SessionCallback):
         try:
             with session.cost.timed("selection"):
                 ledger = self._ledger(session, trainer, epoch) if again or session.ledger is None else session.ledger
-                session.selected = self._chosen(session, ledger)
+                session.selected = self._chosen(session, ledger, trainer)
         except InputError as error:
             if not before:
                 raise
@@ -162,9 +170,20 @@ class SelectSamples(SessionCallback):
     def _ledger(self, session: SelectionSession, trainer: Trainer, epoch: int) -> SelectionLedger:
         return self._pick(session, trainer, epoch) if self.ledger is None else self._fixed(session, trainer)
 
-    def _chosen(self, session: SelectionSession, ledger: SelectionLedger) -> list[int]:
-        if session.groups is not None:
-            return session.groups.within_budget(ledger.selected(), self._expected(len(session.store)))
+    def _chosen(self, session: SelectionSession, ledger: SelectionLedger, trainer: Trainer) -> list[int]:
+        if (groups := session.groups) is not None:
+            ranked, n_samples = ledger.selected(), self.expected(len(session.store))
+            chosen = groups.within_budget(ranked, n_samples)
+            share = groups.share_of_budget(chosen, n_samples)
+            if share < 1 and len(chosen) < len(ranked):
+                text = (
+                    f"{len(ranked) - len(chosen)} of {len(ranked)} samples need more than "
+                    f"{groups.sizer.adaptive.max} rollouts and are left out, so that the epoch has {share:.0%} of the "
+                    "rollouts of the budget: raise adaptive_generations.max, lower adaptive_generations.q, or lower "
+                    "the budget"
+                )
+                session.warn_once(trainer, text, text)
+            return chosen
         return ledger.selected(
             None if self.ledger is None or self.budget is None else budget_count(self.budget, len(ledger))
         )
@@ -180,7 +199,6 @@ class SelectSamples(SessionCallback):
             self._check_outcomes(session, trainer, epoch)
         if session.predictor is not None:
             self._predictions.refit(session, trainer, epoch)
-            session.size_groups(epoch)
         view = session.store.pool_view(epoch)
         view.vectors = self._predictions.vectors
         with warnings.catch_warnings(record=True) as caught:
@@ -210,11 +228,8 @@ class SelectSamples(SessionCallback):
                 f"{name} goes by the rewards met in training: add the callback RewardHistory(), as MiniRec does"
             )
         module = trainer.lightning_module
-        if getattr(self.selector, "groups", False) and getattr(module, "expectation", None) is not None:
-            raise InputError(
-                f"{name} goes by groups of rollouts and rollouts='{module.rollouts}' draws none: choose "
-                "PredictedSelector or MoPPSSelector, or set model.rollouts to sample"
-            )
+        if getattr(self.selector, "groups", False):
+            _check_groups(name, module)
         if epoch > 0 and not session.store.has_outcomes:
             text = (
                 f"{name} goes by the rewards met in training, and training_step of {type(module).__name__} returned "
@@ -244,6 +259,27 @@ class SelectSamples(SessionCallback):
 
 # Lightning then counts it as stateless, and a second one is refused by the session, which says what to do.
 update_wrapper(SelectSamples.state_dict, Callback.state_dict, assigned=())
+
+
+def _check_groups(name: str, module: LightningModule) -> None:
+    """Refuses a module that says it meets no groups whose rewards tell of the solve probability.
+
+    Raises:
+        InputError: naming the option.
+    """
+    rollouts = getattr(module, "rollouts", "sample")
+    if getattr(module, "expectation", None) is not None:
+        given = f"rollouts='{rollouts}' draws none"
+    elif rollouts != "sample":
+        given = f"rollouts='{rollouts}' draws rollouts that are all different"
+    elif getattr(module, "distinct_rollouts", False):
+        given = "distinct_rollouts has them all different"
+    else:
+        return
+    raise InputError(
+        f"{name} goes by groups of rollouts and {given}: choose PredictedSelector or MoPPSSelector, or set "
+        "model.rollouts to sample and model.distinct_rollouts to false"
+    )
 
 
 def told_of(selector: Selector, module: LightningModule) -> Selector:

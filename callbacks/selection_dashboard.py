@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from minirec_pl.reporting.dashboard_rows import phases, term_histograms, totals, wandb_row
 from minirec_pl.selection.session.session import session_of
 from minirec_pl.utils.cost import Cost
-from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.errors import InputError, check_whole
 from minirec_pl.utils.versions import check_pytorch_lightning
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class SelectionDashboard(Callback):
     def __init__(self, max_rows: int = 10_000) -> None:
         check_pytorch_lightning()
         super().__init__()
+        check_whole(max_rows=max_rows)
         if max_rows < 1:
             raise InputError(f"max_rows is {max_rows}: give at least 1")
         self.max_rows = max_rows

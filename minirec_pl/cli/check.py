@@ -22,12 +22,15 @@ from torch import nn
 from minirec_pl.cli.arguments import class_of, without_types
 from minirec_pl.cli.check_model import Finding, Level, Prompts, describe_family, describe_language_model
 from minirec_pl.cli.check_saving import (
+    PROBED,
     check_flat_share,
     finding_of,
     own_options,
     probed,
+    samples_of,
     saving_table,
     schedules_of,
+    scoring_of,
     setting_of,
 )
 from minirec_pl.cli.estimates import Load, Memory, memory_of, peak
@@ -46,7 +49,6 @@ from minirec_pl.policy.language_models.tiny import SPECIAL_TOKENS, build_tiny
 from minirec_pl.policy.prompt import PromptTemplate
 from minirec_pl.policy.semantic_ids import SemanticIds
 from minirec_pl.rewards.calls import RewardFunction, check_columns
-from minirec_pl.selection.budget import budget_count
 from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.trainers.grpo import GRPORecModule
 from minirec_pl.trainers.grpo_checks import beta_without_rollouts
@@ -76,6 +78,7 @@ class Preflight:
         check_flat_share(flat_share, probe, config.get("warm_start") is not None)
         self.config, self.flat_share, self.probe = config, flat_share, probe
         self.saving: tuple[BreakEven, dict[str, float]] | None = None
+        self.selection: SessionCallback | None = None
         self.findings: list[Finding] = []
         self.prompts: Prompts | None = None
         self.memory: Memory | None = None
@@ -96,6 +99,11 @@ class Preflight:
         policy = self._policy_options()
         if not issubclass(_kind_of(policy), GenerativePolicy | RetrievalPolicy):
             self._add("ok", "policy", f"{policy['class_path']} is your own class: only its options were checked")
+            if self.probe or self.flat_share is not None:
+                text = (
+                    "its tokens are not known, so work out with minirec_pl.utils.break_even.BreakEven what it can save"
+                )
+                self._add("warning", "selection", text)
             return
         prompt = self._try("policy", lambda: _prompt_of(policy))
         if self.fails and self.findings[-1].what == "policy":
@@ -144,7 +152,7 @@ class Preflight:
         _make_module(
             _plain(self.config.model), _kind_of(policy).unloaded({k: v for k, v in policy.items() if k != "class_path"})
         )
-        _made(SessionCallback | None, _plain(self.config.get("selection")))
+        self.selection = _made(SessionCallback | None, _plain(self.config.get("selection")))
         _made(WarmStart | None, _plain(self.config.get("warm_start")))
 
     def _folder(self) -> None:
@@ -254,15 +262,19 @@ class Preflight:
             module = _make_module(_plain(self.config.model), _made(Policy, options["policy"]))
             self.flat_share, length = probed(module, data)
             if self.flat_share == 1.0:
-                raise InputError(
-                    "all groups of the probe are flat, so nothing can be learnt of them: warm the policy up for "
-                    "longer, raise --model.num_generations, or reward more than a hit"
+                text = (
+                    f"all {min(PROBED, load.pool)} groups of the probe are flat, so hardly any sample of the pool "
+                    "teaches anything: warm the policy up for longer, raise --model.num_generations, or reward more "
+                    "than a hit"
                 )
+                self._add("warning", "selection", text)
+                return
         exact, known = not _retrieves(policy), self.flat_share is not None
         setting = setting_of(load, self.flat_share or 0.0, exact=exact, fed=length - int(exact))
-        found = schedules_of(load, _made(SessionCallback | None, _plain(self.config.get("selection"))))
+        found = schedules_of(load, self.selection)
         self.saving = setting, found
-        self.findings.append(finding_of(setting, known, found))
+        scores_nothing = self.selection is not None and not load.scored
+        self.findings.append(finding_of(setting, known, {} if scores_nothing else found))
 
     def _ids_without_rollouts(self, options: Mapping[str, Any], several: bool) -> None:
         """Says what ids of several tokens go with, as the fit will."""
@@ -278,8 +290,7 @@ class Preflight:
 
     def _load(self, data: RecDataModule, policy: Mapping[str, Any], options: Mapping[str, Any]) -> Load:
         assert self.prompts is not None
-        trainer, selection = self.config.trainer, _plain(self.config.get("selection"))
-        chosen = (selection or {}).get("init_args", {})
+        trainer, scoring = self.config.trainer, scoring_of(self.selection)
         pool = len(data.pool_ids)
         epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else 1
         completion = self.prompts.completion
@@ -287,12 +298,12 @@ class Preflight:
         language_model = policy.get("language_model") or {}
         return Load(
             pool=pool,
-            selected=budget_count(chosen["budget"], pool) if chosen.get("budget") else pool,
+            selected=samples_of(self.selection, pool),
             epochs=epochs,
             num_generations=options.get("num_generations", 1),
             scoring_generations=options.get("scoring_generations", 0),
-            rescored=round((chosen.get("rescore_fraction") or 0) * pool),
-            scored=0 if selection is None else math.ceil(chosen.get("score_fraction", 1.0) * pool),
+            rescored=0 if scoring is None else round(scoring.rescore_fraction * pool),
+            scored=0 if scoring is None else math.ceil(scoring.score_fraction * pool),
             prompt=round(float(np.mean(self.prompts.lengths))),
             completion=completion,
             batch_size=data.batch_size,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from minirec_pl.callbacks import RescoreSamples
+from minirec_pl.callbacks import RescoreSamples, SelectSamples
 from minirec_pl.cli.check_model import Finding
 from minirec_pl.cli.estimates import Load
 from minirec_pl.data.datamodule import RecDataModule
@@ -96,6 +96,24 @@ def setting_of(load: Load, flat_share: float, *, exact: bool, fed: float) -> Bre
     )
 
 
+def scoring_of(selection: Any) -> RescoreSamples | None:
+    """The part of a callback that scores the pool; None where nothing is scored."""
+    return next((part for part in _parts(selection) if isinstance(part, RescoreSamples)), None)
+
+
+def samples_of(selection: Any, pool: int) -> int:
+    """Samples that an epoch trains on: those of the part of a callback that selects, all without one.
+
+    Raises:
+        InputError: if the budget is above the pool, or the ledger cannot be read.
+    """
+    return next((part.expected(pool) for part in _parts(selection) if isinstance(part, SelectSamples)), pool)
+
+
+def _parts(selection: Any) -> tuple[Any, ...]:
+    return (selection, *getattr(selection, "parts", ()))
+
+
 def schedules_of(load: Load, selection: Any) -> dict[str, float]:
     """The usual schedules of scoring, and that of the config if it is another: c by name, see `BreakEven`.
 
@@ -104,7 +122,7 @@ def schedules_of(load: Load, selection: Any) -> dict[str, float]:
         selection: the callback of the config, or None.
     """
     found = schedules(load.epochs)
-    if any(isinstance(part, RescoreSamples) for part in (selection, *getattr(selection, "parts", ()))):
+    if scoring_of(selection) is not None:
         own = (load.scored + load.rescored * (load.epochs - 1)) / (load.epochs * load.pool)
         if all(abs(own - scored) > 1e-3 for scored in found.values()):
             found["as in the config"] = own
@@ -130,12 +148,12 @@ def saving_table(setting: BreakEven, known: bool, found: Mapping[str, float]) ->
 
 
 def finding_of(setting: BreakEven, known: bool, found: Mapping[str, float]) -> Finding:
-    """The line on what selection can bring; arguments as of `saving_table`."""
+    """The line on what selection can bring; arguments as of `saving_table`, no schedules where nothing is scored."""
     if known:
         text = setting.verdict(found)
         return Finding("warning" if "cannot pay" in text else "ok", "selection", text)
     needed = {name: setting.needed(scored) for name, scored in found.items()}
-    if all(share is None for share in needed.values()):
+    if found and all(share is None for share in needed.values()):
         return Finding(
             "warning",
             "selection",

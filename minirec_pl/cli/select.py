@@ -23,7 +23,8 @@ from minirec_pl.selection.diagnostics import Diagnostics, diagnose, easiness_of
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.remedies import Situation, Source
 from minirec_pl.selection.selectors.checked import check_selector, pick
-from minirec_pl.selection.selectors.protocol import Selector
+from minirec_pl.selection.selectors.picks import outcomes
+from minirec_pl.selection.selectors.protocol import Selector, goes_by_outcomes
 from minirec_pl.selection.signal_sources import read_signals
 from minirec_pl.selection.signals import Signals
 from minirec_pl.utils.errors import InputError
@@ -77,6 +78,7 @@ def run(arguments: Sequence[str]) -> None:
     paths = [Path(path) for path in config.signals]
     vectors = {name: _path(config[name]) for name in ("embeddings", "gradients", "ids")}
     found = read_signals(paths, **vectors)
+    _check_outcomes(selector, found.signals, paths)
     samples = _read_samples(_path(config.samples), paths)
     ledger, warned = _select(selector, found.signals, budget_count(config.budget, len(found.signals)))
     ledger.fingerprints = found.fingerprints
@@ -87,6 +89,22 @@ def run(arguments: Sequence[str]) -> None:
     to = Path(config.to)
     write_selection(to, found.signals, ledger, plan, diagnostics)
     _show(diagnostics, ledger, to)
+
+
+def _check_outcomes(selector: Selector, signals: Signals, paths: Sequence[Path]) -> None:
+    """Refuses signals that tell a selector nothing, so that it would pick at random, as it does when a run begins.
+
+    Raises:
+        InputError: if the selector goes by the outcomes of training and there are none.
+    """
+    if not goes_by_outcomes(selector):
+        return
+    (hits, misses), prior = outcomes(signals, selector), signals.prior_hits
+    if not bool((hits + misses).any()) and (prior is None or bool(prior.isnan().all())):
+        raise InputError(
+            f"{type(selector).__name__} goes by the rollouts met in training, and {paths[0]} holds none: give the "
+            "signals.safetensors of a run, or use the selector in one"
+        )
 
 
 def plan_table(ledger: SelectionLedger, n_folds: int | None, seed: int) -> pd.DataFrame:

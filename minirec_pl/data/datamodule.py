@@ -25,7 +25,7 @@ from minirec_pl.data.sources.atomic_files import AtomicFiles
 from minirec_pl.data.splits import Parts, TimeSplit, random_part, split_table
 from minirec_pl.data.train_loader import end_workers
 from minirec_pl.data.warm_batches import WarmChunkSampler, WarmDataset, WarmSequenceDataset
-from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.errors import InputError, check_whole
 from minirec_pl.utils.identity import Identity, Table
 from minirec_pl.utils.ranks import world
 from minirec_pl.utils.seeds import check_seed
@@ -137,6 +137,7 @@ class RecDataModule(LightningDataModule):
             "val_samples": val_samples,
             "test_samples": test_samples,
         }
+        check_whole(**counts)
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise InputError(f"{name}={value}: give a whole number of at least 1")

@@ -119,7 +119,8 @@ def _item_factors(user: IntArray, item: IntArray, n_items: int) -> FloatArray:
 
     values = 1 / np.sqrt(np.bincount(user)[user] * np.bincount(item, minlength=n_items)[item])
     matrix = csr_array((values, (user, item)), shape=(n_users, n_items))
-    found = TruncatedSVD(width, random_state=0).fit(matrix)
+    with np.errstate(invalid="ignore"):  # in shares of the variance, which are not used
+        found = TruncatedSVD(width, random_state=0).fit(matrix)
     factors: FloatArray = (found.components_ * found.singular_values_[:, None]).T
     return factors
 

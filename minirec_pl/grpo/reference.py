@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from minirec_pl.policy.interface import Policy
-from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.errors import InputError, check_whole
 
 
 def frozen_copy(policy: Policy) -> Policy:
@@ -71,6 +71,7 @@ def check_sync(beta: float, sync_ref_model: bool, steps: int, alpha: float) -> N
     """
     if sync_ref_model and beta == 0:
         raise InputError("sync_ref_model moves the reference, but beta is 0 and there is none: set beta above 0")
+    check_whole(ref_model_sync_steps=steps)
     if steps < 1:
         raise InputError(f"ref_model_sync_steps is {steps}: give a number of optimizer steps of at least 1")
     if not 0 <= alpha <= 1:

@@ -42,7 +42,7 @@ from minirec_pl.policy.semantic_ids import SemanticIds
 from minirec_pl.policy.supervised import sequence_nll, sequence_tokens, shared_states
 from minirec_pl.policy.target_signals import target_signals
 from minirec_pl.policy.trie import TokenTrie, TrieHead
-from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.errors import InputError, check_whole
 from minirec_pl.utils.identity import Identity, fact
 from minirec_pl.utils.modules import evaluation_mode
 
@@ -96,6 +96,7 @@ class GenerativePolicy(ItemIdGenerator):
                 "`language_model`"
             )
         check_id_options(language_model is not None, config is not None, item_ids, semantic_ids, prompt)
+        check_whole(evaluation_beams=evaluation_beams)
         if evaluation_beams is not None and evaluation_beams < 1:
             raise InputError(f"evaluation_beams is {evaluation_beams}: give at least 1, or null for an exact ranking")
         self.config, self.language_model = config, language_model

@@ -18,7 +18,7 @@ from minirec_pl.rewards.calls import RewardFunction
 from minirec_pl.rewards.functions import hit
 from minirec_pl.selection.probes.gradients import GradientKind, GradientSpace
 from minirec_pl.selection.probes.trajectory import Trajectory
-from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.errors import InputError, check_whole
 from minirec_pl.utils.identity import Identity
 
 Batch = Mapping[str, Tensor]
@@ -53,6 +53,13 @@ class RolloutOptions:
     preference_pairs: bool = False
 
     def __post_init__(self) -> None:
+        check_whole(
+            num_generations=self.num_generations,
+            scoring_generations=self.scoring_generations,
+            top_k=self.top_k,
+            max_completion_length=self.max_completion_length,
+            relabel_topk=self.relabel_topk,
+        )
         if self.num_generations < 2:
             raise InputError(
                 f"num_generations is {self.num_generations}: GRPO compares the rollouts of one prompt, so it must be "

@@ -42,7 +42,7 @@ from minirec_pl.policy.reasoning import Reasoning, ReasoningPass, kept_tokens, r
 from minirec_pl.rewards.calls import RewardFunction, reward_name
 from minirec_pl.rewards.functions import SoftmaxMixReward, hit, rank_penalty
 from minirec_pl.selection.probes.gradients import head_gradient, head_hvp
-from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.errors import InputError, check_whole
 from minirec_pl.utils.identity import Identity
 from minirec_pl.utils.modules import evaluation_mode
 
@@ -126,6 +126,11 @@ class RetrievalPolicy(Policy):
         )
         if self.folder is not None and self.text != text:
             warnings.warn(f"the policy in '{self.folder}' goes on with {self.text.unlike(text)}", stacklevel=2)
+        check_whole(
+            cached_negatives=cached_negatives,
+            refresh_items_every_n_steps=refresh_items_every_n_steps,
+            refresh_budget=refresh_budget,
+        )
         budget = 1 if refresh_budget is None else refresh_budget
         if cached_negatives < 0 or refresh_items_every_n_steps < 1 or budget < 1:
             raise InputError(

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.errors import InputError, check_whole
 from minirec_pl.utils.seeds import check_seed
 
 _FACTORS = 64
@@ -44,6 +44,7 @@ class SemanticIds:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_whole(**{"semantic_ids.levels": self.levels, "semantic_ids.codes": self.codes})
         if not 1 <= self.levels <= _MOST_LEVELS:
             raise InputError(f"semantic_ids.levels is {self.levels}: give 1 to {_MOST_LEVELS}")
         if self.codes < 2:
@@ -114,7 +115,8 @@ def item_factors(interactions: npt.NDArray[np.int64], n_items: int, seed: int) -
     values = 1 / np.sqrt(by_user[user] * by_item[item])
     matrix = csr_array((values, (user, item)), shape=(len(users), n_items))
     width = min(_FACTORS, len(users) - 1, n_items - 1)
-    found = TruncatedSVD(width, random_state=seed).fit(matrix)
+    with np.errstate(invalid="ignore"):  # in shares of the variance, which are not used
+        found = TruncatedSVD(width, random_state=seed).fit(matrix)
     factors = (found.components_ * found.singular_values_[:, None]).T
     return torch.from_numpy(factors).float()
 

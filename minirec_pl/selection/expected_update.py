@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.errors import InputError, check_whole
 
 SCALINGS, BASELINES = ("group", "none", "mean"), ("mean", "leave_one_out")
 _ENTRIES = 2**22  # of the table over the hits of a group, at a time
@@ -124,6 +124,7 @@ def expected_update(logp: Tensor, weight: Tensor) -> Tensor:
 
 
 def _check(num_generations: int, scale_rewards: str, baseline: str, hit: float, miss: float) -> None:
+    check_whole(num_generations=num_generations)
     if num_generations < 2:
         raise InputError(f"num_generations is {num_generations}: a group has at least 2 rollouts")
     if scale_rewards == "batch":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minirec_pl.selection.signals import Signals
-from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.errors import InputError, check_whole
 
 _EXPLORED = 0.05  # of the samples that would need more rollouts than allowed
 
@@ -41,6 +41,7 @@ class AdaptiveGenerations:
                 f"adaptive_generations.q is {self.q}: it is the probability that a group is mixed, so give a number "
                 "above 0 and below 1"
             )
+        check_whole(**{"adaptive_generations.max": self.max})
         if self.max < 2:
             raise InputError(f"adaptive_generations.max is {self.max}: a group has at least 2 rollouts")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minirec_pl.selection.expected_update import expected_update, group_moments
 from minirec_pl.selection.signals import Array
-from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.errors import InputError, check_whole
 
 _FLAT = 1e-12  # a spread below this share of the largest magnitude is rounding, not information
 _IQR_OF_UNIT_NORMAL = 1.3489795003921634
@@ -47,6 +47,7 @@ def group_difficulty(solve_probability: Array, num_generations: int) -> Tensor:
     Raises:
         InputError: If `num_generations` is below 1 or a probability is outside [0, 1].
     """
+    check_whole(num_generations=num_generations)
     if num_generations < 1:
         raise InputError(f"num_generations is {num_generations}: give at least 1")
     p = torch.as_tensor(solve_probability).detach().to("cpu", torch.float64)

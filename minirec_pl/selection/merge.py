@@ -15,7 +15,7 @@ from minirec_pl.utils.identity import Identity
 _FIELDS = {
     "reward": (
         *("reward_mean", "reward_std", "solve_share", "n_rollouts", "n_wasted", "rewards"),
-        *("hits", "misses", "all_hit_streak", "all_miss_streak"),
+        *("all_hit_streak", "all_miss_streak"),
     ),
     "prior": ("prior_hits", "prior_misses"),
     "solve_probability": ("solve_probability",),
@@ -23,6 +23,8 @@ _FIELDS = {
     "gradient": ("gradient",),
     "embedding": ("embedding",),
 }
+_COUNTS = ("hits", "misses", "squared_weights")
+_COUNTED = ("reward", "solve_probability")  # signals of which they are
 _MATRICES = ("rewards", "gradient", "embedding")
 _OLDER = {"model", "data", "seed"}  # which are digests alone
 
@@ -64,8 +66,11 @@ def merge_stores(stores: Sequence[SignalStore], names: Sequence[str] | None = No
             target[name] = torch.full((len(sample_ids), max(widths)), empty, dtype=torch.float32)
     for state in states:
         rows = torch.searchsorted(sample_ids, state["sample_ids"])
+        counted = _newer(_clock(state, *_COUNTED), _clock(target, *_COUNTED, rows=rows))
+        for field in _COUNTS:
+            _copy(state[field], target[field], rows, counted)
         for signal, fields in _FIELDS.items():
-            newer = _newer(state, target, signal, rows)
+            newer = _newer(_clock(state, signal), _clock(target, signal, rows=rows))
             for field in (f"{signal}_epoch", f"{signal}_step", *fields):
                 if field in state:
                     _copy(state[field], target[field], rows, newer)
@@ -73,10 +78,17 @@ def merge_stores(stores: Sequence[SignalStore], names: Sequence[str] | None = No
     return merged
 
 
-def _newer(state: dict[str, Any], target: dict[str, Any], signal: str, rows: Tensor) -> Tensor:
-    epoch, step = state[f"{signal}_epoch"], state[f"{signal}_step"]
-    old_epoch, old_step = target[f"{signal}_epoch"][rows], target[f"{signal}_step"][rows]
-    newer: Tensor = (epoch > old_epoch) | ((epoch == old_epoch) & (step > old_step))
+def _clock(state: dict[str, Any], *signals: str, rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """Epoch and step of the newest measurement of any of these signals."""
+    newest, *others = [(state[f"{signal}_epoch"][rows], state[f"{signal}_step"][rows]) for signal in signals]
+    for other in others:
+        later = _newer(other, newest)
+        newest = other[0].where(later, newest[0]), other[1].where(later, newest[1])
+    return newest
+
+
+def _newer(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+    newer: Tensor = (one[0] > other[0]) | ((one[0] == other[0]) & (one[1] > other[1]))
     return newer
 
 

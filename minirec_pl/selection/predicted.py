@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.errors import InputError, check_whole
 from minirec_pl.utils.seeds import check_seed
 
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -26,6 +26,8 @@ _COMPONENTS = 8  # principal components of the embeddings
 _LOWEST = 1e-4  # predicted probability, and 1 less it the highest
 _UNIFORM = 2.0  # strength before the first outcome; with a mean of 0.5 that is Beta(1, 1)
 _WEAKEST, _STRONGEST = 2.0, 256.0
+_MOST_STRENGTH = 1e9  # that one may give
+_HUGE = 1e307  # two values of a feature that is larger may be further apart than the largest float
 _NEEDS = {"log_popularity": "item_id", "user_activity": "user_id", "age": "timestamp"}
 
 
@@ -36,7 +38,7 @@ class Prediction:
     Attributes:
         mean: [N] float64 in (0, 1), out of fold.
         strength: rollouts that a prediction counts as.
-        features: names of what it goes by; empty where all samples get the same.
+        features: names of what tells samples apart; empty where all samples get the same.
         notes: sentences on what is missing, for a warning.
     """
 
@@ -62,7 +64,8 @@ class PredictedDifficulty:
     p_i is always out of fold: the samples are dealt out into folds, and the model of a fold is fitted without its
     samples, so a sample's own hits count once. The features need no language model. Each enters as a piecewise linear
     function between six quantiles of the pool; a missing value has an effect of its own. Embeddings, where there are
-    some, enter as their first 8 principal components. The model is fitted on at most 100,000 samples, those met last.
+    some, else the item factors that `RecDataModule` gives, enter as their first 8 principal components. The model is
+    fitted on at most 100,000 samples, those met last.
 
     Where nothing was met yet, p_i is `prior_mean`. Where all outcomes are hits or all are misses, or there are no
     features, it is the share of hits in the other folds, with one hit and one miss added.
@@ -79,7 +82,8 @@ class PredictedDifficulty:
         """Sets the model.
 
         Args:
-            strength: Rollouts that a prediction counts as, kappa, above 0; None takes it from the outcomes.
+            strength: Rollouts that a prediction counts as, kappa, above 0 and at most 1e9; None takes it from the
+                outcomes.
             discount: Share lambda of the earlier counts that remains when a sample is met again, from 0 to 1. Published
                 are 1 and, for fast learners, 0.5.
             prior_mean: Solve probability before the first outcome, between 0 and 1.
@@ -89,14 +93,16 @@ class PredictedDifficulty:
         Raises:
             InputError: If an option is out of range, or scikit-learn is not installed.
         """
-        if strength is not None and not 0 < strength < float("inf"):
+        if strength is not None and not 0 < strength <= _MOST_STRENGTH:
             raise InputError(
-                f"strength is {strength}: give the number of rollouts that a prediction counts as, above 0"
+                f"strength is {strength}: give the number of rollouts that a prediction counts as, above 0 and at most "
+                f"{_MOST_STRENGTH:g}"
             )
         if not 0 <= discount <= 1:
             raise InputError(f"discount is {discount}: give a share from 0 to 1")
         if not 0 < prior_mean < 1:
             raise InputError(f"prior_mean is {prior_mean}: give a probability between 0 and 1")
+        check_whole(folds=folds)
         if folds < 2:
             raise InputError(f"folds is {folds}: give at least 2, so that each is predicted from the others")
         if find_spec("sklearn") is None:
@@ -115,6 +121,7 @@ class PredictedDifficulty:
         embedding: Tensor | None = None,
         embedding_known: Tensor | None = None,
         met_at: Tensor | None = None,
+        squared_weights: Tensor | None = None,
     ) -> Prediction:
         """Fits the model to the outcomes and predicts every sample, out of fold.
 
@@ -126,9 +133,11 @@ class PredictedDifficulty:
             embedding_known: [N] bool, None for all.
             met_at: [N] int64, when each sample was last met, for pools of which more were met than the model is fitted
                 on; None for the order of the rows.
+            squared_weights: [N] float64, sum of the squared weights with which a sample's rollouts are counted, see
+                `SignalStore.squared_weights`; None where each counts once.
 
         Raises:
-            InputError: If `features` has another number of rows, or a column that is not numeric.
+            InputError: If `features` has another number of rows, a column that is not numeric, or two of one name.
         """
         notes: list[str] = []
         hit, miss = (value.double().numpy() for value in (hits, misses))
@@ -158,7 +167,8 @@ class PredictedDifficulty:
                 own = fold[rows] == one
                 mean[rows[own]] = model.predict(basis[own])
         mean = mean.clip(_LOWEST, 1 - _LOWEST)
-        strength = self.strength or _strength(mean[met], hit[met], miss[met])
+        squares = (hits + misses if squared_weights is None else squared_weights).double().numpy()
+        strength = self.strength or _strength(mean[met], hit[met], miss[met], squares[met])
         return Prediction(torch.from_numpy(mean), strength, tuple(names) if columns else (), tuple(notes))
 
     def _fit(self, columns: Sequence[_Column], rows: Ints, hits: Floats, misses: Floats) -> _Model:
@@ -195,12 +205,11 @@ class PredictedDifficulty:
                 f"the feature {first} is NaN for {count} of {n} samples{more}: they count as unknown; fill the column "
                 "to have them predicted by it"
             )
-        names = list(table)
+        parts = {name: list(_Column.of(values)) for name, values in table.items()}
         if embedding is not None:
-            names.append("embedding")
-            for number, values in enumerate(_components(embedding, known, met, self.seed)):
-                table[f"embedding {number}"] = values
-        return [column for values in table.values() for column in _Column.of(values)], names
+            components = _components(embedding, known, met, self.seed)
+            parts["embedding"] = [column for values in components for column in _Column.of(values)]
+        return [column for part in parts.values() for column in part], [name for name, part in parts.items() if part]
 
 
 def table_features(samples: pd.DataFrame) -> tuple[pd.DataFrame, str | None]:
@@ -211,18 +220,20 @@ def table_features(samples: pd.DataFrame) -> tuple[pd.DataFrame, str | None]:
 
     Returns:
         A frame of N rows with the columns `log_popularity`, `user_activity` and `age` (log of days), as far as they can
-        be computed; and a sentence on what is missing, None where nothing is.
+        be computed, NaN where an id or a time is missing; and a sentence on what is missing, None where nothing is.
+
+    Raises:
+        InputError: If the timestamps are not numbers.
     """
     found: dict[str, Floats] = {}
     for name, source in _NEEDS.items():
         if source not in samples:
             continue
         if source == "timestamp":
-            seconds = samples[source].to_numpy(dtype=np.float64)
-            found[name] = np.log1p((np.nanmax(seconds, initial=0.0) - seconds).clip(min=0) / 86_400)
+            found[name] = _log_age(samples[source])
         else:
             codes, _ = pd.factorize(samples[source])
-            found[name] = np.log1p(np.bincount(codes + 1)[codes + 1].astype(np.float64))
+            found[name] = np.where(codes < 0, np.nan, np.log1p(np.bincount(codes + 1)[codes + 1].astype(np.float64)))
     lacking = [source for source in _NEEDS.values() if source not in samples]
     left = f"from {', '.join(found)} alone" if found else "without features, so the same for all that were never met"
     note = None
@@ -234,27 +245,44 @@ def table_features(samples: pd.DataFrame) -> tuple[pd.DataFrame, str | None]:
     return pd.DataFrame(found, index=range(len(samples))), note
 
 
-def _strength(mean: Floats, hits: Floats, misses: Floats) -> float:
+def _log_age(timestamps: pd.Series[Any]) -> Floats:
+    if not pd.api.types.is_numeric_dtype(timestamps):
+        raise InputError(f"the column timestamp of the samples holds {timestamps.dtype}: give unix seconds")
+    seconds = _finite(timestamps)
+    age: Floats = np.log1p((np.nanmax(seconds, initial=-np.inf) - seconds) / 86_400)
+    return age
+
+
+def _finite(column: pd.Series[Any]) -> Floats:
+    """The numbers of a column, NaN where one is missing or infinite."""
+    values = column.to_numpy(dtype=np.float64, na_value=np.nan)
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _strength(mean: Floats, hits: Floats, misses: Floats, squares: Floats) -> float:
     """Takes kappa by the method of moments: hits vary about the prediction as those of a beta-binomial distribution do.
 
-    E (h - n p)^2 = n p (1 - p) (1 + (n - 1) rho) with rho = 1 / (kappa + 1).
+    E (h - n p)^2 = p (1 - p) (m + (n^2 - m) rho) with rho = 1 / (kappa + 1), n the sum of the weights with which a
+    sample's rollouts are counted and m that of their squares; without weights m = n.
     """
-    size = hits + misses
-    alone = size * mean * (1 - mean)
-    together = float(((size - 1) * alone).sum())
-    rho = float(((hits - size * mean) ** 2 - alone).sum()) / together if together > 0 else 0.0
+    size, each = hits + misses, mean * (1 - mean)
+    together = float(((size**2 - squares) * each).sum())
+    rho = float(((hits - size * mean) ** 2 - squares * each).sum()) / together if together > 0 else 0.0
     return float(np.clip(1 / rho - 1, _WEAKEST, _STRONGEST)) if rho > 0 else _STRONGEST
 
 
 def _numbers(features: pd.DataFrame, n: int) -> dict[str, Floats]:
     if len(features) != n:
         raise InputError(f"the features have {len(features)} rows for {n} samples: give one per sample, in their order")
-    found = {}
-    for name in features.columns:
-        if not pd.api.types.is_numeric_dtype(features[name]):
-            raise InputError(f"the feature {name} holds {features[name].dtype}, not numbers: encode it or leave it out")
-        values = features[name].to_numpy(dtype=np.float64, na_value=np.nan)
-        found[str(name)] = np.where(np.isfinite(values), values, np.nan)
+    found: dict[str, Floats] = {}
+    for place, name in enumerate(map(str, features.columns)):
+        column = features.iloc[:, place]
+        if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_complex_dtype(column):
+            raise InputError(f"the feature {name} holds {column.dtype}, not numbers: encode it or leave it out")
+        if name in found:
+            raise InputError(f"two features are called {name}: give each a name of its own")
+        values = _finite(column)
+        found[name] = values / 64 if np.nanmax(np.abs(values), initial=0.0) > _HUGE else values
     return found
 
 
@@ -267,7 +295,9 @@ def _components(embedding: Tensor, known: Tensor | None, met: Ints, seed: int) -
     width = min(_COMPONENTS, len(learned), embedding.shape[1])
     if width < 1 or len(learned) < 2:
         return
-    found = PCA(width, svd_solver="full", random_state=seed).fit(embedding[torch.from_numpy(learned)].float().numpy())
+    with np.errstate(invalid="ignore", over="ignore"):  # in shares of the variance, which are not used
+        known_values = embedding[torch.from_numpy(learned)].float().numpy()
+        found = PCA(width, svd_solver="full", random_state=seed).fit(known_values)
     values = np.full((len(embedding), width), np.nan)
     for start in range(0, len(rows), _ROWS):
         block = rows[start : start + _ROWS]

@@ -17,16 +17,17 @@ from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.files import load_tensors, save_tensors
 
 _OUTCOMES = {"hits": 0.0, "misses": 0.0}
+_SQUARES = {"squared_weights": 0.0}
 _PRIOR = {"prior_hits": torch.nan, "prior_misses": torch.nan}
 _STREAKS = {"all_hit_streak": 0, "all_miss_streak": 0}
 _SCALARS = dict.fromkeys(("reward_mean", "reward_std", "solve_share", "solve_probability", "alignment"), torch.nan)
-_SCALARS |= _OUTCOMES | _PRIOR
+_SCALARS |= _OUTCOMES | _SQUARES | _PRIOR
 _COUNTS = {"n_rollouts": 0, "n_wasted": 0, **_STREAKS} | {
     f"{signal}_{clock}": -1
     for signal in ("reward", "solve_probability", "alignment", "gradient", "embedding", "prior")
     for clock in ("epoch", "step")
 }
-_ADDED = {*_OUTCOMES, *_PRIOR, *_STREAKS, "prior_epoch", "prior_step"}  # not in files of 0.1
+_ADDED = {*_OUTCOMES, *_SQUARES, *_PRIOR, *_STREAKS, "prior_epoch", "prior_step"}  # not in files of 0.1
 _EXACT_ROLLOUTS = 8  # rollouts that an exact solve probability met in training counts as
 _VECTORS = ("gradient", "embedding")
 _MATRICES = ("rewards", *_VECTORS)
@@ -80,6 +81,7 @@ class SignalStore:
         self.discount = 0.5
         self.fingerprints = dict(fingerprints or {})
         self.vectors_version = 0
+        self._has_prior = False
         self._lent = False  # whether a view may still read the embeddings, so that an update must not write into them
         self._seed = seed
         n = len(self.sample_ids)
@@ -129,12 +131,13 @@ class SignalStore:
             if source == "train":
                 solved, flat = group > self.solve_threshold, group.amax(dim=1) == group.amin(dim=1)
                 self._data["n_wasted"][rows] += flat
-                self._count(rows, solved.sum(dim=1).double(), group.shape[1])
+                self._count(rows, solved.sum(dim=1).double(), group.shape[1], drawn=group.shape[1])
                 for name, met in (("all_hit_streak", flat & solved[:, 0]), ("all_miss_streak", flat & ~solved[:, 0])):
                     self._data[name][rows] = (self._data[name][rows] + 1) * met
             measured.append("reward")
         elif signals.solve_probability is not None and source == "train":
-            self._count(rows, signals.solve_probability.cpu().double()[places] * _EXACT_ROLLOUTS, _EXACT_ROLLOUTS)
+            exact = signals.solve_probability.cpu().double()[places]
+            self._count(rows, exact * _EXACT_ROLLOUTS, _EXACT_ROLLOUTS, drawn=0)
         for name in ("solve_probability", "alignment"):
             new = getattr(signals, name)
             if new is not None:
@@ -156,8 +159,9 @@ class SignalStore:
             self._data[f"{name}_epoch"][rows] = epoch
             self._data[f"{name}_step"][rows] = step
 
-    def _count(self, rows: Tensor, hits: Tensor, size: int) -> None:
-        """Adds the hits [n] of groups of this size to the discounted counts."""
+    def _count(self, rows: Tensor, hits: Tensor, size: int, drawn: int) -> None:
+        """Adds the hits [n] of groups of this size, so many of them drawn at random, to the discounted counts."""
+        self._data["squared_weights"][rows] = self.discount**2 * self._data["squared_weights"][rows] + drawn
         for name, new in (("hits", hits), ("misses", size - hits)):
             self._data[name][rows] = self.discount * self._data[name][rows] + new
 
@@ -172,6 +176,7 @@ class SignalStore:
         """
         mean = mean.double()
         self._data["prior_hits"], self._data["prior_misses"] = strength * mean, strength * (1 - mean)
+        self._has_prior = True
         self._data["prior_epoch"].fill_(epoch)
         self._data["prior_step"].fill_(step)
 
@@ -205,7 +210,16 @@ class SignalStore:
     @property
     def has_prior(self) -> bool:
         """Whether a prior was set, so that the solve probability of samples that were never met is predicted."""
-        return not bool(self._data["prior_hits"].isnan().all())
+        return self._has_prior
+
+    @property
+    def squared_weights(self) -> Tensor:
+        """Sum of the squared weights of the rollouts in the discounted counts, float64 [N], on a copy.
+
+        It tells how much of the counts is chance: the hits of a sample with the solve probability p have the variance
+        p (1 - p) times that. Exact solve probabilities add nothing.
+        """
+        return self._data["squared_weights"].clone()
 
     @property
     def has_outcomes(self) -> bool:
@@ -347,6 +361,7 @@ class SignalStore:
             raise InputError(f"{source} are damaged or not a signal store, {error} is missing: score again") from error
         fresh = SignalStore(self.sample_ids)._data
         self._data = {name: fresh[name] for name in _ADDED} | loaded
+        self._has_prior = not bool(self._data["prior_hits"].isnan().all())
         self.vectors_version += 1
         self.solve_threshold, self._seed, self.fingerprints = float(settings[0]), int(settings[1]), dict(settings[2])
 

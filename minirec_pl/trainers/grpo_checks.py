@@ -9,7 +9,7 @@ from minirec_pl.data.loader import GenerationSchedule
 from minirec_pl.grpo.objective import Objective
 from minirec_pl.policy.interface import Policy, RolloutOptions
 from minirec_pl.selection.group_sizes import AdaptiveGenerations
-from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.errors import InputError, check_whole
 
 
 def check_schedule(num_iterations: int, steps_per_generation: int | None, accumulate: int = 1) -> None:
@@ -23,6 +23,7 @@ def check_schedule(num_iterations: int, steps_per_generation: int | None, accumu
     Raises:
         InputError: naming the option.
     """
+    check_whole(num_iterations=num_iterations, steps_per_generation=steps_per_generation)
     if num_iterations < 1:
         raise InputError(f"num_iterations is {num_iterations}: each rollout is trained on at least once")
     if steps_per_generation is None:

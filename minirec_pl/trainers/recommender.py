@@ -31,7 +31,7 @@ from minirec_pl.utils.checkpoints import (
     weights_under_adapters,
 )
 from minirec_pl.utils.cost import Cost, Phase
-from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.errors import InputError, check_whole
 from minirec_pl.utils.identity import Identity
 from minirec_pl.utils.protocols import what_it_lacks
 
@@ -77,6 +77,7 @@ class RecModule(LightningModule):
             raise InputError(f"policy is the class {policy.__name__}: give an object of it, {policy.__name__}(...)")
         if (wrong := what_it_lacks(type(policy), type(policy).__name__, Policy)) is not None:
             raise InputError(f"policy: {wrong}")
+        check_whole(predict_k=predict_k)
         if predict_k < 1:
             raise InputError(f"predict_k is {predict_k}: a list of recommendations has at least one item")
         self.policy = policy

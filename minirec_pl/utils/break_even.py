@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.errors import InputError, check_whole
 
 _LITTLE = 0.05  # a saving that no choice should rest on
 
@@ -51,6 +52,7 @@ class BreakEven:
     decoding: float = 1.0
 
     def __post_init__(self) -> None:
+        check_whole(num_generations=self.num_generations)
         if not 0 <= self.flat_share < 1:
             raise InputError(
                 f"flat_share is {self.flat_share}: give the share of groups without reward variance, at least 0 and "
@@ -59,8 +61,8 @@ class BreakEven:
         if not 0 < self.budget <= 1:
             raise InputError(f"budget is {self.budget}: give a share of the pool, above 0 and at most 1")
         for name, least in (("prompt", 1), ("completion", 0), ("num_generations", 2), ("scoring", 0), ("decoding", 0)):
-            if not getattr(self, name) >= least:
-                raise InputError(f"{name} is {getattr(self, name)}: give at least {least}")
+            if not least <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} is {getattr(self, name)}: give a finite number of at least {least}")
 
     @property
     def draw(self) -> float:
@@ -88,8 +90,12 @@ class BreakEven:
         Without scoring, c = 0, it is f D / (D + (1 - f) T), the largest saving that any selector brings.
 
         Args:
-            scored: c, samples scored per epoch as a share of the pool.
+            scored: c, samples scored per epoch as a share of the pool, at least 0.
+
+        Raises:
+            InputError: if it is below 0.
         """
+        _check_scored(scored)
         return 1 - (self.trained * (self.draw + self.train) + scored * self.scoring) / self.unselected
 
     def needed(self, scored: float) -> float | None:
@@ -100,6 +106,7 @@ class BreakEven:
         Args:
             scored: c, as in `saving`.
         """
+        _check_scored(scored)
         cost = scored * self.scoring
         share = cost / (self.budget * self.draw + cost)
         if share > 1 - self.budget:
@@ -110,7 +117,7 @@ class BreakEven:
         """Says in a sentence what selection can bring.
 
         Args:
-            schedules: c by name, of schedules that score.
+            schedules: c by name, of schedules that score; empty for a selection that scores nothing.
         """
         most, gains = self.saving(0.0), {name: self.saving(scored) for name, scored in schedules.items()}
         flat = f"{self.flat_share:.0%} of the groups are flat"
@@ -119,6 +126,8 @@ class BreakEven:
                 f"Selection cannot pay here: {flat}, and a perfect selector that costs nothing would save {most:.0%} "
                 "of the tokens. Train on the pool or on a random part of it."
             )
+        if not gains:
+            return f"Selection that scores nothing can save {most:.0%} of the tokens at most, as {flat}."
         if all(gain <= 0 for gain in gains.values()):
             return (
                 f"Selection that scores cannot pay here: {flat}, which a perfect selector turns into a saving of "
@@ -134,14 +143,27 @@ def schedules(epochs: int, rescore_fraction: float = 0.1) -> dict[str, float]:
 
     Args:
         epochs: E, at least 1.
-        rescore_fraction: r, share of the pool that is scored again after each epoch.
+        rescore_fraction: r, share of the pool that is scored again after each epoch, from 0 to 1.
 
     Returns:
         1 for the whole pool before every epoch, (1 + r (E - 1)) / E for once and a part of it after each epoch, 1 / E
         for once.
+
+    Raises:
+        InputError: if a number is out of range.
     """
+    check_whole(epochs=epochs)
+    if epochs < 1 or not 0 <= rescore_fraction <= 1:
+        raise InputError(
+            f"epochs is {epochs} and rescore_fraction {rescore_fraction}: give at least 1, and a share from 0 to 1"
+        )
     return {
         "the whole pool before every epoch": 1.0,
         f"the whole pool once, {rescore_fraction:.0%} after each epoch": (1 + rescore_fraction * (epochs - 1)) / epochs,
         "the whole pool once": 1 / epochs,
     }
+
+
+def _check_scored(scored: float) -> None:
+    if not 0 <= scored < math.inf:
+        raise InputError(f"scored is {scored}: give the samples scored per epoch as a share of the pool, at least 0")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, cast
 
 from minirec_pl.utils.errors import InputError
@@ -25,8 +26,8 @@ def check_seed(seed: int, name: str = "seed") -> int:
     Raises:
         InputError: naming the option.
     """
-    if not 0 <= seed <= LARGEST_SEED:
-        raise InputError(f"{name} is {seed}: give a whole number from 0 to {LARGEST_SEED}")
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed <= LARGEST_SEED:
+        raise InputError(f"{name} is {seed!r}: give a whole number from 0 to {LARGEST_SEED}")
     return seed
 
 

@@ -1,6 +1,7 @@
 """The committed study of selection where rollouts are dear says what its raw table holds."""
 
 import re
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ SHARES = (0.1, 0.2, 0.5, 1.0)
 
 def at(points, spent):
     """The value where so much was spent, on the straight line between the two neighbours among sorted points."""
-    for (low, before), (high, after) in zip(points, points[1:], strict=False):
+    for (low, before), (high, after) in pairwise(points):
         if low <= spent <= high:
             return before + (after - before) * (spent - low) / (high - low)
     return None

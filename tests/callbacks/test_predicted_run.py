@@ -116,7 +116,7 @@ def test_predictions_are_logged_drawn_and_left_in_the_files(make_trainer, toy_pa
         before = priors[epoch][torch.searchsorted(ids, met.sample_id)]
         expected = calibration(before.numpy(), hits.numpy(), (4 - hits).numpy())
         assert value == pytest.approx(expected.brier)
-    assert len(logged) == 2
+    assert len(logged) == 3
     assert {"selection/predicted_brier_of_mean", "selection/predicted_reliability/mean_10"} <= set(rows.columns)
     assert (tmp_path / "log" / "calibration.png").read_bytes().startswith(b"\x89PNG")
     left = SignalStore.load(tmp_path / "log" / "signals.safetensors")
@@ -290,3 +290,52 @@ def test_streaks_need_rollouts(rollouts, toy_data, make_trainer):
     trainer = make_trainer(callbacks=[MiniRec(0.25, selector=GRESOSelector(), curriculum="shuffled")])
     with pytest.raises(InputError, match=f"goes by groups of rollouts and rollouts='{rollouts}' draws none: choose"):
         trainer.fit(module(rollouts=rollouts), toy_data())
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        ({"rollouts": "beam"}, "rollouts='beam' draws rollouts that are all different"),
+        ({"distinct_rollouts": True}, "distinct_rollouts has them all different"),
+    ],
+)
+def test_streaks_need_rollouts_that_may_be_equal(options, given, toy_data, make_trainer):
+    """Their rewards do not reach the store, so every streak would stay 0 and all samples be kept."""
+    trainer = make_trainer(callbacks=[MiniRec(0.25, selector=GRESOSelector(), curriculum="shuffled")])
+    with pytest.raises(InputError, match=f"GRESOSelector goes by groups of rollouts and {given}: choose Predicted"):
+        trainer.fit(module(**options), toy_data())
+
+
+def test_exact_probabilities_are_compared_with_the_predictions_too(make_trainer, toy_path, tmp_path):
+    watch, priors = Watch(), []
+
+    class Prior(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            priors.append(session_of(trainer).store.posterior_mean(batch["sample_id"]))
+
+    logger = CSVLogger(tmp_path / "log", name="", version="")
+    callbacks = [MiniRec(48, selector=PredictedSelector()), Prior(), watch]
+    make_trainer(callbacks=callbacks, max_epochs=2, logger=logger).fit(module(rollouts="expected"), data(toy_path))
+    found = pd.read_csv(tmp_path / "log" / "metrics.csv")["selection/predicted_brier"].dropna().tolist()
+    per_epoch = len(priors) // 2
+    for epoch, brier in enumerate(found):
+        part = slice(epoch * per_epoch, (epoch + 1) * per_epoch)
+        p = torch.cat([signals.solve_probability for signals in watch.met[part]]).double()
+        q = torch.cat(priors[part])
+        assert brier == pytest.approx(float((p * (1 - q) ** 2 + (1 - p) * q**2).mean()))
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("wrong", [PredictedDifficulty, "PredictedDifficulty", 0.5])
+def test_a_predictor_of_another_kind_is_refused(wrong):
+    for selector in (PredictedSelector(predictor=wrong), MiniRecSelector(signals="predicted", predictor=wrong)):
+        with pytest.raises(InputError, match=r"Selector.predictor is .*: give an object of PredictedDifficulty"):
+            MiniRec(selector=selector)
+
+
+def test_what_a_selector_of_your_own_calls_predictor_is_its_own_affair(make_trainer, toy_path):
+    selector = RandomSelector()
+    selector.predictor = "of something else"
+    trainer = make_trainer(callbacks=[MiniRec(48, selector=selector, curriculum="shuffled")], max_epochs=1)
+    trainer.fit(module(), data(toy_path))
+    assert session_of(trainer).predictor is None

@@ -20,6 +20,7 @@ from minirec_pl.cli.main import main
 from minirec_pl.data.samples import Catalogue
 from minirec_pl.policy import GenerativePolicy, LanguageModel, Lora
 from minirec_pl.policy.language_models.tiny import build_tiny
+from minirec_pl.selection import MiniRecSelector, SampleSignals, SignalStore
 
 
 def check(command, root, *more):
@@ -343,6 +344,36 @@ def test_what_a_selection_could_save(command, tmp_path):
     assert preflight.saving[1]["as in the config"] == pytest.approx(sum(scored) / load.pool / load.epochs, abs=0.02)
 
 
+PREDICTED = "--selection.selector=minirec_pl.selection.PredictedSelector"
+
+
+def test_a_selection_without_a_scoring_pass_has_none_to_pay(command, tmp_path, capsys):
+    """MiniRec and SelectSamples do not score for a selector that needs no signals, so no cost of scoring is shown."""
+    generations = "--model.scoring_generations=4"
+    preflight, found = saving(command, tmp_path / "runs", PREDICTED, generations, flat_share=0.5)
+    assert (preflight.load.scored, preflight.load.rescored, preflight.load.rollouts()["scoring"]) == (0, 0, 0)
+    assert found.level == "ok"
+    assert found.text.startswith("Selection that scores nothing can save ")
+    assert saving(command, tmp_path / "runs", PREDICTED)[1].level == "ok"
+    scored, _ = saving(command, tmp_path / "runs", generations, flat_share=0.5)
+    assert scored.load.rollouts()["scoring"] > 0
+
+
+def test_a_ledger_is_trained_on_as_it_is_and_scores_nothing(command, tmp_path):
+    ids = torch.arange(60)
+    store = SignalStore(ids)
+    store.update(SampleSignals(ids, torch.rand(60, 4), embedding=torch.randn(60, 3)), epoch=0, step=0, source="score")
+    ledger = MiniRecSelector(on_short="fill").select(store.pool_view(0), 9)
+    ledger.to_parquet(tmp_path / "ledger.parquet")
+    select = ["--selection=minirec_pl.callbacks.SelectSamples", "--selection.budget=null"]
+    fixed = [*select, f"--selection.ledger={tmp_path / 'ledger.parquet'}"]
+    preflight, found = saving(command, tmp_path / "runs", *fixed, flat_share=0.5)
+    assert (preflight.load.selected, preflight.load.scored) == (9, 0)
+    assert found.text.startswith("Selection that scores nothing can save ")
+    usual, _ = saving(command, tmp_path / "runs", *select, PREDICTED)
+    assert usual.load.selected == int(0.1 * usual.load.pool)
+
+
 @pytest.mark.parametrize(
     ("flat_share", "level", "beginning"),
     [(0.0, "warning", "Selection cannot pay here: 0%"), (0.9, "ok", "Selection can save 75% of the tokens at most")],
@@ -415,13 +446,27 @@ def test_groups_as_large_as_allowed_count_for_the_memory(command, tmp_path):
     assert larger.memory == usual.memory
 
 
+def test_a_policy_of_your_own_is_told_that_the_saving_is_not_worked_out(command, tmp_path, monkeypatch):
+    (tmp_path / "own_policy.py").write_text(
+        "from minirec_pl.policy import Policy\n"
+        "methods = {name: lambda self, *given: None for name in Policy.__abstractmethods__}\n"
+        "Own = type('Own', (Policy,), {'__module__': __name__, **methods})\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = ["--model.policy=null", "--model.policy=own_policy.Own"]
+    assert saving(command, tmp_path / "runs", *own)[1] is None
+    for options in ({"probe": True}, {"flat_share": 0.5}):
+        _, found = saving(command, tmp_path / "runs", *own, **options)
+        assert "work out with minirec_pl.utils.break_even.BreakEven what it can save" in found.text
+
+
 def test_a_pool_in_which_all_groups_are_flat(command, tmp_path, monkeypatch):
     (tmp_path / "no_reward.py").write_text("def nothing(completions):\n    return [0.0] * len(completions)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     preflight, found = saving(command, tmp_path / "runs", "--model.rewards=[no_reward.nothing]", probe=True)
-    assert preflight.fails
-    assert found.level == "fails"
-    assert "all groups of the probe are flat" in found.text
+    assert not preflight.fails  # a fit runs, and 64 samples say little of the rarest
+    assert found.level == "warning"
+    assert "all 64 groups of the probe are flat, so hardly any sample of the pool teaches anything" in found.text
 
 
 def test_the_options_of_the_command_itself(command, tmp_path, capsys):

@@ -55,6 +55,20 @@ def test_files_of_a_selection(tmp_path, capsys):
     assert str(to / "selection.png") in out
 
 
+@pytest.mark.parametrize("name", ["PredictedSelector", "MoPPSSelector", "GRESOSelector"])
+def test_scores_alone_tell_a_selector_nothing_that_goes_by_the_outcomes_of_training(name, tmp_path, capsys):
+    signals, to = write_signals(tmp_path / "s.safetensors"), tmp_path / "out"
+    command = ["select", str(signals), "--selector", name, "--to", str(to)]
+    assert main(command) == 2
+    assert f"{name} goes by the rollouts met in training, and {signals} holds none: give the" in sentence(capsys)
+    assert not to.exists()
+    store = SignalStore.load(signals)
+    store.update(SampleSignals([12], rewards=[[1.0, 0.0]]), epoch=0, step=1, source="train")
+    store.save(signals)
+    assert main(command) == 0
+    assert len(SelectionLedger.from_parquet(to / "ledger.parquet").selected()) == 4
+
+
 def test_a_second_run_replaces_the_first(tmp_path):
     signals, to = write_signals(tmp_path / "s.safetensors"), tmp_path / "out"
     for k in ("9", "4"):

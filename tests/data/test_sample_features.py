@@ -98,6 +98,15 @@ def test_almost_nothing_known(known):
     assert sample_features(table, np.arange(0), known, np.arange(4)).table.shape == (0, 8)
 
 
+@pytest.mark.filterwarnings("error")
+def test_users_of_the_same_items():
+    users, items = [f"u{i % 3}" for i in range(12)], [i // 3 for i in range(12)]
+    table = SampleTable(users, items, np.arange(12.0), 4)
+    found = sample_features(table, np.arange(6, 12), np.arange(12), np.arange(12))
+    assert found.table["similarity"].to_numpy() == pytest.approx(np.ones(6), abs=1e-6)
+    assert np.isfinite(found.vectors).all()
+
+
 def test_ready_made_sequences():
     table = SequenceTable(["u", "v", "w", "w"], [2, 0, 1, 3], [[0, 1], [1], [], [1, 0, 2]], 4)
     found = sample_features(table, np.arange(4), np.arange(4), np.arange(4))

@@ -45,6 +45,13 @@ def test_items_of_the_same_users_share_codes():
     assert first[0] != first[8]
 
 
+@pytest.mark.filterwarnings("error")
+def test_users_of_the_same_items():
+    factors = item_factors(np.array([[user, item] for user in range(3) for item in range(4)]), 4, 0)
+    assert bool(factors.isfinite().all())
+    assert torch.allclose(factors, factors[:1].expand_as(factors), atol=1e-6)
+
+
 def test_a_policy_trains_is_saved_and_read(toy_data, make_trainer, tmp_path):
     policy, data = made(), toy_data(train_on="warm")
     make_trainer(max_epochs=1).fit(WarmStartModule(policy), data)

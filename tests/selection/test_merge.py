@@ -14,6 +14,9 @@ measurements = st.lists(
     st.tuples(st.integers(0, 2), st.integers(0, 5), st.integers(0, 3), st.integers(0, 3), st.sampled_from("rge")),
     max_size=12,
 )
+outcomes = st.lists(
+    st.tuples(st.integers(0, 1), st.integers(0, 3), st.sampled_from("rp"), st.integers(0, 8)), max_size=9
+)
 
 
 def signals_of(kind, sample, value):
@@ -49,6 +52,23 @@ def test_the_newest_measurement_counts(history):
                 assert np.isnan(mean) if value is None else mean == pytest.approx(value / 2)
             elif value is not None:
                 assert getattr(view, field)[sample].tolist() == pytest.approx([value, 1.0, 2.0])
+
+
+@given(outcomes)
+@settings(deadline=None, max_examples=60)
+def test_counts_of_what_training_met_are_of_the_store_that_met_a_sample_last(history):
+    stores, last = [SignalStore(range(4)), SignalStore(range(4))], {}
+    for step, (which, sample, kind, hits) in enumerate(history):
+        if kind == "r":
+            met = SampleSignals([sample], rewards=[[1.0] * hits + [0.0] * (8 - hits)])
+        else:
+            met = SampleSignals([sample], solve_probability=[hits / 8])
+        stores[which].update(met, epoch=0, step=step, source="train")
+        last[sample] = which
+    merged = merge_stores(stores)
+    for sample in range(4):
+        alpha, beta = stores[last.get(sample, 0)].posterior([sample])
+        assert [float(part) for part in merged.posterior([sample])] == [float(alpha), float(beta)]
 
 
 def test_shards_of_a_pool_make_the_pool(tmp_path):

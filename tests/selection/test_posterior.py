@@ -36,10 +36,12 @@ def test_updates_and_streaks_equal_a_loop(history, discount, mean, strength):
     store.discount = discount
     start = strength * mean, strength * (1 - mean)
     known = {sample: [*start, 0, 0, 0] for sample in POOL}
+    weights = {sample: [] for sample in POOL}  # of each rollout that counts
     for epoch, (sample, group, source) in enumerate(history):
         met(store, sample, group, epoch, source)
         if source == "score":
             continue
+        weights[sample] = [discount * weight for weight in weights[sample]] + [1.0] * len(group)
         alpha, beta, all_hit, all_miss, flat_ever = known[sample]
         hits = sum(reward > 0.5 for reward in group)
         alpha = discount * alpha + (1 - discount) * start[0] + hits
@@ -48,9 +50,8 @@ def test_updates_and_streaks_equal_a_loop(history, discount, mean, strength):
         all_hit = all_hit + 1 if flat and group[0] > 0.5 else 0
         all_miss = all_miss + 1 if flat and group[0] <= 0.5 else 0
         known[sample] = [alpha, beta, all_hit, all_miss, flat_ever + flat]
-    store.set_prior(
-        torch.full((3,), mean, dtype=torch.float64), strength, epoch=0, step=0
-    )  # made anew after the outcomes
+    means = torch.full((3,), mean, dtype=torch.float64)
+    store.set_prior(means, strength, epoch=0, step=0)  # made anew after the outcomes
     alpha, beta = store.posterior(POOL)
     view = store.read(POOL)
     for row, sample in enumerate(POOL):
@@ -59,6 +60,8 @@ def test_updates_and_streaks_equal_a_loop(history, discount, mean, strength):
         assert float(beta[row]) == pytest.approx(expected[1], rel=1e-6)
         assert [int(view.all_hit_streak[row]), int(view.all_miss_streak[row])] == expected[2:4]
         assert int(store.wasted_groups([sample])) == expected[4]
+    squares = dict(zip(store.sample_ids.tolist(), store.squared_weights.tolist(), strict=True))
+    assert squares == pytest.approx({sample: sum(w**2 for w in weights[sample]) for sample in POOL})
 
 
 def test_without_a_prior_it_is_uniform_and_an_exact_probability_counts_as_eight_rollouts():
@@ -67,6 +70,7 @@ def test_without_a_prior_it_is_uniform_and_an_exact_probability_counts_as_eight_
     store.update(SampleSignals([9], solve_probability=[0.25]), epoch=0, step=0, source="score")
     alpha, beta = store.posterior([3, 7, 9])
     assert (alpha.tolist(), beta.tolist()) == ([3.0, 1.0, 1.0], [7.0, 1.0, 1.0])
+    assert store.squared_weights.tolist() == [0.0, 0.0, 0.0]
     assert store.has_outcomes
     assert not store.has_prior
 

@@ -1,13 +1,17 @@
 """Predictions of known pools, and what they may not know."""
 
+import math
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.optimize import minimize
+from sklearn.metrics import roc_auc_score
 
-from minirec_pl.selection import PredictedDifficulty, PredictedSelector, calibration
+from minirec_pl.selection import PredictedDifficulty, PredictedSelector, SampleSignals, SignalStore, calibration
 from minirec_pl.selection.predicted import table_features
 from minirec_pl.utils.errors import InputError
 
@@ -93,6 +97,54 @@ def test_the_strength_is_that_of_the_pool(kappa):
     assert PredictedDifficulty().predict(none + 1, none).strength == 256.0
 
 
+@pytest.mark.parametrize(("group", "times"), [(4, 4), (8, 2), (16, 8), (None, 4)])
+def test_the_strength_is_that_of_the_pool_however_often_its_samples_were_met(group, times):
+    """Rollouts that are counted with a weight tell less by chance; exact probabilities (group None) have no chance."""
+    random, n = np.random.default_rng(1), 20_000
+    chance = random.beta(0.3 * 20, 0.7 * 20, size=n)
+    store = SignalStore(range(n))
+    for step in range(times):
+        if group is None:
+            met = SampleSignals(range(n), solve_probability=chance)
+        else:
+            met = SampleSignals(range(n), rewards=(random.random((n, group)) < chance[:, None]).astype(float))
+        store.update(met, epoch=0, step=step, source="train")
+    view = store.pool_view(0)
+    found = PredictedDifficulty().predict(view.hits, view.misses, squared_weights=store.squared_weights)
+    assert found.strength == pytest.approx(20, rel=0.1)
+
+
+def test_the_prediction_is_the_fit_of_a_plain_logistic_regression():
+    random, n = np.random.default_rng(3), 200
+    values = random.normal(size=n)
+    values[random.random(n) < 0.1] = np.nan
+    hits = random.integers(0, 5, n) * (random.random(n) < 0.7)
+    misses = random.integers(0, 9, n) * (random.random(n) < 0.7)
+    found = PredictedDifficulty(folds=3, seed=5).predict(
+        torch.from_numpy(hits), torch.from_numpy(misses), pd.DataFrame({"a": values})
+    )
+    knots = np.quantile(values[~np.isnan(values)], [0, 0.2, 0.4, 0.6, 0.8, 1])
+
+    def row(value):
+        if math.isnan(value):
+            return [1.0, 1.0, *[0.0] * 5]
+        ramps = [(value - low) / (high - low) for low, high in pairwise(knots)]
+        return [1.0, 0.0, *[min(max(ramp, 0.0), 1.0) for ramp in ramps]]
+
+    basis = np.array([row(value) for value in values])
+    fold = np.random.default_rng(5).permutation(n) % 3
+    for one in range(3):
+        rows = np.flatnonzero((hits + misses > 0) & (fold != one))
+        share = hits[rows] / (hits[rows] + misses[rows])
+
+        def loss(weights, rows=rows, share=share):
+            scores = basis[rows] @ weights
+            return (np.logaddexp(0, scores) - share * scores).sum() + (weights[1:] ** 2).sum() / 2
+
+        scores = basis[fold == one] @ minimize(loss, np.zeros(7), tol=1e-10).x
+        np.testing.assert_allclose(found.mean.numpy()[fold == one], 1 / (1 + np.exp(-scores)), atol=5e-4)
+
+
 def test_few_outcomes_and_a_single_sample():
     one = torch.ones(1, dtype=torch.float64)
     assert PredictedDifficulty(prior_mean=0.3).predict(one, one, pd.DataFrame({"a": [1.0]})).mean.tolist() == [0.3]
@@ -144,6 +196,7 @@ def test_a_table_without_users_or_items_says_what_is_left():
     [
         ({"strength": 0}, "strength is 0: give the number of rollouts that a prediction counts as, above 0"),
         ({"strength": float("inf")}, "strength is inf"),
+        ({"strength": 1e308}, r"strength is 1e\+308: .* at most 1e\+09"),
         ({"discount": 1.5}, "discount is 1.5: give a share from 0 to 1"),
         ({"prior_mean": 0.0}, "prior_mean is 0.0: give a probability between 0 and 1"),
         ({"folds": 1}, "folds is 1: give at least 2"),
@@ -155,12 +208,58 @@ def test_bad_options(options, sentence):
         PredictedDifficulty(**options)
 
 
+@pytest.mark.parametrize(("scale", "offset"), [(1e308, 0.0), (1e-310, 0.0), (1.0, 1e6), (-1e250, 0.0)])
+@pytest.mark.filterwarnings("error")
+def test_a_feature_tells_as_much_in_any_unit(scale, offset):
+    features, _, hits, misses = known_pool(n=400)
+    whole = features[["a"]].clip(-1, 1)
+    found = PredictedDifficulty().predict(hits, misses, whole)
+    scaled = PredictedDifficulty().predict(hits, misses, (whole + offset) * scale)
+    assert scaled.features == ("a",)
+    auc = [roc_auc_score((hits > misses)[hits + misses > 0], one.mean[hits + misses > 0]) for one in (found, scaled)]
+    assert auc[1] == pytest.approx(auc[0], abs=0.02)
+
+
+@pytest.mark.parametrize("embedding", [torch.ones(40, 4), torch.zeros(40, 4), torch.zeros(40, 1), torch.ones(40, 0)])
+@pytest.mark.filterwarnings("error")
+def test_what_is_the_same_for_all_is_no_feature(embedding):
+    features, _, hits, misses = known_pool(n=40)
+    features["same"] = 0.1
+    found = PredictedDifficulty().predict(hits, misses, features, embedding)
+    assert found.features == tuple(name for name in features if name != "same")
+    alone = PredictedDifficulty().predict(hits, misses, features[["same"]], embedding)
+    assert alone.features == ()
+    assert torch.equal(alone.mean, PredictedDifficulty().predict(hits, misses).mean)
+
+
+def test_missing_ids_and_times_are_unknown_and_times_before_1970_count():
+    rows = pd.DataFrame(
+        {
+            "user_id": ["u", None, None, "u"],
+            "item_id": [1.0, np.nan, 2.0, 2.0],
+            "timestamp": pd.array([-86_400, -2 * 86_400, None, -86_400], dtype="Int64"),
+        }
+    )
+    found, note = table_features(rows)
+    assert note is None
+    expected = [[1, 2, 0], [np.nan, np.nan, 1], [2, np.nan, np.nan], [2, 2, 0]]
+    np.testing.assert_allclose(np.expm1(found.to_numpy()), expected)
+    for wrong in (["1998"] * 4, pd.date_range("1998", periods=4)):
+        with pytest.raises(InputError, match=r"the column timestamp of the samples holds .*: give unix seconds"):
+            table_features(rows.assign(timestamp=wrong))
+
+
 def test_bad_features():
     none = torch.zeros(2, dtype=torch.float64)
     with pytest.raises(InputError, match="the features have 3 rows for 2 samples"):
         PredictedDifficulty().predict(none, none, pd.DataFrame({"a": [1, 2, 3]}))
     with pytest.raises(InputError, match="the feature a holds"):
         PredictedDifficulty().predict(none, none, pd.DataFrame({"a": ["x", "y"]}))
+    with pytest.raises(InputError, match="the feature a holds complex128"):
+        PredictedDifficulty().predict(none, none, pd.DataFrame({"a": [1j, 2.0]}))
+    for names in (["a", "a"], [0, "0"]):
+        with pytest.raises(InputError, match=f"two features are called {names[0]}: give each a name of its own"):
+            PredictedDifficulty().predict(none, none, pd.DataFrame([[1, 2], [3, 4]], columns=names))
 
 
 def test_without_scikit_learn_a_sentence_names_the_command(monkeypatch):

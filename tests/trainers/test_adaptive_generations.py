@@ -257,6 +257,38 @@ def test_groups_are_sized_by_the_posterior_where_the_solve_probability_is_predic
         assert all(size == (plain_size(chance[sample_id]) or GROUP) for sample_id, size in drawn.items())
 
 
+def hopeless(completions, sample_id):
+    """One sample in four is hit by every third rollout, the others never."""
+    return [float(i % 4 == 0 and place % 3 == 0) for place, i in enumerate(sample_id)]
+
+
+def test_a_budget_that_too_few_samples_can_spend_is_said(tiny_policy, toy_data, make_trainer):
+    watch = Watch()
+    module = GRPORecModule(tiny_policy(), [hopeless], num_generations=GROUP, adaptive_generations=ADAPTIVE)
+    trainer = make_trainer(callbacks=[MiniRec(1.0, selector=PredictedSelector()), watch], max_epochs=3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, toy_data(**SMALL))
+    said = [str(warning.message) for warning in caught if "rollouts of the budget" in str(warning.message)]
+    left = [sum(size == 0 for size in sizes.values()) for sizes in watch.sizes]
+    spent = [sum(sizes.values()) / (77 * GROUP) for sizes in watch.sizes]
+    first = next(epoch for epoch in range(3) if left[epoch] and spent[epoch] < 1)
+    assert said == [
+        f"{left[first]} of 77 samples need more than 12 rollouts and are left out, so that the epoch has "
+        f"{spent[first]:.0%} of the rollouts of the budget: raise adaptive_generations.max, lower "
+        "adaptive_generations.q, or lower the budget"
+    ]
+
+
+@pytest.mark.parametrize("options", [{}, {"warmup_epochs": 1}, {"every_n_epochs": 2}])
+def test_groups_are_sized_once_for_each_epoch(options, tiny_policy, toy_data, make_trainer, monkeypatch):
+    asked, sizes = [], GroupSizer.sizes
+    monkeypatch.setattr(GroupSizer, "sizes", lambda self, *given: asked.append(given[-1]) or sizes(self, *given))
+    selection = MiniRec(20, selector=PredictedSelector(), **options)
+    make_trainer(callbacks=[selection], max_epochs=4).fit(module_of(tiny_policy()), toy_data(**SMALL))
+    assert asked == [0, 1, 2, 3]
+
+
 def weighted_gradient(policy, parts):
     """Of DAPO's loss, tokens of a group counting 1 / its size; parts are dictionaries."""
     plain, total, tokens = PlainPolicy(policy), 0.0, 0.0

@@ -132,12 +132,36 @@ def test_the_sentence(sizes, beginning):
         ({"flat_share": 1.0}, "flat_share is 1.0: .* below 1; where all are flat, nothing can be learnt"),
         ({"flat_share": math.nan}, "flat_share is nan"),
         ({"budget": 0.0}, "budget is 0.0: give a share of the pool"),
-        ({"prompt": 0}, "prompt is 0: give at least 1"),
-        ({"completion": -1}, "completion is -1: give at least 0"),
-        ({"num_generations": 1}, "num_generations is 1: give at least 2"),
+        ({"prompt": 0}, "prompt is 0: give a finite number of at least 1"),
+        ({"completion": -1}, "completion is -1: give a finite number of at least 0"),
+        ({"num_generations": 1}, "num_generations is 1: give a finite number of at least 2"),
         ({"decoding": math.nan}, "decoding is nan"),
+        ({"decoding": math.inf}, "decoding is inf: give a finite number"),
+        ({"prompt": math.inf}, "prompt is inf: give a finite number"),
+        ({"scoring": math.inf}, "scoring is inf: give a finite number"),
     ],
 )
 def test_numbers_out_of_range(wrong, message):
     with pytest.raises(InputError, match=message):
         BreakEven(**{"prompt": 10, "completion": 1, "num_generations": 4, "scoring": 10, **wrong})
+
+
+def test_a_selection_that_scores_nothing_is_not_told_what_scoring_costs():
+    setting = BreakEven(prompt=20, completion=0, num_generations=16, scoring=20, flat_share=0.8, budget=0.1)
+    assert setting.verdict({}) == (
+        "Selection that scores nothing can save 57% of the tokens at most, as 80% of the groups are flat."
+    )
+
+
+@pytest.mark.parametrize("scored", [-0.1, math.nan, math.inf])
+def test_a_share_of_the_pool_that_nobody_can_score(scored):
+    setting = BreakEven(prompt=20, completion=0, num_generations=16, scoring=20, flat_share=0.8)
+    for ask in (setting.saving, setting.needed):
+        with pytest.raises(InputError, match=f"scored is {scored}: give the samples scored per epoch"):
+            ask(scored)
+
+
+@pytest.mark.parametrize("numbers", [(0,), (3, -0.1), (3, 1.1), (3, math.nan)])
+def test_schedules_out_of_range(numbers):
+    with pytest.raises(InputError, match="give at least 1, and a share from 0 to 1"):
+        schedules(*numbers)

@@ -9,10 +9,11 @@ from typing import cast
 import numpy as np
 
 from minirec_pl.selection.ledger import COLUMNS, SelectionLedger
+from minirec_pl.selection.predicted import PredictedDifficulty
 from minirec_pl.selection.reasons import FILLED, SELECTED, WHY
 from minirec_pl.selection.selectors.baselines import FullSelector
 from minirec_pl.selection.selectors.picks import solve_chance, vectors
-from minirec_pl.selection.selectors.protocol import NEEDS, Selector
+from minirec_pl.selection.selectors.protocol import NEEDS, Selector, goes_by_outcomes
 from minirec_pl.selection.signals import Signals
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.protocols import accepts
@@ -43,6 +44,11 @@ def check_selector(selector: object) -> Selector:
     needs = selector.needs
     if isinstance(needs, str) or not isinstance(needs, Collection) or any(name not in tuple(NEEDS) for name in needs):
         raise InputError(f"{name}.needs is {needs!r}: give a frozenset out of {', '.join(sorted(NEEDS))}")
+    predictor = getattr(selector, "predictor", None)
+    if goes_by_outcomes(selector) and predictor is not None and not isinstance(predictor, PredictedDifficulty):
+        raise InputError(
+            f"{name}.predictor is {predictor!r}: give an object of PredictedDifficulty or of a subclass of it"
+        )
     return cast(Selector, selector)
 
 

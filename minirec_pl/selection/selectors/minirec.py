@@ -25,7 +25,7 @@ from minirec_pl.selection.predicted import PredictedDifficulty
 from minirec_pl.selection.representativeness import representativeness
 from minirec_pl.selection.selectors.picks import ascending, blank_columns, outcomes, row_norms, solve_chance, vectors
 from minirec_pl.selection.signals import Signals
-from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.errors import InputError, check_whole
 
 _SAID = (
     "mode",
@@ -153,6 +153,7 @@ class MiniRecSelector:
             raise InputError("calibrate='quantile' takes sigma from the pool: leave out sigma or calibrate")
         if sigma is not None and not sigma > 0:
             raise InputError(f"sigma is {sigma}: give a number above 0")
+        check_whole(num_generations=num_generations)
         least = 1 if learnability == "gaussian" else 2
         if num_generations is not None and num_generations < least:
             raise InputError(f"num_generations is {num_generations}: give at least {least}")

@@ -16,6 +16,7 @@ from minirec_pl.selection.signals import Signals
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.seeds import check_seed
 
+_MOST_PRIOR = 1e9  # rollouts that a prior counts as, of a kind
 _FLOOR = 0.01  # least probability that a sample is kept
 _EASY_SHARE = 1 / 3  # of the target that is for all-hit groups, the rest is for all-miss groups
 
@@ -45,7 +46,7 @@ class MoPPSSelector:
             target: Solve probability gamma* to pick near, from 0 to 1.
             discount: Share lambda of the earlier counts that remains when a sample is met again, from 0 to 1. Published
                 are 1 and, for fast learners, 0.5.
-            prior: alpha_0 and beta_0, both above 0.
+            prior: alpha_0 and beta_0, both above 0 and at most 1e9.
             seed: Seed of the draws; each epoch has its own.
 
         Raises:
@@ -55,8 +56,8 @@ class MoPPSSelector:
             raise InputError(f"target is {target}: give a probability from 0 to 1")
         if not 0 <= discount <= 1:
             raise InputError(f"discount is {discount}: give a share from 0 to 1")
-        if len(prior) != 2 or not min(prior) > 0:
-            raise InputError(f"prior is {list(prior)}: give [alpha, beta], both above 0")
+        if len(prior) != 2 or not all(0 < count <= _MOST_PRIOR for count in prior):
+            raise InputError(f"prior is {list(prior)}: give [alpha, beta], both above 0 and at most {_MOST_PRIOR:g}")
         self.target = target
         self.discount = discount
         self.prior = (float(prior[0]), float(prior[1]))

@@ -79,14 +79,14 @@ class PredictedSelector:
         self.learnability = learnability
         self.mu = mu
         self.sigma = sigma
-        self.gate = (float(gate[0]), float(gate[-1]))
+        self.gate = gate
         self.on_short = on_short
         self.num_generations = num_generations
         self.novelty = novelty
         self.scale_rewards = scale_rewards
         self.baseline = baseline
         self.seed = check_seed(seed)
-        self._like_minirec(novelty)
+        self.gate = self._like_minirec(novelty).gate
 
     def _like_minirec(self, novelty: bool) -> MiniRecSelector:
         return MiniRecSelector(

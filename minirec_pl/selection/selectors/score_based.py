@@ -21,7 +21,7 @@ from minirec_pl.selection.selectors.picks import (
     vectors,
 )
 from minirec_pl.selection.signals import Signals
-from minirec_pl.utils.errors import InputError
+from minirec_pl.utils.errors import InputError, check_whole
 from minirec_pl.utils.seeds import check_seed
 
 SOLVE = "solve probability"
@@ -228,6 +228,7 @@ class DEALRecSelector:
         """
         if not 0 <= effort_weight < float("inf"):
             raise InputError(f"effort_weight is {effort_weight}: give a finite number of at least 0")
+        check_whole(n_groups=n_groups)
         if n_groups < 1:
             raise InputError(f"n_groups is {n_groups}: give at least 1")
         self.effort_weight = effort_weight

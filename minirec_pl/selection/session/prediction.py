@@ -53,10 +53,18 @@ class Predictions:
         view = store.pool_view(epoch)
         assert view.hits is not None
         assert view.misses is not None
-        vectors, known = view.embedding, view.embedding_known
+        vectors, vectors_known = view.embedding, view.embedding_known
         if vectors is None:
-            vectors, known = self.vectors, None
-        found = predictor.predict(view.hits, view.misses, self._features, vectors, known, store.clock("reward_epoch"))
+            vectors, vectors_known = self.vectors, None
+        found = predictor.predict(
+            view.hits,
+            view.misses,
+            self._features,
+            vectors,
+            vectors_known,
+            met_at=torch.maximum(store.clock("reward_epoch"), store.clock("solve_probability_epoch")),
+            squared_weights=store.squared_weights,
+        )
         for note in (*found.notes, *self._notes(view.embedding is not None)):
             session.warn_once(trainer, f"predicted difficulty: {note}", note)
         store.set_prior(found.mean, found.strength, epoch=epoch, step=session.step(trainer))
@@ -86,11 +94,19 @@ class Predictions:
 
 
 def forecast(session: SelectionSession, met: SampleSignals) -> None:
-    """Keeps what was predicted of groups beside their outcomes; called before the store takes them in."""
-    if session.predictor is None or met.rewards is None or not session.store.has_prior:
+    """Keeps what was predicted of groups beside their outcomes; called before the store takes them in.
+
+    An exact solve probability p, met without rollouts, is the outcome p of a rollout.
+    """
+    if session.predictor is None or not session.store.has_prior:
         return
-    hits = (met.rewards.cpu() > session.store.solve_threshold).sum(dim=1).double()
-    columns = [session.store.posterior_mean(met.sample_id), hits, met.rewards.shape[1] - hits]
+    if met.rewards is not None:
+        hits, size = (met.rewards.cpu() > session.store.solve_threshold).sum(dim=1).double(), met.rewards.shape[1]
+    elif met.solve_probability is not None:
+        hits, size = met.solve_probability.cpu().double(), 1
+    else:
+        return
+    columns = [session.store.posterior_mean(met.sample_id), hits, size - hits]
     session.forecasts.append(torch.stack(columns, dim=1))
 
 

@@ -112,7 +112,7 @@ class SelectionSession:
         identity: what the run's checkpoints are made for, shared with our modules.
         sizer: gives the samples groups of unequal size; None where all are of one size.
         group_sizes: rollouts of each sample of the pool in the coming epoch, int64 [N], see `GroupSizer.sizes`; None
-            without a sizer.
+            without a sizer, and until `groups` is first asked for.
     """
 
     store: SignalStore
@@ -144,6 +144,7 @@ class SelectionSession:
         self.identity = RunIdentity()
         self.sizer: GroupSizer | None = None
         self.group_sizes: torch.Tensor | None = None
+        self._unsized: int | None = None
         self._steps: dict[Phase, Step] = {}
         self._restored: Mapping[str, Any] | None = None
         self._restored_step = 0
@@ -308,24 +309,23 @@ class SelectionSession:
 
     def _run(self, trainer: Trainer, module: LightningModule, epoch: int) -> None:
         self.plan = None
+        self.group_sizes, self._unsized = None, epoch
         self.fold_starts, self.plan_easiness = [], []
         if self.ledger is None:
             self.selected = None
         error: Exception | None = None
         try:
             for phase in PHASES:
-                if phase == "select":
-                    self.size_groups(epoch)
                 if phase in self._steps:
                     self._steps[phase](self, trainer, module, epoch)
-                if phase == "select" and self.selected is None and (groups := self.groups) is not None:
+                if phase == "select" and (groups := self.groups) is not None and self.selected is None:
                     pool = shuffled_curriculum(self.store.sample_ids, seed=f"{self.sampler.seed}-{epoch}")
                     self.selected = groups.within_budget(pool, len(pool))
             if self.plan is None and self.selected is not None and len(self.selected) < len(self.store):
                 self.plan = shuffled_curriculum(self.selected, seed=f"{self.sampler.seed}-{epoch}")
         except Exception as raised:
             error = raised
-        sizes = [] if self.group_sizes is None else self.group_sizes.tolist()
+        sizes: list[int] = [] if self.group_sizes is None else self.group_sizes.tolist()
         self._log_sizes(trainer)
         agree(error, trainer.strategy.root_device, [*(self.plan or ()), *sizes])
         self.plan_epoch = epoch
@@ -339,20 +339,14 @@ class SelectionSession:
         """Whether a callback is responsible for a phase."""
         return phase in self._steps
 
-    def size_groups(self, epoch: int) -> None:
-        """Gives the samples the sizes of their groups, by what is known of them: the posterior where it is predicted.
-
-        Args:
-            epoch: the coming epoch.
-        """
-        if self.sizer is None:
-            return
+    def _size_groups(self, sizer: GroupSizer, epoch: int) -> torch.Tensor:
+        """Sizes the groups by what is known of the samples: the posterior where it is predicted."""
         if self.predictor is not None and self.store.has_outcomes:
             chance = self.store.posterior_mean(self.store.sample_ids)
         else:
             signals = self.store.read(self.store.sample_ids, vectors=False)
-            chance = met_chance(signals, by_target=self.sizer.by_target)
-        self.group_sizes = self.sizer.sizes(chance, self.sampler.seed, epoch)
+            chance = met_chance(signals, by_target=sizer.by_target)
+        return sizer.sizes(chance, self.sampler.seed, epoch)
 
     def _log_sizes(self, trainer: Trainer) -> None:
         if self.group_sizes is None:
@@ -363,8 +357,15 @@ class SelectionSession:
 
     @property
     def groups(self) -> GroupSizes | None:
-        """The sizes of the groups of the present plan; None where all are of one size."""
-        if self.sizer is None or self.group_sizes is None:
+        """The sizes of the groups of the present plan; None where all are of one size.
+
+        They are made when first asked for while a plan is made, in the phase `select`, once the prediction is refitted.
+        """
+        if self.sizer is None:
+            return None
+        if self.group_sizes is None and self._unsized is not None:
+            self.group_sizes = self._size_groups(self.sizer, self._unsized)
+        if self.group_sizes is None:
             return None
         return GroupSizes(self.store.sample_ids, self.group_sizes, self.sizer)
 

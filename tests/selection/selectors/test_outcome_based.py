@@ -155,6 +155,8 @@ def test_order_prefix_and_what_they_need(make):
     [
         (MoPPSSelector, {"target": 1.5}, "target is 1.5"),
         (MoPPSSelector, {"discount": -0.1}, "discount is -0.1"),
+        (MoPPSSelector, {"prior": (1.0, float("nan"))}, r"prior is \[1.0, nan\]: give \[alpha, beta\]"),
+        (MoPPSSelector, {"prior": (float("inf"), 1.0)}, r"prior is \[inf, 1.0\]"),
         (MoPPSSelector, {"prior": (0.0, 1.0)}, r"prior is \[0.0, 1.0\]: give \[alpha, beta\], both above 0"),
         (GRESOSelector, {"p_easy": 2.0}, "p_easy is 2.0"),
         (GRESOSelector, {"target_zero_variance": math.inf}, "target_zero_variance is inf"),

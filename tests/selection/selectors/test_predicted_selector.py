@@ -122,3 +122,9 @@ def test_minirec_takes_its_difficulty_from_the_prediction():
         MiniRecSelector(predictor=PredictedDifficulty())
     with pytest.raises(InputError, match="signals is 'guessed': give one of scored, predicted"):
         MiniRecSelector(signals="guessed")
+
+
+@pytest.mark.parametrize("gate", [(), (0.1,), (0.1, 0.5, 0.9), (0.9, 0.1), (0.5, float("nan"))])
+def test_a_gate_of_other_than_two_ascending_numbers_is_refused(gate):
+    with pytest.raises(InputError, match=r"gate is \[.*\]: give \[low, high\] with low below high"):
+        PredictedSelector(gate=gate)
