@@ -50,7 +50,7 @@ def policy_of(catalogue: Catalogue, length: int, seed: int) -> StoredPolicy:
     config = {
         "hidden_size": 64,
         "intermediate_size": 128,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "max_position_embeddings": (HISTORY + 1) * length + 1,
         "tie_word_embeddings": True,

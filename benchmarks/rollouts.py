@@ -1,6 +1,8 @@
 """Tables and picture of benchmarks/studies/rollouts.yaml and rollouts_known.yaml: selection where rollouts are dear.
 
 python benchmarks/rollouts.py --from runs/rollouts --tuning runs/rollouts-tuning
+
+Cells of the tables that are there already stay in them unless a folder has them anew, so the study may run in pieces.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ SHARES = (0.1, 0.2, 0.5, 1.0)
 AT = 0.2  # of what the full pool spends: where arms are compared
 CHEAP = ("supervised", "expected")  # have no rollouts, end early and are then taken as they are
 RIVALS = ("random", "random_filter")
+NAMES = ["dataset", "window", "method", "setting", "split"]
+CELL = ["dataset", "method", "setting", "seed"]
 COSTS = {"seconds": ("s", 1.0), "tokens": ("k tokens", 1e3)}
 # Okabe and Ito's colours; the same hue without and with the filter.
 STYLES = {
@@ -43,28 +47,43 @@ STYLES = {
 
 def main(args=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--from", dest="folder", required=True, type=Path, metavar="DIR", help="--to of both studies")
-    parser.add_argument("--tuning", required=True, type=Path, metavar="DIR", help="--to of their tuning")
+    parser.add_argument("--from", dest="folder", type=Path, metavar="DIR", help="--to of both studies")
+    parser.add_argument("--tuning", type=Path, metavar="DIR", help="--to of their tuning")
     parser.add_argument("--to", type=Path, default=RESULTS, metavar="DIR", help=f"default: {RESULTS}")
     options = parser.parse_args(args)
+    options.to.mkdir(parents=True, exist_ok=True)
     studies = [Study.read(STUDIES / f"{name}.yaml") for name in FILES]
-    tables = [options.folder / f"{name}.parquet" for name in FILES]
-    frame = pd.concat([pd.read_parquet(path) for path in tables if path.is_file()], ignore_index=True)
-    frame = after_warm_start(frame)
-    frame = frame.merge(_picks(studies[0], options.folder), how="left")
+    order = {data.name: place for place, data in enumerate(data for study in studies for data in study.data)}
+    picks = _picks(studies[0], options.folder) if options.folder else None
+    frame = _together(options.to / "rollouts.parquet", options.folder, order, picks)
+    tuning = _together(options.to / "rollouts_tuning.parquet", options.tuning, order, None)
     lines = _head(frame, studies)
     for dataset in dict.fromkeys(frame["dataset"]):
         lines += _section(frame[frame["dataset"] == dataset])
-    lines += _rates(studies, options.tuning)
-    options.to.mkdir(parents=True, exist_ok=True)
-    write_tidy(frame, options.to / "rollouts.parquet")
+    lines += _rates(studies, tuning)
     draw(frame, options.to / "rollouts.png")
     (options.to / "rollouts.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
+def _together(path, folder, order, picks):
+    """The table at a path with the cells of a folder, which replace those that it has already; written again."""
+    new = pd.DataFrame()
+    if folder:
+        new = after_warm_start(tidy(sorted(folder.glob(f"{CELLS}/**/*.safetensors"))))
+        new = new if picks is None else new.merge(picks, how="left")
+    if path.is_file():
+        old = pd.read_parquet(path).astype(dict.fromkeys(NAMES, str))
+        anew = set(map(tuple, new[CELL].to_numpy())) if len(new) else set()
+        new = pd.concat([old[[key not in anew for key in map(tuple, old[CELL].to_numpy())]], new], ignore_index=True)
+    new = new.sort_values(["seed", "method", "setting", "epoch"], kind="stable")
+    new = new.sort_values("dataset", key=lambda names: names.map(order), kind="stable", ignore_index=True)
+    write_tidy(new, path)
+    return new
+
+
 def after_warm_start(frame):
     """Costs without those of the warm start, which all arms share; names as text."""
-    frame = frame.astype({"dataset": str, "window": str, "method": str, "setting": str, "split": str})
+    frame = frame.astype(dict.fromkeys(NAMES, str))
     for cost in COSTS:
         frame[cost] -= frame[f"{cost}_warm_start"]
     return frame
@@ -189,8 +208,7 @@ def _head(frame, studies):
     ]
 
 
-def _rates(studies, folder):
-    frame = tidy(sorted(folder.glob(f"{CELLS}/**/*.safetensors")))
+def _rates(studies, frame):
     runs = chosen_points(frame)
     settings = sorted(runs["setting"].unique(), key=lambda name: float(name.removeprefix("lr")))
     lines = ["## Learning rates", "", "NDCG@10 on validation at the best epoch, of a seed that the studies do not use."]

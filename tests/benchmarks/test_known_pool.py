@@ -2,12 +2,19 @@
 
 import json
 
+import known_files
 import numpy as np
+import pandas as pd
 import pytest
 from known_cells import Settings
 from known_kinds import KINDS, KnownKinds, Rules, counts_of
 from known_pool import at_tokens, main, pools
 from known_report import interval
+
+from minirec_pl import RecDataModule
+from minirec_pl.data.sources import Sequences
+from minirec_pl.policy import GenerativePolicy
+from minirec_pl.policy.trie import TokenTrie
 
 SHARES = dict.fromkeys(KINDS, 0.2)
 
@@ -126,3 +133,31 @@ def test_a_tiny_run_leaves_its_files(monkeypatch, tmp_path):
     main(["--report", "--json", str(tmp_path / "k.json")])
     assert (tmp_path / "k.md").read_text() == before
     assert (tmp_path / "k.png").stat().st_size > 10_000
+
+
+def test_long_ids_are_known_at_their_last_token_only():
+    for length in known_files.LENGTHS:
+        ids, words = known_files.long_ids(1_682, length)
+        trie = TokenTrie(ids)
+        assert ids.shape == (1_682, length)
+        assert int(ids.max()) < len(words)
+        assert trie.decided.tolist() == [length] * 1_682
+        decisions = [depth for depth in range(length) if int((ids[:, depth] > 0).sum())]
+        assert decisions == [length // 2 - 1, length - 1]
+
+
+def test_files_of_a_seed_are_read_as_they_were_drawn(tmp_path):
+    known_files.write(tmp_path, 5, lengths=[16])
+    source = known_files.source_of(5)
+    files = Sequences(str(tmp_path / "5/sequences.parquet"), str(tmp_path / "5/items.parquet"))
+    data = RecDataModule(source=files, split="given", warm_fraction=0.8085758, history_window=known_files.HISTORY)
+    data.setup("fit")
+    kinds = pd.read_parquet(tmp_path / "5/sequences.parquet")["kind"].to_numpy()
+    assert (kinds == source.kinds).all()
+    assert (data.table.item == source.read().table.item).all()
+    assert pd.Series(kinds[data.pool_ids]).value_counts().to_dict() == known_files.counts_of(known_files.POOL, 2_000)
+    policy = GenerativePolicy(pretrained=str(tmp_path / "5/policy-16"))
+    policy.bind(data.catalogue)
+    batch = next(iter(data.sample_loader(data.val_ids[:4])))
+    assert policy.prompt_tokens(batch) == 4 * (1 + 3 * 16)
+    assert policy.generate(batch, 2).mask.sum() == 4 * 2 * 16

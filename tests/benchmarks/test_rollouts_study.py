@@ -6,8 +6,11 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 import pytest
+import rollouts
 from helpers.compare_tools import interval
 from helpers.paths import BENCHMARKS
+
+from minirec_pl.cli.compare.results import write_tidy
 
 TABLE, PAGE = (BENCHMARKS / "results" / f"rollouts.{end}" for end in ("parquet", "md"))
 NUMBER = r"[-+]?\d\.\d+"
@@ -74,3 +77,44 @@ def test_the_raw_table_is_small_and_whole():
     per_arm = frame.groupby(["dataset", "method"], observed=True)["seed"].nunique()
     assert set(per_arm[per_arm > 0]) == {3}
     assert np.isfinite(frame[["ndcg@10", "tokens", "seconds"]].to_numpy()).all()
+
+
+def made(methods, seeds=(1, 2, 3)):
+    """A raw table in which quality grows straight with the cost, faster by the place of the method."""
+    rows = []
+    for place, (method, epochs) in enumerate(methods.items()):
+        for seed in seeds:
+            for epoch in range(epochs + 1):
+                cost = {"seconds": 10.0 * epoch, "tokens": 1e3 * epoch, "seconds_warm_start": 0.0}
+                row = {"dataset": "known-16", "window": "", "method": method, "setting": "", "seed": seed, **cost}
+                row |= {"epoch": epoch, "tokens_warm_start": 0, "split": "test"}
+                rows.append(row | {"ndcg@10": 0.1 + 0.01 * (place + 1) * epoch + seed / 1000})
+    return pd.DataFrame(rows)
+
+
+def test_values_at_equal_cost_are_on_the_line_or_not_there():
+    frame = made({"full": 10, "random": 6, "predicted": 3, "supervised": 1})
+    found = rollouts.at_cost(frame, "seconds", 0.25)
+    assert found["full"].tolist() == pytest.approx([0.126, 0.127, 0.128])
+    assert found["predicted"].tolist() == pytest.approx([0.176, 0.177, 0.178])
+    assert found["supervised"].tolist() == pytest.approx([0.141, 0.142, 0.143])  # what it had at its end
+    later = rollouts.at_cost(frame, "tokens", 0.5)
+    assert later["random"].tolist() == pytest.approx([0.201, 0.202, 0.203])
+    assert later["predicted"].isna().all()
+
+
+def test_the_study_may_run_in_pieces(tmp_path, monkeypatch):
+    first, second = made({"full": 2}, (1, 2)), made({"full": 3, "random": 1}, (2, 3))
+    monkeypatch.setattr(rollouts, "tidy", lambda paths: second)
+    order = {"known-16": 0}
+    write_tidy(first, tmp_path / "table.parquet")
+    table = rollouts._together(tmp_path / "table.parquet", tmp_path, order, None)
+    assert table.groupby(["method", "seed"])["epoch"].max().to_dict() == {
+        ("full", 1): 2,
+        ("full", 2): 3,  # run anew
+        ("full", 3): 3,
+        ("random", 2): 1,
+        ("random", 3): 1,
+    }
+    again = rollouts._together(tmp_path / "table.parquet", None, order, None)
+    pd.testing.assert_frame_equal(again, table, check_dtype=False)

@@ -15,6 +15,8 @@ from minirec_pl.selection.signals import Signals
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.seeds import check_seed
 
+_GATES = {"mean": (0.02, 0.5), "pass_at_group": (0.02, 0.95)}
+
 
 class PredictedSelector:
     """Picks samples by the difficulty that the outcomes of training predict, without a scoring pass (ours).
@@ -42,7 +44,7 @@ class PredictedSelector:
         learnability: Literal["update", "gaussian"] = "update",
         mu: float = 0.5,
         sigma: float | None = None,
-        gate: tuple[float, float] = (0.05, 0.95),
+        gate: tuple[float, float] | None = None,
         on_short: Literal["fill", "shrink"] = "fill",
         num_generations: int | None = None,
         novelty: bool = True,
@@ -58,7 +60,8 @@ class PredictedSelector:
             learnability: "update" (size of the expected update) or "gaussian" (of the difficulty).
             mu: Difficulty of the highest learnability, for "gaussian".
             sigma: Width of the learnability curve, for "gaussian"; None takes the standard deviation over the pool.
-            gate: Lowest and highest difficulty, both inclusive, to pick first.
+            gate: Lowest and highest difficulty, both inclusive, to pick first. None takes 0.02 to 0.5, since above 0.5
+                the target is the likeliest answer already; of "pass_at_group" 0.02 to 0.95.
             on_short: If fewer than k samples pass the gate: "fill" picks the others outside the gate, "shrink" picks
                 fewer and warns.
             num_generations: Rollouts in a training group, G; None takes that of the module, or 8 without one.
@@ -79,7 +82,7 @@ class PredictedSelector:
         self.learnability = learnability
         self.mu = mu
         self.sigma = sigma
-        self.gate = gate
+        self.gate = _GATES.get(difficulty, (0.0, 1.0)) if gate is None else gate
         self.on_short = on_short
         self.num_generations = num_generations
         self.novelty = novelty

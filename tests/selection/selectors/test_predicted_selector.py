@@ -30,7 +30,7 @@ def cosine(one, other):
     return float(one @ other) / math.sqrt(float(one @ one) * float(other @ other))
 
 
-def expected_picks(view, k, vectors, epoch=1, low=0.05, high=0.95, group=8):
+def expected_picks(view, k, vectors, epoch=1, low=0.02, high=0.5, group=8):
     """The greedy of MiniRec on drawn solve probabilities; L is the expected deviation within a group."""
     alpha, beta = view.prior_hits + view.hits, view.prior_misses + view.misses
     drawn = np.random.default_rng([42, epoch]).beta(alpha.numpy(), beta.numpy())
@@ -51,6 +51,21 @@ def expected_picks(view, k, vectors, epoch=1, low=0.05, high=0.95, group=8):
 
         picks.append(max((row for row in inside if row not in picks), key=lambda row: (value(row), -row)))
     return [100 + row for row in picks]
+
+
+def test_the_gate_leaves_out_what_is_likeliest_already():
+    assert PredictedSelector().gate == (0.02, 0.5)
+    assert PredictedSelector(difficulty="pass_at_group").gate == (0.02, 0.95)
+    assert PredictedSelector(gate=(0, 1)).gate == (0.0, 1.0)
+    for difficulty in ("mean", "pass_at_group"):
+        view = view_of()
+        ledger = PredictedSelector(difficulty=difficulty, on_short="shrink", novelty=False).select(view, 12, epoch=1)
+        drawn = np.random.default_rng([42, 1]).beta(
+            (view.prior_hits + view.hits).numpy(), (view.prior_misses + view.misses).numpy()
+        )
+        q = drawn if difficulty == "mean" else 1 - (1 - drawn) ** 8
+        high = 0.5 if difficulty == "mean" else 0.95
+        assert all(0.02 <= q[sample - 100] <= high for sample in ledger.selected())
 
 
 def test_picks_equal_a_plain_greedy_on_item_factors():
