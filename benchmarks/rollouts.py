@@ -148,7 +148,7 @@ def _all(values):
 
 def _picks(study, folder):
     """Samples of each kind that an epoch was to train on, a row per cell and epoch of the known pools."""
-    rows = [dict.fromkeys(["dataset", "method", "seed", "epoch"])]
+    rows = []
     for one in study.cells():
         path = cell_path(folder, one)
         if not path.is_file():
@@ -158,9 +158,9 @@ def _picks(study, folder):
         for epoch in range(one.method.epochs):
             if f"selected_{epoch}" in content:
                 counts = kinds.iloc[content[f"selected_{epoch}"].numpy()].value_counts()
-                key = {"dataset": one.data.name, "method": one.method.name, "seed": one.seed, "epoch": epoch + 1}
-                rows.append({**key, **{kind: int(counts.get(kind, 0)) for kind in KINDS[:-1]}})
-    return pd.DataFrame(rows[1:] or rows).astype({"dataset": str, "method": str})
+                picked = [int(counts.get(kind, 0)) for kind in KINDS[:-1]]
+                rows.append([one.data.name, one.method.name, one.seed, epoch + 1, *picked])
+    return pd.DataFrame(rows, columns=["dataset", "method", "seed", "epoch", *KINDS[:-1]])
 
 
 def _kinds(frame):
