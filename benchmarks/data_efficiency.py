@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from measuring import machine
+from measuring import versions
 
 from minirec_pl.cli.compare.comparison import ARM, FIGURE, cell, comparison, interval_columns
 from minirec_pl.cli.compare.intervals import LEVEL, Interval, t_interval
@@ -73,7 +73,7 @@ def _head(study, frame):
         "`python benchmarks/data_efficiency.py --from runs/study` writes this page. One cell again:",
         f"`minirec compare --config benchmarks/studies/{study.path.name} --to DIR --cell ID`.",
         "",
-        f"{cells.ngroups} cells, seeds {seeds}. {machine()}.",
+        f"{cells.ngroups} cells, seeds {seeds}. {versions()}.",
         "",
         "All methods of a data set and seed start from the same warm policy. A cell is evaluated before training and",
         "after each epoch; the epoch is chosen on validation and NDCG@10 reported on test, the whole catalogue ranked.",

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from data_efficiency import RESULTS, STUDIES, at_equal_cost, chosen_gains, interval, user_bootstrap
-from measuring import machine
+from measuring import versions
 
 from minirec_pl.cli.compare.comparison import cell, chosen_points, with_all_windows
 from minirec_pl.cli.compare.intervals import paired_interval, t_interval
@@ -58,7 +58,7 @@ def _head(frame):
         "runs/expected --alone runs/expected-alone --tuning runs/tuning-expected` writes this page. The Amazon files",
         "are in `data/amazon-industrial` or where `--path amazon-industrial=DIR` says.",
         "",
-        f"{cells} cells, seeds {seeds}. {machine()}.",
+        f"{cells} cells, seeds {seeds}. {versions()}.",
         "",
         "All arms of a data set and seed start from the same warm policy and differ in two things. Training: GRPO with",
         "16 rollouts (`sample`), by its expected gradient (`expected`), and supervised on the same samples (`sft`).",

@@ -20,7 +20,12 @@ _SHOWN = ("min", "median")
 
 
 def machine() -> str:
-    """The machine, the versions and how busy it was, in one line."""
+    """The machine, the versions and how busy it is at the start, in one line."""
+    return f"{versions()}, load {os.getloadavg()[0]:.1f} at the start"
+
+
+def versions() -> str:
+    """The machine and the versions, for a page that is written after the measurements."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -29,7 +34,7 @@ def machine() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     return (
         f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, NumPy {np.__version__}, load {os.getloadavg()[0]:.1f} at the start"
+        f"torch {torch.__version__}, NumPy {np.__version__}"
     )
 
 

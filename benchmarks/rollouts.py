@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from data_efficiency import RESULTS, STUDIES, quality_at
 from known_kinds import KINDS
-from measuring import machine
+from measuring import versions
 
 from minirec_pl.cli.compare.comparison import cell, chosen_points
 from minirec_pl.cli.compare.intervals import paired_interval, t_interval
@@ -187,7 +187,7 @@ def _head(frame):
         "this page. The Amazon files are in `data/amazon-industrial` or where `--path amazon-industrial-g16=DIR` says.",
         "One cell again: `--cell ID`, such as `--cell known-16/predicted/0.1/1`.",
         "",
-        f"{cells} cells, seeds {seeds}. {machine()}.",
+        f"{cells} cells, seeds {seeds}. {versions()}.",
         "",
         "Known pools: 2,000 samples, 10 % of them useful, 30 % each solved, redundant and hopeless",
         "(`benchmarks/known_kinds.py`), with completions of 16 and of 64 tokens that hit only as a whole; each seed",
