@@ -1,6 +1,8 @@
 """Writes pools of known kinds as files that a study reads, with policies whose completions are long.
 
 python benchmarks/known_files.py --to data/known
+python benchmarks/known_files.py --to data/known-5 --useful 0.05    # fewer samples that teach; 0.2: more
+python benchmarks/known_files.py --to data/known-oracle --useful 1 --samples 200    # only the useful ones of data/known
 
 Each seed has a folder with `sequences.parquet` (also the kind of each sample), `items.parquet` and, for completions of
 16 and of 64 tokens, an untrained policy. `known_kinds.py` says what the kinds are. An item's number is written to base
@@ -25,14 +27,19 @@ from minirec_pl.policy.language_models.tiny import SPECIAL_TOKENS, build_tiny
 
 LENGTHS = (16, 64)
 SEEDS = (1, 2, 3, 101)  # 101 is for the learning rates
-POOL = {"useful": 0.1, "solved": 0.3, "redundant": 0.3, "hopeless": 0.3}
+SAMPLES, USEFUL = 2_000, 0.1
 HISTORY = 3  # items of a prompt: two fillers and the key
 BASE = 42
 
 
-def source_of(seed: int) -> KnownKinds:
-    """The samples of a seed."""
-    return KnownKinds(seed, counts_of(POOL, 2_000), n_candidates=8, warm_repeats=12, held_out=6)
+def pool_of(useful: float = USEFUL) -> dict[str, float]:
+    """Shares of the pool by kind: what is not useful is solved, redundant and hopeless in equal parts."""
+    return {"useful": useful, **dict.fromkeys(("solved", "redundant", "hopeless"), (1 - useful) / 3)}
+
+
+def source_of(seed: int, useful: float = USEFUL, samples: int = SAMPLES) -> KnownKinds:
+    """The samples of a seed; all but the pool are the same for any share of useful samples."""
+    return KnownKinds(seed, counts_of(pool_of(useful), samples), n_candidates=8, warm_repeats=12, held_out=6)
 
 
 def long_ids(n_items: int, length: int) -> tuple[torch.Tensor, list[str]]:
@@ -59,9 +66,8 @@ def policy_of(catalogue: Catalogue, length: int, seed: int) -> StoredPolicy:
     return StoredPolicy(model, catalogue, ids + len(SPECIAL_TOKENS), {}, words=words, made_for={})
 
 
-def write(to: Path, seed: int, lengths: Sequence[int] = LENGTHS) -> None:
+def write(to: Path, seed: int, source: KnownKinds, lengths: Sequence[int] = LENGTHS) -> None:
     """Writes the files of a seed into `to`/SEED."""
-    source = source_of(seed)
     samples = source.read()
     table, folder = samples.table, to / str(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,10 +89,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Writes the files of all seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--useful", type=float, default=USEFUL, help="share of the pool (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="of the pool (default: %(default)s)")
     options = parser.parse_args(argv)
     for seed in SEEDS:
-        write(options.to, seed)
-        print(f"seed {seed}: warm_fraction {source_of(seed).warm_fraction}")
+        source = source_of(seed, options.useful, options.samples)
+        write(options.to, seed, source)
+        print(f"seed {seed}: warm_fraction {source.warm_fraction:.7f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables and picture of benchmarks/studies/rollouts.yaml and rollouts_known.yaml: selection where rollouts are dear.
+"""Tables and picture of benchmarks/studies/rollouts*.yaml: selection where rollouts are dear.
 
 python benchmarks/rollouts.py --from runs/rollouts --tuning runs/rollouts-tuning
 
@@ -23,6 +23,8 @@ from minirec_pl.cli.compare.study import Study
 from minirec_pl.cli.compare.tasks import CELLS, cell_path
 
 FILES = ("rollouts_known", "rollouts")
+MOVED, MOVED_FROM = "rollouts_moved", "known-16"
+USEFUL = {"known-16-5": "5 %", "known-16": "10 %", "known-16-20": "20 %", "known-oracle": "10 %"}  # of the pool
 SHARES = (0.1, 0.2, 0.5, 1.0)
 AT = 0.2  # of what the full pool spends: where arms are compared
 CHEAP = ("supervised", "expected")  # have no rollouts, end early and are then taken as they are
@@ -53,15 +55,21 @@ def main(args=None):
     options = parser.parse_args(args)
     options.to.mkdir(parents=True, exist_ok=True)
     studies = [Study.read(STUDIES / f"{name}.yaml") for name in FILES]
-    order = [data.name for study in studies for data in study.data], [method.name for method in studies[1].methods]
-    picks = _picks(studies[0], options.folder) if options.folder else None
+    moved = Study.read(STUDIES / f"{MOVED}.yaml")
+    methods = [method.name for method in (*studies[1].methods, *moved.methods)]
+    order = [data.name for study in (*studies, moved) for data in study.data], list(dict.fromkeys(methods))
+    picks = pd.concat([_picks(one, options.folder) for one in (studies[0], moved)]) if options.folder else None
     frame = _together(options.to / "rollouts.parquet", options.folder, order, picks)
     tuning = _together(options.to / "rollouts_tuning.parquet", options.tuning, order, None)
     lines = _head(frame)
-    for dataset in dict.fromkeys(frame["dataset"]):
-        lines += _section(frame[frame["dataset"] == dataset])
+    apart = set(USEFUL) - {MOVED_FROM}
+    shown = frame[~frame["dataset"].isin(apart)]
+    for dataset in dict.fromkeys(shown["dataset"]):
+        lines += _section(shown[shown["dataset"] == dataset])
+    if apart <= set(frame["dataset"]):
+        lines += _moved(frame)
     lines += _rates(studies, tuning)
-    draw(frame, options.to / "rollouts.png")
+    draw(shown, options.to / "rollouts.png")
     (options.to / "rollouts.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
@@ -172,6 +180,61 @@ def _kinds(frame):
             means = rows[rows["epoch"] == epoch][list(KINDS[:-1])].mean()
             lines.append(f"| {method} | {epoch} | " + " | ".join(f"{value:.0f}" for value in means) + " |")
     return [*lines, ""]
+
+
+def reached(run, cost, value):
+    """What a run has spent when its quality first reaches a value, between evaluation points as `at_cost`; else NaN."""
+    run = run.sort_values("epoch", kind="stable")
+    spent, quality = run[cost].to_numpy(float), run["ndcg@10"].to_numpy(float)
+    for place in range(1, len(run)):
+        if quality[place] >= value:
+            return float(np.interp(value, quality[place - 1 : place + 1], spent[place - 1 : place + 1]))
+    return np.nan
+
+
+def useful_until(run, spent):
+    """Share of the samples trained on that are useful, until so many seconds are spent; NaN where nobody picked."""
+    run = run.sort_values("epoch", kind="stable")
+    picked = run[list(KINDS[:-1])].fillna(0.0)
+    useful, every = picked["useful"].cumsum(), picked.sum(axis=1).cumsum()
+    at = [np.interp(spent, run["seconds"].to_numpy(float), counts.to_numpy(float)) for counts in (useful, every)]
+    return at[0] / at[1] if at[1] else np.nan
+
+
+def _moved(frame):
+    """What it takes to reach the quality of the full pool, by the share of useful samples."""
+    test = frame[frame["split"] == "test"]
+    ends = test[test["method"] == "full"].sort_values("epoch").groupby(["dataset", "seed"]).tail(1)
+    ends = ends.set_index(["dataset", "seed"])
+    lines = [
+        "## The share of useful samples moved",
+        "",
+        "What an arm has spent when it first reaches the quality that `full` has at its end, as a share of what `full`",
+        "spends, and how many of the samples that it trained on until then are useful; `full` trains on the pool as",
+        f"it is. `oracle` trains on the useful samples of `{MOVED_FROM}`, all of them each epoch, and on nothing else.",
+        "Mean over seeds, and each seed; – where a run ends before.",
+        "",
+        "| data | useful in the pool | arm | seconds | tokens | useful in what it trained on |",
+        "| --- | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for dataset, share in USEFUL.items():
+        runs = test[(test["dataset"] == dataset) & test["method"].isin(["predicted", "random", "oracle"])]
+        for method, arm in runs.groupby("method", sort=False):
+            figures = {"seconds": [], "tokens": [], "useful": []}
+            for seed, run in arm.groupby("seed"):
+                end = ends.loc[(MOVED_FROM if method == "oracle" else dataset, seed)]
+                spent = {cost: reached(run, cost, end["ndcg@10"]) for cost in COSTS}
+                for cost, value in spent.items():
+                    figures[cost].append(value / float(end[cost]))
+                figures["useful"].append(1.0 if method == "oracle" else useful_until(run, spent["seconds"]))
+            shown = " | ".join(_percentages(values) for values in figures.values())
+            lines.append(f"| {dataset} | {share} | {method} | {shown} |")
+    return [*lines, ""]
+
+
+def _percentages(values):
+    each = ", ".join("–" if np.isnan(value) else f"{value:.0%}" for value in values)
+    return f"{'–' if np.isnan(values).any() else f'{np.mean(values):.0%}'} ({each})"
 
 
 def _head(frame):

@@ -147,17 +147,34 @@ def test_long_ids_are_known_at_their_last_token_only():
 
 
 def test_files_of_a_seed_are_read_as_they_were_drawn(tmp_path):
-    known_files.write(tmp_path, 5, lengths=[16])
     source = known_files.source_of(5)
+    known_files.write(tmp_path, 5, source, lengths=[16])
     files = Sequences(str(tmp_path / "5/sequences.parquet"), str(tmp_path / "5/items.parquet"))
     data = RecDataModule(source=files, split="given", warm_fraction=0.8085758, history_window=known_files.HISTORY)
     data.setup("fit")
     kinds = pd.read_parquet(tmp_path / "5/sequences.parquet")["kind"].to_numpy()
     assert (kinds == source.kinds).all()
     assert (data.table.item == source.read().table.item).all()
-    assert pd.Series(kinds[data.pool_ids]).value_counts().to_dict() == known_files.counts_of(known_files.POOL, 2_000)
+    assert pd.Series(kinds[data.pool_ids]).value_counts().to_dict() == source.pool
     policy = GenerativePolicy(pretrained=str(tmp_path / "5/policy-16"))
     policy.bind(data.catalogue)
     batch = next(iter(data.sample_loader(data.val_ids[:4])))
     assert policy.prompt_tokens(batch) == 4 * (1 + 3 * 16)
     assert policy.generate(batch, 2).mask.sum() == 4 * 2 * 16
+
+
+def outside_and_useful(source):
+    """Samples that are not in the pool, in order, and the useful ones of the pool."""
+    table = source.read().table
+    samples = [(table.item[row], *table.history(row)) for row in range(len(table.item))]
+    pool = np.flatnonzero(table.part == "train")[-sum(source.pool.values()) :]
+    useful = {samples[row] for row in pool if source.kinds[row] == "useful"}
+    return [samples[row] for row in np.setdiff1d(np.arange(len(samples)), pool)], useful
+
+
+def test_other_pools_of_a_seed_differ_in_nothing_else():
+    outside, useful = outside_and_useful(known_files.source_of(5))
+    fewer = outside_and_useful(known_files.source_of(5, 0.05))
+    only = outside_and_useful(known_files.source_of(5, 1.0, 200))
+    assert outside == fewer[0] == only[0]
+    assert fewer[1] < useful == only[1]
