@@ -186,10 +186,11 @@ def reached(run, cost, value):
     """What a run has spent when its quality first reaches a value, between evaluation points as `at_cost`; else NaN."""
     run = run.sort_values("epoch", kind="stable")
     spent, quality = run[cost].to_numpy(float), run["ndcg@10"].to_numpy(float)
-    for place in range(1, len(run)):
-        if quality[place] >= value:
-            return float(np.interp(value, quality[place - 1 : place + 1], spent[place - 1 : place + 1]))
-    return np.nan
+    if not (quality >= value).any():
+        return np.nan
+    first = int(np.argmax(quality >= value))
+    before = max(first - 1, 0)
+    return float(np.interp(value, quality[before : first + 1], spent[before : first + 1]))
 
 
 def useful_until(run, spent):
@@ -212,7 +213,9 @@ def _moved(frame):
         "What an arm has spent when it first reaches the quality that `full` has at its end, as a share of what `full`",
         "spends, and how many of the samples that it trained on until then are useful; `full` trains on the pool as",
         f"it is. `oracle` trains on the useful samples of `{MOVED_FROM}`, all of them each epoch, and on nothing else.",
-        "Mean over seeds, and each seed; – where a run ends before.",
+        "Mean over seeds, and each seed; – where a run ends before. Who knows the useful samples needs a twentieth of",
+        "what `full` spends. What `predicted` lacks to a fifth is to tell them: its first epoch is drawn at random, and",
+        "then about half of what it picks is useful. That fewer or more samples are useful does not bring it nearer.",
         "",
         "| data | useful in the pool | arm | seconds | tokens | useful in what it trained on |",
         "| --- | ---: | --- | ---: | ---: | ---: |",
@@ -245,10 +248,11 @@ def _head(frame):
         "",
         "`python benchmarks/known_files.py --to data/known` writes the known pools. Of `benchmarks/studies/`,",
         "`tuning_rollouts_known.yaml` and `tuning_rollouts.yaml` ran with `minirec compare --config FILE --to",
-        "runs/rollouts-tuning`, then `rollouts_known.yaml` and `rollouts.yaml` the same way to `runs/rollouts`, a",
-        "cell at a time. `python benchmarks/rollouts.py --from runs/rollouts --tuning runs/rollouts-tuning` writes",
-        "this page. The Amazon files are in `data/amazon-industrial` or where `--path amazon-industrial-g16=DIR` says.",
-        "One cell again: `--cell ID`, such as `--cell known-16/predicted/0.1/1`.",
+        "runs/rollouts-tuning`, then `rollouts_known.yaml`, `rollouts.yaml` and `rollouts_moved.yaml` (which names its",
+        "own files) the same way to `runs/rollouts`, a cell at a time. `python benchmarks/rollouts.py --from",
+        "runs/rollouts --tuning runs/rollouts-tuning` writes this page. The Amazon files are in `data/amazon-industrial`",
+        "or where `--path amazon-industrial-g16=DIR` says. One cell again: `--cell ID`, such as `--cell",
+        "known-16/predicted/0.1/1`.",
         "",
         f"{cells} cells, seeds {seeds}. {versions()}.",
         "",

@@ -79,6 +79,42 @@ def test_the_raw_table_is_small_and_whole():
     assert np.isfinite(frame[["ndcg@10", "tokens", "seconds"]].to_numpy()).all()
 
 
+def first_time(points, value):
+    """What was spent when the value is first reached, on the straight line between two neighbours; None if never."""
+    for (low, before), (high, after) in pairwise(points):
+        if after >= value > before:
+            return low + (high - low) * (value - before) / (after - before)
+    return None
+
+
+def test_what_reaching_the_full_pool_takes_follows_from_the_raw_table():
+    frame = pd.read_parquet(TABLE).astype({"dataset": str, "method": str, "split": str})
+    frame = frame[frame["split"] == "test"].sort_values("epoch")
+    part = PAGE.read_text().split("## The share of useful samples moved")[1].split("\n## ")[0]
+    lines = [
+        [one.strip() for one in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("| k")
+    ]
+    checked = 0
+    for dataset, _, method, *shown in lines:
+        rival = "known-16" if method == "oracle" else dataset
+        for cost, text in zip(("seconds", "tokens"), shown, strict=False):
+            expected = []
+            for seed in (1, 2, 3):
+                full = frame[(frame["dataset"] == rival) & (frame["method"] == "full") & (frame["seed"] == seed)].iloc[
+                    -1
+                ]
+                own = frame[(frame["dataset"] == dataset) & (frame["method"] == method) & (frame["seed"] == seed)]
+                spent = first_time(list(zip(own[cost].astype(float), own["ndcg@10"], strict=True)), full["ndcg@10"])
+                expected.append(None if spent is None else 100 * spent / full[cost])
+            each = re.search(r"\((.*)\)", text)[1].split(", ")
+            assert [one == "–" for one in each] == [one is None for one in expected]
+            for one, value in zip(each, expected, strict=True):
+                assert value is None or float(one.rstrip("%")) == pytest.approx(value, abs=0.51)
+                checked += value is not None
+    assert len(lines) == 7
+    assert checked >= 12
+
+
 def made(methods, seeds=(1, 2, 3)):
     """A raw table in which quality grows straight with the cost, faster by the place of the method."""
     rows = []
@@ -101,6 +137,16 @@ def test_values_at_equal_cost_are_on_the_line_or_not_there():
     later = rollouts.at_cost(frame, "tokens", 0.5)
     assert later["random"].tolist() == pytest.approx([0.201, 0.202, 0.203])
     assert later["predicted"].isna().all()
+
+
+def test_a_quality_is_first_reached_between_two_points_or_at_the_start_or_never():
+    run = made({"full": 3}, [1]).assign(useful=[None, 3, 5, 4], solved=[None, 7, 5, 6], redundant=0, hopeless=0)
+    assert rollouts.reached(run, "seconds", 0.116) == pytest.approx(15.0)
+    assert rollouts.reached(run.iloc[::-1], "tokens", 0.121) == pytest.approx(2000.0)
+    assert rollouts.reached(run, "seconds", 0.1) == 0.0
+    assert np.isnan(rollouts.reached(run, "seconds", 0.2))
+    assert rollouts.useful_until(run, 10.0) == pytest.approx(0.3)
+    assert rollouts.useful_until(run, 15.0) == pytest.approx(5.5 / 15)
 
 
 def test_the_study_may_run_in_pieces(tmp_path, monkeypatch):
