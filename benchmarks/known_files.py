@@ -26,7 +26,7 @@ from minirec_pl.policy.folder import StoredPolicy, write_policy
 from minirec_pl.policy.language_models.tiny import SPECIAL_TOKENS, build_tiny
 
 LENGTHS = (16, 64)
-SEEDS = (1, 2, 3, 101)  # 101 is for the learning rates
+SEEDS = (*range(1, 10), 101)  # 101 is for tuning
 SAMPLES, USEFUL = 2_000, 0.1
 HISTORY = 3  # items of a prompt: two fillers and the key
 BASE = 42
