@@ -24,6 +24,7 @@ from minirec_pl.selection.selectors.protocol import Selector, goes_by_outcomes, 
 from minirec_pl.selection.session.callback import SessionCallback
 from minirec_pl.selection.session.ledger_data import check_ledger
 from minirec_pl.selection.session.prediction import Predictions
+from minirec_pl.selection.session.run_files import diagnostics, leave_files
 from minirec_pl.selection.session.session import SelectionSession, session_of
 from minirec_pl.utils.errors import InputError, check_whole
 
@@ -161,11 +162,11 @@ class SelectSamples(SessionCallback):
             return
         first, session.ledger = session.ledger is None, ledger
         if first or trainer.loggers:
-            found = session.diagnostics(trainer)
+            found = diagnostics(session, trainer)
             for text in found.warnings if first else ():
                 session.warn_once(trainer, f"selection: {text}", text.partition(":")[0])
             session.log(trainer, _figures(session, found, before))
-        session.leave_files(trainer)
+        leave_files(session, trainer)
 
     def _ledger(self, session: SelectionSession, trainer: Trainer, epoch: int) -> SelectionLedger:
         return self._pick(session, trainer, epoch) if self.ledger is None else self._fixed(session, trainer)

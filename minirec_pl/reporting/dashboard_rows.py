@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from minirec_pl.reporting.workspace import LEDGER, PLAN, TERMS
+from minirec_pl.selection.session.run_files import plan_table
 from minirec_pl.utils.cost import Cost
 
 if TYPE_CHECKING:
@@ -86,5 +87,5 @@ def wandb_row(session: SelectionSession, histograms: Histograms | None, step: in
         for name, (values, edges) in histograms.items():
             row[name] = wandb.Histogram(np_histogram=np.histogram(values, edges))
     if session.plan:
-        row[PLAN] = FrameTable(session.plan_table().drop(columns="epoch"), PLAN)
+        row[PLAN] = FrameTable(plan_table(session).drop(columns="epoch"), PLAN)
     return row

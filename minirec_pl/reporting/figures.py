@@ -223,7 +223,7 @@ def vector_map(vectors: torch.Tensor, sample_id: torch.Tensor, plan: pd.DataFram
 
 
 def plan(table: pd.DataFrame) -> Picture:
-    """Draws the easiness along a plan, see `SelectionSession.plan_table`; older ones lack its `measure`."""
+    """Draws the easiness along a plan, see `run_files.plan_table`; older ones lack its `measure`."""
     figure, axes = _axes(_WIDE)
     starts = np.flatnonzero(np.diff(table["fold"], prepend=-1)).tolist()
     measure = table["measure"].iloc[0] if "measure" in table else "easiness"

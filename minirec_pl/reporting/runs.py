@@ -13,7 +13,7 @@ import yaml
 
 from minirec_pl.metrics.evaluation import FIGURES
 from minirec_pl.selection.ledger import SelectionLedger
-from minirec_pl.selection.session.session import DIAGNOSTICS, EXAMPLES, LEDGER, PLAN, SIGNALS
+from minirec_pl.selection.session.run_files import DIAGNOSTICS, EXAMPLES, LEDGER, PLAN, SIGNALS
 from minirec_pl.selection.signals import Signals
 from minirec_pl.selection.store import SignalStore
 from minirec_pl.utils.cost import PHASES
@@ -36,7 +36,7 @@ class Run:
             `data`, a digest of its samples or None.
         evaluations: a row per validation, see `minirec_pl.callbacks.run_folder.RunFolder`.
         ledger: of the last selection.
-        plan: of the last planned epoch, see `SelectionSession.plan_table`.
+        plan: of the last planned epoch, see `minirec_pl.selection.session.run_files.plan_table`.
         signals: of the pool.
         examples: samples in words, indexed by sample_id.
         warnings: of the diagnostics.

@@ -11,6 +11,7 @@ from torch import Tensor
 from minirec_pl.data.train_loader import end_workers
 from minirec_pl.selection.selectors.protocol import Selector
 from minirec_pl.selection.session.resume import RUNNING_KEY
+from minirec_pl.selection.session.run_files import finish
 from minirec_pl.selection.session.session import CHECKPOINT_KEY, session_of
 from minirec_pl.utils.errors import InputError
 from minirec_pl.utils.versions import check_pytorch_lightning
@@ -79,14 +80,14 @@ class SessionCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the files of the last selection and removes unused ones."""
-        session_of(trainer).finish(trainer)
+        finish(session_of(trainer), trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes the files of the last selection of a fit that fails or is interrupted, and ends loaders' workers."""
         if trainer.state.fn == "fit":
             end_workers(trainer)
             with contextlib.suppress(InputError):
-                session_of(trainer).finish(trainer)
+                finish(session_of(trainer), trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Saves the session, once for all callbacks."""

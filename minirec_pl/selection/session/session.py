@@ -9,32 +9,27 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import numpy as np
-import pandas as pd
 import torch
 from torch.utils.data import DataLoader
 
 from minirec_pl.data.foreign_loader import ForeignLoader
 from minirec_pl.data.train_loader import TrainLoader, foresee
 from minirec_pl.selection.curriculum import shuffled_curriculum
-from minirec_pl.selection.diagnostics import Diagnostics, diagnose, easiness_of, notable
+from minirec_pl.selection.diagnostics import easiness_of
 from minirec_pl.selection.fingerprints import fingerprints_of
 from minirec_pl.selection.group_sizes import GroupSizer, GroupSizes, met_chance
 from minirec_pl.selection.ledger import SelectionLedger
 from minirec_pl.selection.predicted import PredictedDifficulty
-from minirec_pl.selection.probes.head import HeadProbe
-from minirec_pl.selection.remedies import Situation, Source
 from minirec_pl.selection.session.identity import RunIdentity, allowed, of_signals
 from minirec_pl.selection.session.resume import Running, epoch_is_done
 from minirec_pl.selection.session.scorers import Probe
-from minirec_pl.selection.session.scoring import is_sharded, measure
+from minirec_pl.selection.session.scoring import measure
 from minirec_pl.selection.session.signal_files import SignalFiles, read_vectors
 from minirec_pl.selection.signals import SampleSignals, gather_signals
 from minirec_pl.selection.store import SignalStore
 from minirec_pl.utils.checkpoints import weights_digest
 from minirec_pl.utils.cost import Cost
 from minirec_pl.utils.errors import InputError
-from minirec_pl.utils.files import write_atomically, write_json
 from minirec_pl.utils.ranks import agree, gather_states, on_any, world
 from minirec_pl.utils.run_folder import run_folder
 from minirec_pl.utils.seeds import isolated_random_state, random_state, restore_random_state
@@ -50,14 +45,11 @@ PHASES: tuple[Phase, ...] = ("record", "rescore", "select", "order")
 _KEPT = ("selected", "plan", "plan_epoch", "fold_starts", "plan_easiness", "scored", "trained", "target_difficulty")
 _ADDED = ("plan_measure", "told", "forecasts", "reliability", "group_sizes")  # kept too; not in checkpoints of 0.1
 CHECKPOINT_KEY = "minirec_pl.SelectionSession"
-LEDGER, SIGNALS, DIAGNOSTICS = "ledger.parquet", "signals.safetensors", "diagnostics.json"
-PLAN, EXAMPLES = "plan.parquet", "examples.parquet"
 _WHY = {  # fills in the batch size, the number of ranks and limit_train_batches
     "incomplete_batch": "since drop_last=True drops a batch of less than {0}: set drop_last=False, or a budget that is "
     "a multiple of {0} times {1}, the number of ranks",
     "limit": "since limit_train_batches is {2}: leave it out, or lower the budget",
 }
-_PAUSE = 60.0  # seconds between two writings of the files of a selection
 _ATTRIBUTE = "_minirec_session"
 
 
@@ -113,6 +105,8 @@ class SelectionSession:
         sizer: gives the samples groups of unequal size; None where all are of one size.
         group_sizes: rollouts of each sample of the pool in the coming epoch, int64 [N], see `GroupSizer.sizes`; None
             without a sizer, and until `groups` is first asked for.
+        placed: the run folder; None for none, and before `folder` is first asked.
+        written: when files were last written there, by `time.monotonic`; at first when the session was made.
     """
 
     store: SignalStore
@@ -150,9 +144,9 @@ class SelectionSession:
         self._restored_step = 0
         self._own: Mapping[str, Any] | None = None
         self._files = SignalFiles()
-        self._written = time.monotonic()
+        self.written = time.monotonic()
         self._expected: tuple[int, Callable[[int], int] | None] = (0, None)
-        self._folder: Path | None = None
+        self.placed: Path | None = None
         self._placed = self._prepared = self._finished = False
         self._first: tuple[str, Mapping[str, Any]] | None = None
         self._batch, self._ended = (-1, -1), -1
@@ -453,8 +447,8 @@ class SelectionSession:
     def folder(self, trainer: Trainer) -> Path | None:
         """Returns the run folder, None for none, see `run_folder`; all ranks ask at once."""
         if not self._placed:
-            self._folder, self._placed = run_folder(trainer), True
-        return self._folder
+            self.placed, self._placed = run_folder(trainer), True
+        return self.placed
 
     def state_dict(self, trainer: Trainer) -> dict[str, Any]:
         """Returns tensors and primitives for a checkpoint, and writes the file of vectors that it names.
@@ -464,7 +458,7 @@ class SelectionSession:
         folder, vectors = self.folder(trainer), None
         if folder is not None and trainer.is_global_zero:
             vectors = self._files.save(self.store, folder / "signals")
-        self._prune(trainer)
+        self.prune(trainer)
         embedding = self.store.vectors().get("embedding")
         own = {"loader": self._train.loader.state_dict() if isinstance(self._train.loader, ForeignLoader) else None}
         return {
@@ -490,87 +484,12 @@ class SelectionSession:
             self._own = None
         self.running.start(trainer, module)
 
-    def finish(self, trainer: Trainer) -> None:
-        """Writes the files of the last selection; called when a fit ends or fails, where the first call counts."""
-        if self.ready and not self._finished:
-            self._finished = True
-            self.leave_files(trainer, at_once=True)
-            self._prune(trainer)
-
-    def leave_files(self, trainer: Trainer, *, at_once: bool = False) -> None:
-        """Writes what the last selection leaves in the run folder, if there is one, on the first rank.
-
-        `ledger.parquet`, `diagnostics.json` and, if the pool was scored, `signals.safetensors`. At the end also
-        `plan.parquet` (see `plan_table`) and, where the DataModule has words, `examples.parquet`, the samples of
-        `notable` in words. Without a ledger only the plan is written.
-
-        Args:
-            trainer: whose run folder is written to.
-            at_once: True at the end; False writes nothing within a minute of the last time.
-
-        Raises:
-            InputError: if the folder cannot be written.
-        """
-        folder = self._folder
-        if folder is None or not trainer.is_global_zero:
-            return
-        if not at_once and (self.ledger is None or time.monotonic() - self._written < _PAUSE):
-            return
-        if at_once and self.plan is not None:
-            _write_table(self.plan_table(), folder / PLAN)
-        if self.ledger is None:
-            return
-        self.ledger.to_parquet(folder / LEDGER)
-        write_json(folder / DIAGNOSTICS, self.diagnostics(trainer).as_dict())
-        if self.scored or self.store.has_prior:
-            self.store.save(folder / SIGNALS)
-        in_words = getattr(getattr(trainer, "datamodule", None), "sample_texts", None)
-        if at_once and in_words is not None:
-            ids = pd.concat([rows["sample_id"] for rows in notable(self.ledger).values()])
-            _write_table(in_words(np.unique(ids.to_numpy(dtype=np.int64))), folder / EXAMPLES)
-        self._written = time.monotonic()
-
-    def plan_table(self) -> pd.DataFrame:
-        """Returns the plan: epoch (from 1), position and fold (from 0), sample_id, easiness and measure, what that is.
-
-        The easiness is NaN where the order is random.
-        """
-        assert self.plan is not None
-        position = np.arange(len(self.plan))
-        return pd.DataFrame(
-            {
-                "epoch": self.plan_epoch + 1,
-                "position": position,
-                "fold": np.searchsorted(self.fold_starts or [0], position, side="right") - 1,
-                "sample_id": self.plan,
-                "easiness": self.plan_easiness or np.nan,
-                "measure": self.plan_measure if self.plan_easiness else "unknown",
-            }
-        )
-
-    def diagnostics(self, trainer: Trainer) -> Diagnostics:
-        """Diagnoses the ledger, with the coverage of users and items where the DataModule knows them."""
-        assert self.ledger is not None
-        describe = getattr(getattr(trainer, "datamodule", None), "users_and_items", None)
-        samples = None if describe is None else describe(self.store.sample_ids.numpy())
-        return diagnose(self.ledger, samples, self._situation(trainer))
-
-    def _situation(self, trainer: Trainer) -> Situation:
-        """How the last selection came about."""
-        if self.from_ledger or not self.scored or self.predictor is not None:
-            return Situation()
-        module = trainer.lightning_module
-        generations = getattr(module, "scoring_generations", None)
-        source: Source = "module" if generations is None else "rollouts"
-        if self.probe is not None:
-            source = "head" if isinstance(self.probe, HeadProbe) else "probe"
-        return Situation(
-            signals=self.store.pool_view(self.plan_epoch),
-            source=source,
-            scoring_generations=int(generations or 0),
-            can_have_gradients=not is_sharded(trainer),
-            draws_rollouts=getattr(module, "expectation", None) is None,
-        )
+    def ends(self) -> bool:
+        """Whether a prepared run ends now: at the first call, when a fit ends or fails."""
+        if not self.ready or self._finished:
+            return False
+        self._finished = True
+        return True
 
     def warn_once(self, trainer: Trainer, text: str, key: str) -> None:
         """Warns on the first rank, once a run of each key, resumed or not; numbers in a key do not count."""
@@ -580,10 +499,11 @@ class SelectionSession:
             if trainer.is_global_zero:
                 warnings.warn(text, stacklevel=3)
 
-    def _prune(self, trainer: Trainer) -> None:
-        if self._folder is not None and trainer.is_global_zero:
+    def prune(self, trainer: Trainer) -> None:
+        """Deletes files of vectors that no checkpoint names."""
+        if self.placed is not None and trainer.is_global_zero:
             callbacks = [Path(found) for c in trainer.checkpoint_callbacks if (found := getattr(c, "dirpath", None))]
-            self._files.prune(self._folder / "signals", [self._folder, *callbacks])
+            self._files.prune(self.placed / "signals", [self.placed, *callbacks])
 
     def _take_up(self, state: Mapping[str, Any], trainer: Trainer) -> int:
         self._restored_step = int(state["step"])
@@ -592,7 +512,7 @@ class SelectionSession:
             return int(state["next_epoch"])
         vectors = {}
         if state["vectors"] is not None:
-            places = [Path(folder) / "signals" for folder in (state["run"], self._folder) if folder is not None]
+            places = [Path(folder) / "signals" for folder in (state["run"], self.placed) if folder is not None]
             vectors = read_vectors(state["vectors"], str(trainer.ckpt_path), places)
         self.store.load_state_dict({**state["store"], **vectors})
         if state["ledger"] is not None:
@@ -611,7 +531,3 @@ class SelectionSession:
 
 def _weights(module: LightningModule) -> str:
     return weights_digest(dict(module.named_parameters()))
-
-
-def _write_table(table: pd.DataFrame, path: Path) -> None:
-    write_atomically(path, lambda scratch: table.to_parquet(scratch, index=False))

@@ -17,7 +17,7 @@ from minirec_pl import GRPORecModule
 from minirec_pl.callbacks import EasyToHardCurriculum, MiniRec, RescoreSamples, SelectSamples
 from minirec_pl.probes import HeadProbe
 from minirec_pl.selection import MiniRecSelector, RandomSelector, SelectionLedger, SignalStore
-from minirec_pl.selection.session import session as session_file
+from minirec_pl.selection.session import run_files
 from minirec_pl.selection.session.session import session_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -52,7 +52,7 @@ def left(folder, trainer):
 
 @pytest.mark.parametrize("pause", [0.0, 3600.0])
 def test_files_are_written_at_the_end_and_before_only_after_a_pause(make_trainer, tmp_path, monkeypatch, pause):
-    monkeypatch.setattr(session_file, "_PAUSE", pause)
+    monkeypatch.setattr(run_files, "_PAUSE", pause)
     look = Look(tmp_path / "run")
     trainer = make_trainer(callbacks=[minirec(), look], max_epochs=3)
     trainer.fit(Classifier(), loader_of())
