@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from data_efficiency import RESULTS, STUDIES, quality_at
+from known_files import SAMPLES
 from known_kinds import KINDS
 from measuring import versions
 
@@ -32,7 +33,6 @@ USEFUL = {
     "known-16-20": "20 %",
     "known-oracle": "10 %",
 }
-POOL = 2_000
 SHARES = (0.1, 0.2, 0.5, 1.0)
 AT = 0.2  # of what the full pool spends: where arms are compared
 CHEAP = ("supervised", "expected")  # have no rollouts, end early and are then taken as they are
@@ -227,8 +227,8 @@ def _moved(frame):
         f"it is. `oracle` trains on the useful samples of `{MOVED_FROM}`, all of them each epoch, and on nothing else.",
         "Mean over seeds, and each seed; – where a run ends before. Who knows the useful samples needs a twentieth of",
         "what `full` spends. What `predicted` lacks to a fifth is to tell them: its first epoch is drawn at random,",
-        "and then about half of what it picks is useful. That fewer or more samples are useful does not bring it",
-        "nearer. Picking anew after 64 samples (`predicted_64`) does at a tenth and at a fifth of the seconds.",
+        "and then a third to a half of what it picks is useful. That fewer or more samples are useful does not bring",
+        "it nearer. Picking anew after 64 samples (`predicted_64`) does at a tenth and at a fifth of the seconds.",
         "",
         "| data | useful in the pool | arm | seconds | tokens | useful in what it trained on |",
         "| --- | ---: | --- | ---: | ---: | ---: |",
@@ -330,7 +330,7 @@ def _often(frame):
     best = chosen_points(frame).set_index(["dataset", "method"])["validation"] if len(frame) else {}
     for (dataset, method), run in frame.groupby(["dataset", "method"], sort=False):
         end = run.loc[run["epoch"].idxmax()]
-        picked = f"{POOL * end['budget']:.0f} | {end['epoch']}"
+        picked = f"{SAMPLES * end['budget']:.0f} | {end['epoch']}"
         spent = f"{end['seconds']:.1f} | {end['seconds_selection']:.1f}"
         lines.append(f"| {dataset} | {method} | {picked} | {best[dataset, method]:.4f} | {spent} |")
     return [*lines, ""]
